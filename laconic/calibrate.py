@@ -1,0 +1,302 @@
+"""The two loops over a model: `walk` forwards, each part seeing the compressed prefix; `survey` backwards, with gradients, nothing changed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from laconic.blocks import Batch, BlockModel, Calls, call, to_device
+from laconic.sites import NONE, Slot, Stats
+from laconic.statistics import Statistics
+
+GRADIENTS = Stats.FISHER | Stats.OUTPUT
+Needs = dict[Slot, Stats]
+
+
+@dataclass
+class Stage:
+    """Some sites whose statistics are ready; compress them in place before asking for the next stage.
+
+    `part` names what is in memory. `complete` says that nothing more will be asked of the part: it can be written, for whatever comes
+    next can be computed without it. A block's last stage has no slots, only this message.
+    """
+
+    part: str
+    slots: list[Slot]
+    statistics: Statistics | None
+    complete: bool = True
+
+
+class Shelf:
+    """Hidden states by key, in memory or, with a folder, one file per key (written whole or not at all)."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._kept: dict[str, list[Tensor]] = {}
+
+    def put(self, key: str, tensors: list[Tensor]) -> None:
+        if self.folder is None:
+            self._kept[key] = tensors
+            return
+        temporary = self.folder / f"{key}.tmp"
+        save_file({str(i): t.contiguous() for i, t in enumerate(tensors)}, temporary)
+        temporary.replace(self.folder / f"{key}.safetensors")
+
+    def get(self, key: str) -> list[Tensor]:
+        if self.folder is None:
+            return self._kept[key]
+        stored = load_file(self.folder / f"{key}.safetensors")
+        return [stored[str(i)] for i in range(len(stored))]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._kept if self.folder is None else (self.folder / f"{key}.safetensors").is_file()
+
+    def drop(self, key: str) -> None:
+        self._kept.pop(key, None)
+        if self.folder is not None:
+            (self.folder / f"{key}.safetensors").unlink(missing_ok=True)
+
+
+def parameters_of(model: nn.Module, slots: Sequence[Slot]) -> dict[Slot, nn.Parameter]:
+    """The parameters now in the slots' places."""
+    return {slot: getattr(model.get_submodule(slot.users[0][0]), slot.users[0][1]) for slot in slots}
+
+
+def inside(slot: Slot, part: str) -> bool:
+    """Whether a slot's first user lies below the module path `part`."""
+    return slot.users[0][0] == part or slot.users[0][0].startswith(part + ".")
+
+
+def walk(
+    model: BlockModel,
+    batches: Sequence[Batch],
+    slots: Sequence[Slot],
+    needs: Needs,
+    *,
+    true_sequential: bool = False,
+    shelf: Shelf | None = None,
+    done: Sequence[str] = (),
+) -> Iterator[Stage]:
+    """Stages in the order of the model's computation: what lies before the chain, block after block, what lies after.
+
+    Every stage's statistics come from inputs that passed through everything compressed before it. `true_sequential` makes a stage of each
+    set of sites within a block that share an input. Parts named in `done` are compressed already: nothing is yielded for them, and the
+    loop goes on from the hidden states on the shelf. Without any need of statistics the model is not run at all.
+    """
+    shelf = shelf or Shelf()
+    outside = [slot for slot in slots if not inside(slot, model.path)]
+    early = [slot for slot in outside if slot.role == "embedding" and (len(slot.users) == 1 or not needs[slot])]
+    run = any(needs[slot] & ~GRADIENTS for slot in slots)
+    yield from _alone(model, [slot for slot in early if slot.name not in done], needs)
+    calls = model.capture(batches) if run else []
+    start = max((i + 1 for i in range(len(model)) if model.block_path(i) in done), default=0)
+    hidden = _resume(shelf, start, calls) if run else []
+    for i in range(start, len(model)):
+        part = model.block_path(i)
+        within = [slot for slot in slots if inside(slot, part)]
+        if not within and not run:
+            continue
+        with model.residency.hold(part):
+            yield from _block(model, i, part, hidden, calls, within, needs, true_sequential)
+            if run:
+                hidden = _forward(model, i, hidden, calls)
+                shelf.put(f"hidden-{i + 1}", hidden)
+            yield Stage(part, [], None)
+            shelf.drop(f"hidden-{i}")
+    late = [slot for slot in outside if slot not in early and slot.name not in done]
+    if not any(needs[slot] & ~GRADIENTS for slot in late):
+        yield from _alone(model, late, needs)
+        return
+    with model.residency.hold(""):
+        statistics = Statistics(parameters_of(model.model, late), needs)
+        with torch.no_grad(), statistics.watch():
+            for h, batch in zip(hidden, batches, strict=True):
+                model.tail(h, batch)
+        for slot in late:
+            yield Stage(slot.name, [slot], statistics)
+
+
+def _alone(model: BlockModel, slots: list[Slot], needs: Needs) -> Iterator[Stage]:
+    """Sites outside the chain that need no statistics, each alone in memory: embeddings and heads are the largest tensors there are."""
+    for slot in slots:
+        with model.residency.hold(slot.users[0][0]):
+            yield Stage(slot.name, [slot], Statistics(parameters_of(model.model, [slot]), needs))
+
+
+def _resume(shelf: Shelf, start: int, calls: list[Calls]) -> list[Tensor]:
+    return shelf.get(f"hidden-{start}") if start else [c.hidden for c in calls]
+
+
+@torch.no_grad()
+def _forward(model: BlockModel, i: int, hidden: list[Tensor], calls: list[Calls]) -> list[Tensor]:
+    return [model.run(i, h, c).cpu() for h, c in zip(hidden, calls, strict=True)]
+
+
+def _block(
+    model: BlockModel, i: int, part: str, hidden: list[Tensor], calls: list[Calls], slots: list[Slot], needs: Needs, true_sequential: bool
+) -> Iterator[Stage]:
+    if not slots:
+        return
+    groups = [slots]
+    if true_sequential and calls:
+        groups = _by_input(model, i, hidden[:1], calls[:1], slots)
+    for group in groups:
+        statistics = Statistics(parameters_of(model.model, group), needs)
+        if any(needs[slot] & ~GRADIENTS for slot in group):
+            with statistics.watch():
+                _forward(model, i, hidden, calls)
+        yield Stage(part, group, statistics, complete=False)
+
+
+def _by_input(model: BlockModel, i: int, hidden: list[Tensor], calls: list[Calls], slots: list[Slot]) -> list[list[Slot]]:
+    """The slots in the order they are first used, those fed by one tensor together; slots never used come last."""
+    probe = Statistics(parameters_of(model.model, slots), dict.fromkeys(slots, Stats.SQUARES))
+    with probe.watch():
+        _forward(model, i, hidden, calls)
+    groups: list[list[Slot]] = []
+    for slot in probe.order:
+        if groups and probe.grams.get(groups[-1][0]) is probe.grams.get(slot):
+            groups[-1].append(slot)
+        else:
+            groups.append([slot])
+    unused = [slot for slot in slots if slot not in probe.order]
+    return groups + ([unused] if unused else [])
+
+
+Loss = Callable[[Any, torch.Generator], Tensor]
+"""A scalar whose gradient probes how the output depends on the weights, from the model's output and a private generator."""
+
+
+def sampled_labels(output: Any, generator: torch.Generator) -> Tensor:
+    """Cross-entropy against labels drawn from the model's own distribution: squared gradients average to the Fisher information.
+
+    That is the Hessian of KL(original || compressed) at the original weights. Source: Amari 1998; Kunstner et al. 2019, section 2.
+    """
+    logits = getattr(output, "logits", output)
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    with torch.no_grad():
+        labels = torch.multinomial(flat.softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(flat.device)
+    return F.cross_entropy(flat, labels, reduction="sum")
+
+
+def random_projection(output: Any, generator: torch.Generator) -> Tensor:
+    """<output, v> with v of independent standard normals: squared gradients average to the Gauss-Newton matrix of half the squared error."""
+    y = output if isinstance(output, Tensor) else output[0]
+    v = torch.randn(y.shape, generator=generator)
+    return (y * v.to(y)).sum()
+
+
+def survey(
+    model: BlockModel, batches: Sequence[Batch], slots: Sequence[Slot], needs: Needs, *, seed: int, shelf: Shelf, loss: Loss = sampled_labels
+) -> Iterator[Stage]:
+    """Stages from the last block to the first, of the unchanged model, with every statistic that was asked for, gradients included.
+
+    One forward pass that keeps each block's input on the shelf, then one backward pass a block at a time (which runs its forward again).
+    Batches should hold one sequence each: Fisher squares are taken per batch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    calls = model.capture(batches)
+    hidden = [c.hidden for c in calls]
+    for i in range(len(model)):
+        shelf.put(f"survey-{i}", hidden)
+        with model.residency.hold(model.block_path(i)):
+            hidden = _forward(model, i, hidden, calls)
+    outside = [slot for slot in slots if not inside(slot, model.path)]
+    tokens = sum(h.shape[:-1].numel() for h in hidden)
+    gradients = []
+    with model.residency.hold(""):
+        statistics = _counting(model, outside, needs, tokens, len(batches))
+        with statistics.watch():
+            for h, batch in zip(hidden, batches, strict=True):
+                leaf = h.to(model.device).requires_grad_()
+                loss(model.tail(leaf, batch), generator).backward()
+                gradients.append(_gradient(leaf).cpu())
+        if outside:
+            yield Stage("outside", outside, statistics)
+    for i in reversed(range(len(model))):
+        part = model.block_path(i)
+        inputs = shelf.get(f"survey-{i}")
+        shelf.drop(f"survey-{i}")
+        with model.residency.hold(part):
+            within = [slot for slot in slots if inside(slot, part)]
+            statistics = _counting(model, within, needs, tokens, len(batches))
+            with statistics.watch():
+                for k, (h, c) in enumerate(zip(inputs, calls, strict=True)):
+                    leaf = h.to(model.device).requires_grad_()
+                    model.run(i, leaf, c).backward(gradients[k].to(model.device))
+                    gradients[k] = _gradient(leaf).cpu()
+            yield Stage(part, within, statistics)
+
+
+def _counting(model: BlockModel, slots: list[Slot], needs: Needs, tokens: int, sequences: int) -> Statistics:
+    statistics = Statistics(parameters_of(model.model, slots), {slot: needs.get(slot, NONE) for slot in slots})
+    statistics.tokens, statistics.sequences = tokens, sequences
+    return statistics
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def walk_whole(
+    model: nn.Module, batches: Sequence[Batch], slots: Sequence[Slot], needs: Needs, device: torch.device, *, done: Sequence[str] = ()
+) -> Iterator[Stage]:
+    """`walk` for a model that is no chain of blocks: the whole model runs once per unit, a unit being an element of its containers."""
+    for part, group in units(model, slots):
+        if part in done:
+            continue
+        statistics = Statistics(parameters_of(model, group), needs)
+        if any(needs[slot] & ~GRADIENTS for slot in group):
+            with torch.no_grad(), statistics.watch():
+                for batch in batches:
+                    call(model, to_device(batch, device))
+        yield Stage(part, group, statistics)
+
+
+def survey_whole(
+    model: nn.Module, batches: Sequence[Batch], slots: Sequence[Slot], needs: Needs, device: torch.device, *, seed: int, loss: Loss
+) -> Stage:
+    """`survey` for a model that is no chain of blocks: one forward and backward pass over the whole of it."""
+    generator = torch.Generator().manual_seed(seed)
+    statistics = Statistics(parameters_of(model, slots), dict(needs))
+    with statistics.watch():
+        for batch in batches:
+            inputs = _with_gradient(to_device(batch, device))
+            output = call(model, inputs)
+            scalar = loss(output, generator)
+            scalar.backward()
+            main = getattr(output, "logits", output)
+            main = main if isinstance(main, Tensor) else main[0]
+            statistics.tokens += main.shape[:-1].numel()
+            statistics.sequences += main.shape[0]
+    return Stage("model", list(slots), statistics)
+
+
+def _with_gradient(batch: Batch) -> Batch:
+    """Float inputs require a gradient, so that a graph exists although no parameter is trained."""
+    if isinstance(batch, Tensor):
+        return batch.requires_grad_() if batch.is_floating_point() else batch
+    if isinstance(batch, dict):
+        return {key: _with_gradient(value) for key, value in batch.items()}
+    return (_with_gradient(batch[0]), *batch[1:])
+
+
+def units(model: nn.Module, slots: Sequence[Slot]) -> list[tuple[str, list[Slot]]]:
+    """Slots in module order, grouped by the innermost element of a Sequential or ModuleList that holds them."""
+    containers = [name for name, module in model.named_modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
+    found: dict[str, list[Slot]] = {}
+    for slot in slots:
+        path = slot.users[0][0]
+        inner = max((c for c in containers if path.startswith(c + ".") or c == ""), key=len, default=None)
+        if inner is None:
+            part = path
+        else:
+            part = ".".join(path.split(".")[: (len(inner.split(".")) if inner else 0) + 1])
+        found.setdefault(part, []).append(slot)
+    return list(found.items())

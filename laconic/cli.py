@@ -1,0 +1,256 @@
+"""The command line. With --json, JSON alone goes to stdout; progress, logs and messages always go to stderr.
+
+Exit codes: 0 done; 1 an error of another kind; 2 scheme or arguments; 3 model; 4 data; 5 output directory or disk; 6 verification;
+130 interrupted.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from laconic.console import Terminal, terminal_console
+from laconic.errors import LaconicError, SchemeError
+
+DEFAULT_SCHEME = "GPTQ(rate=3.25)"
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Compress neural networks: schemes of quantization, clustering, pruning and low rank, stored exactly, reported honestly.",
+)  # fmt: skip
+err = terminal_console(stderr=True)
+out_console = terminal_console()
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+Data = Annotated[str, typer.Option(help="Calibration text: a file, a directory, hub:name[:config[:split]], or 'self': sampled from the model.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+
+
+def _guard(work: Callable[[], None]) -> None:
+    """Turns errors a user can cause into one line and an exit code."""
+    try:
+        work()
+    except LaconicError as error:
+        err.print(f"[red]error[/] {error}", soft_wrap=True)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        err.print("interrupted; what is finished is kept: run the same command with --resume")
+        raise typer.Exit(130) from error
+
+
+def _emit(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
+@app.command()
+def compress(
+    source: Annotated[str, typer.Argument(help="A model directory with safetensors, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The directory to write.")] = Path("compressed"),
+    scheme: Annotated[str | None, typer.Option(help=f"The scheme as an expression; without one, {DEFAULT_SCHEME}.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A Python file whose variable `scheme` is the scheme.")] = None,
+    data: Data = "self",
+    test: Annotated[str | None, typer.Option(help="Text for the report's figures; without it, the last tenth of --data.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
+    test_tokens: Annotated[int, typer.Option(min=2, help="Tokens the report's figures are measured on.")] = 32768,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    true_sequential: Annotated[bool, typer.Option("--true-sequential", help="Within a block, later layers see earlier ones compressed.")] = False,
+    skip_nonfinite: Annotated[bool, typer.Option("--skip-nonfinite", help="Leave tensors with NaN or infinity as they are.")] = False,
+    no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="Do not measure quality at the end.")] = False,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Computing precision: float32 or bfloat16.")] = "float32",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a model into a directory, block by block, and report on what was stored."""
+
+    def work() -> None:
+        from laconic.pipeline import Options, compress_directory, plan_directory
+        from laconic.scheme import load_plan, parse
+
+        if scheme is not None and plan is not None:
+            raise SchemeError("give --scheme or --plan, not both")
+        chosen = load_plan(plan) if plan is not None else parse(scheme or DEFAULT_SCHEME)
+        options = Options(
+            data=data, test=test, samples=samples, length=length, test_tokens=test_tokens, seed=seed, device=device, dtype=dtype,
+            true_sequential=true_sequential, resume=resume, overwrite=overwrite, skip_nonfinite=skip_nonfinite,
+            trust_remote_code=trust_remote_code, evaluate=not no_evaluate, command=shlex.join(["laconic", *sys.argv[1:]]),
+        )  # fmt: skip
+        with Terminal(quiet=as_json) as terminal:
+            if dry_run:
+                preflight = plan_directory(source, chosen, options, terminal)[2]
+                terminal.plan(preflight)
+                if as_json:
+                    _emit(preflight)
+                return
+            report = compress_directory(source, chosen, out, options, terminal)
+        if as_json:
+            _emit(report.as_dict())
+        else:
+            summarize(report.as_dict())
+            err.print(f"report: {out / 'report.html'}")
+
+    _guard(work)
+
+
+def summarize(report: dict[str, Any]) -> None:
+    """The outcome of a run in a few lines on stderr."""
+    from laconic.report import human_bytes
+
+    stored, original, m = report["stored_bytes"], report["original_bytes"], report["metrics"]
+    err.print(f"stored [bold]{human_bytes(stored)}[/] from {human_bytes(original)}: {report['bits_per_weight']:.3f} bits per weight, ", end="")
+    err.print(f"{report['matrix_bits']:.3f} in the compressed matrices")
+    if "perplexity" in m:
+        low, high = m["perplexity_interval"]
+        err.print(f"perplexity [bold]{m['perplexity']:.3f}[/] ({low:.2f} to {high:.2f}), original {m['reference_perplexity']:.3f}, on {m['data']}")
+        err.print(f"KL from the original {m['kl']:.5f} nats per token; same first token {100 * m['top1']:.2f} %")
+    for name in ("cosine", "relative_error"):
+        if name in m:
+            err.print(f"{name.replace('_', ' ')} of the output: {m[name]:.5f}")
+    peak = report["peak_memory"]
+    err.print(f"peak memory {human_bytes(peak['actual'])} (expected {human_bytes(peak['expected'])}), {report['seconds']:.0f} seconds")
+    for note in report["notes"]:
+        err.print(f"[yellow]note[/] {note}")
+
+
+@app.command()
+def evaluate(
+    source: Annotated[str, typer.Argument(help="A compressed directory, a model directory or a hub id.")],
+    reference: Annotated[str | None, typer.Option(help="The original, for KL and agreement.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text to measure perplexity on.")] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Use only this many tokens of the text.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas (needs the 'eval' extra).")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples per task.")] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Computing precision: float32 or bfloat16.")] = "float32",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: perplexity with error bars, distance from the original, lm-eval tasks."""
+
+    def work() -> None:
+        from laconic.pipeline import evaluate_source
+
+        if data is None and tasks is None:
+            raise SchemeError("nothing to measure: give --data, --tasks or both")
+        result = evaluate_source(
+            source, reference=reference, data=data, length=length, tokens=tokens, tasks=tasks.split(",") if tasks else [], limit=limit,
+            device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        if as_json:
+            _emit(result)
+            return
+        table = Table(header_style="bold")
+        table.add_column("measure")
+        table.add_column("value", justify="right")
+        for name, value in _flat(result):
+            table.add_row(name, value)
+        out_console.print(table)
+
+    _guard(work)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            text = (
+                " to ".join(f"{x:.5g}" for x in value)
+                if isinstance(value, list | tuple)
+                else f"{value:.6g}"
+                if isinstance(value, float)
+                else str(value)
+            )
+            rows.append((prefix + name, text))
+    return rows
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A compressed directory.")],
+    as_json: Json = False,
+) -> None:
+    """List every weight of a compressed model with its kind, bits, bytes and error; the rows add up to the files."""
+
+    def work() -> None:
+        from laconic.inspect import inspect_directory
+
+        found = inspect_directory(path)
+        if as_json:
+            _emit(found)
+            return
+        table = Table(title=f"{path}: {found['scheme']}", title_justify="left", header_style="bold")
+        for name in ("weight", "kind"):
+            table.add_column(name, overflow="fold")
+        for name in ("shape", "bits", "bytes", "error"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in found["weights"]:
+            error = "" if row["error"] is None else f"{row['error']:.2e}"
+            table.add_row(row["name"], row["kind"], " x ".join(map(str, row["shape"])), f"{row['bits_per_weight']:.3f}", f"{row['bytes']:,}", error)
+        for row in found["plain"]:
+            table.add_row(row["name"], row["kind"], " x ".join(map(str, row["shape"])), "", f"{row['bytes']:,}", "")
+        table.add_row("headers, index and manifest", "container", "", "", f"{found['container_bytes']:,}", "")
+        table.add_row("[bold]model[/]", "", "", "", f"[bold]{found['bytes']:,}[/]", "")
+        for name, size in found["other_files"].items():
+            table.add_row(f"[dim]{name}[/]", "[dim]not counted[/]", "", "", f"[dim]{size:,}[/]", "")
+        out_console.print(table)
+
+    _guard(work)
+
+
+@app.command(name="methods")
+def list_methods(as_json: Json = False) -> None:
+    """List the methods a scheme can use, with one line each."""
+    import inspect as python
+
+    from laconic.scheme import known_methods
+
+    found = {
+        name: {"does": (cls.__doc__ or "").strip().split("\n")[0], "arguments": [str(p) for p in python.signature(cls).parameters.values()]}
+        for name, cls in known_methods().items()
+    }
+    if as_json:
+        _emit(found)
+        return
+    table = Table(header_style="bold")
+    table.add_column("method")
+    table.add_column("what it does, and its arguments")
+    for name, entry in found.items():
+        table.add_row(name, f"{entry['does']}\n[dim]{', '.join(entry['arguments'])}[/]")
+    out_console.print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the compressed models and reports go.")] = Path("laconic-demo"),
+    samples: Annotated[int, typer.Option(min=8, help="Calibration windows.")] = 128,
+    as_json: Json = False,
+) -> None:
+    """Compress the small language model that comes with the package at 4, 3 and 2 bits with three schemes, and compare."""
+
+    def work() -> None:
+        from laconic.demo.run import run_demo
+
+        with Terminal(quiet=as_json) as terminal:
+            result = run_demo(out, samples, terminal)
+        if as_json:
+            _emit(result)
+
+    _guard(work)
+
+
+def main() -> None:
+    """The entry point of `laconic` and `python -m laconic`."""
+    app()

@@ -1,0 +1,90 @@
+"""Progress on a terminal: the plan as a table, a bar with an honest estimate, a line per site. Everything goes to stderr."""
+
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from laconic.report import human_bytes
+
+
+def terminal_console(stderr: bool = False) -> Console:
+    """A console as wide as the terminal, or wide enough for a line per site where there is none (a file, a pipe)."""
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+
+
+class Terminal:
+    """Draws a run; with `quiet`, only warnings."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = terminal_console(stderr=True)
+        self.quiet = quiet
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"))
+        self.bar = Progress(*columns, *times, console=self.console, transient=True, disable=quiet)
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def plan(self, preflight: dict[str, Any]) -> None:
+        if self.quiet:
+            return
+        table = Table(title="plan", title_justify="left", header_style="bold")
+        for name, justify in (("sites", "left"), ("number", "right"), ("method", "left"), ("bits", "right"), ("bytes", "right")):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        for (pattern, method, bits), sites in _grouped(preflight["sites"]).items():
+            number, size = f"{len(sites)}", human_bytes(sum(s["bytes"] for s in sites))
+            table.add_row(pattern, number, method if not sites[0]["kept"] else "Keep(), as stored", f"{bits:.3f}", size)
+        self.console.print(table)
+        before, after = preflight["original_bytes"], preflight["bytes"]
+        self.console.print(
+            f"expected: {human_bytes(after)} from {human_bytes(before)}, peak memory {human_bytes(preflight['peak_memory'])}, "
+            f"about {duration(preflight['seconds'])}"
+        )
+
+    def start(self, task: str, total: float) -> None:
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+        self.task = self.bar.add_task(task, total=total, note="")
+
+    def advance(self, units: float, note: str = "") -> None:
+        if self.task is not None:
+            self.bar.update(self.task, advance=units, note=note)
+
+    def site(self, record: dict[str, Any]) -> None:
+        if not self.quiet:
+            self.console.print(
+                f"{record['name']:<48} {record['bits_per_weight']:7.3f} bits   output error {record['error']:.3e}   {record['seconds']:.2f} s"
+            )
+        for note in record["notes"]:
+            self.console.print(f"[yellow]note[/] {note}")
+
+    def say(self, message: str) -> None:
+        self.console.print(f"[yellow]note[/] {message}")
+
+
+def _grouped(sites: list[dict[str, Any]]) -> dict[tuple[str, str, float], list[dict[str, Any]]]:
+    """Sites of like name, method and size together: layer numbers become *."""
+    groups: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    for site in sites:
+        name = ".".join("*" if part.isdigit() else part for part in site["name"].split("."))
+        name += "".join(f" = {alias}" for alias in site["aliases"])
+        groups.setdefault((name, site["method"], round(site["bits_per_weight"], 3)), []).append(site)
+    return groups
+
+
+def duration(seconds: float) -> str:
+    """A length of time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"

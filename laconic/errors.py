@@ -1,0 +1,37 @@
+"""The errors a user can cause or meet, one class per exit code of the command line."""
+
+
+class LaconicError(Exception):
+    """Base of every error raised on purpose; the message says what was expected, what came and where."""
+
+    exit_code = 1
+
+
+class SchemeError(LaconicError, ValueError):
+    """A scheme, plan or hyper-parameter that cannot be carried out."""
+
+    exit_code = 2
+
+
+class CheckpointError(LaconicError, ValueError):
+    """A model that cannot be read: missing, truncated, inconsistent, not finite, or of an unsupported kind."""
+
+    exit_code = 3
+
+
+class DataError(LaconicError, ValueError):
+    """Calibration or evaluation data that is missing, empty or too short."""
+
+    exit_code = 4
+
+
+class OutputError(LaconicError, OSError):
+    """An output directory that cannot be used: it holds another run, or the disk is full."""
+
+    exit_code = 5
+
+
+class VerificationError(LaconicError):
+    """What was read back from the disk is not what was computed."""
+
+    exit_code = 6

@@ -1,0 +1,142 @@
+"""Quality of what is stored: perplexity, distance from the original, error bars. Models run block by block, so size does not matter."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.blocks import Batch, BlockModel, call, find_chain, to_device
+from laconic.data import Windows
+from laconic.load import Checkpoint, CompressedCheckpoint
+from laconic.residence import Residence
+
+Source = Checkpoint | CompressedCheckpoint
+_RESAMPLES = 1000  # of the bootstrap over windows
+_TOKENS = 4096  # per forward pass
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What is measured over windows of text; positions 2 to length of every window are predicted.
+
+    `nats_per_token` is the mean negative log-likelihood, `perplexity` its exponential. Against a reference: `kl` = mean over positions of
+    KL(reference || model) in nats, `top1` the share of positions where both name the same token first, `excess` the difference in nats per
+    token. `*_interval` are 95 % bootstrap intervals over windows (of the paired difference, for `excess`).
+    """
+
+    data: str
+    tokens: int
+    nats_per_token: float
+    perplexity: float
+    perplexity_interval: tuple[float, float]
+    reference_perplexity: float | None = None
+    excess: float | None = None
+    excess_interval: tuple[float, float] | None = None
+    kl: float | None = None
+    kl_interval: tuple[float, float] | None = None
+    top1: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def open_blocks(source: Source, dtype: torch.dtype | None, device: torch.device) -> tuple[BlockModel | None, Residence]:
+    """The source as a chain of blocks that come into memory one at a time, or None where its structure has no chain."""
+    path = find_chain(source.skeleton)
+    residence = Residence(source.skeleton, source, path, dtype, device)
+    return (BlockModel(residence, path) if path is not None else None), residence
+
+
+def outputs(source: Source, batches: Sequence[Batch], dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
+    """The model's output for each batch; every block is read and decoded once, for all batches together. Take them all, in order."""
+    blocks, residence = open_blocks(source, dtype, device)
+    hidden: list[Tensor] = []
+    if blocks is not None:
+        calls = blocks.capture(batches)
+        hidden = [c.hidden for c in calls]
+        for i in range(len(blocks)):
+            with residence.hold(blocks.block_path(i)), torch.no_grad():
+                hidden = [blocks.run(i, h, c).cpu() for h, c in zip(hidden, calls, strict=True)]
+    with residence.hold(""):
+        for k, batch in enumerate(batches):
+            with torch.no_grad():  # not around the yield: a caller's gradient mode is its own
+                output = blocks.tail(hidden[k], batch) if blocks is not None else call(source.skeleton, to_device(batch, device))
+            yield output
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether the model predicts the next token of a text."""
+    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def perplexity(
+    source: Source, windows: Windows, *, reference: Source | None = None, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Quality:
+    """Likelihood of the windows under a model and, given a reference, its distance from that. Cost: one forward pass of each model."""
+    device = device or torch.device("cpu")
+    batches = windows.batches(max(1, _TOKENS // windows.tokens.shape[1]))
+    own = outputs(source, batches, dtype, device)
+    other: Iterator[Any] = outputs(reference, batches, dtype, device) if reference is not None else iter([None] * len(batches))
+    columns: list[Tensor] = []
+    for batch, output, original in zip(batches, own, other, strict=True):
+        p = output.logits[:, :-1].float().log_softmax(-1)
+        q = original.logits[:, :-1].float().log_softmax(-1) if original is not None else None
+        columns.append(_per_window(p, q, batch["input_ids"][:, 1:].to(device)).cpu())
+    table = torch.cat(columns).double()  # [windows, (nll, reference nll, kl, agreement)], means over positions
+    return _summary(windows, table, reference is not None)
+
+
+def _per_window(p: Tensor, q: Tensor | None, targets: Tensor) -> Tensor:
+    nll = -p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    if q is None:
+        return nll.mean(1, keepdim=True)
+    reference = -q.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    kl = (q.exp() * (q - p)).sum(-1)
+    agree = (p.argmax(-1) == q.argmax(-1)).float()
+    return torch.stack([x.mean(1) for x in (nll, reference, kl, agree)], 1)
+
+
+def _summary(windows: Windows, table: Tensor, compared: bool) -> Quality:
+    means = table.mean(0).tolist()
+    resampled = table[torch.randint(len(table), (_RESAMPLES, len(table)), generator=torch.Generator().manual_seed(0))].mean(1)
+    tokens = windows.tokens.shape[0] * (windows.tokens.shape[1] - 1)
+    nll = _interval(resampled[:, 0])
+    quality = Quality(windows.source, tokens, means[0], math.exp(means[0]), (math.exp(nll[0]), math.exp(nll[1])))
+    if not compared:
+        return quality
+    return Quality(
+        windows.source, tokens, means[0], math.exp(means[0]), (math.exp(nll[0]), math.exp(nll[1])), math.exp(means[1]), means[0] - means[1],
+        _interval(resampled[:, 0] - resampled[:, 1]), means[2], _interval(resampled[:, 2]), means[3],
+    )  # fmt: skip
+
+
+def _interval(values: Tensor) -> tuple[float, float]:
+    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
+
+
+def similarity(source: Source, reference: Source, windows: Windows, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """For models that predict no text: mean cosine and relative squared error of the output against a reference's."""
+    batches = [{"input_ids": batch["input_ids"]} for batch in windows.batches(max(1, _TOKENS // windows.tokens.shape[1]))]
+    cosine, left, total, count = 0.0, 0.0, 0.0, 0
+    for own, other in zip(outputs(source, batches, dtype, device), outputs(reference, batches, dtype, device), strict=True):
+        y, z = own[0].double().flatten(0, -2), other[0].double().flatten(0, -2)
+        cosine += float(torch.cosine_similarity(y, z, dim=-1).sum())
+        left, total, count = left + float((y - z).square().sum()), total + float(z.square().sum()), count + len(y)
+    return {"cosine": cosine / count, "relative_error": left / total}
+
+
+def run_tasks(model: nn.Module, tokenizer: Any, tasks: list[str], limit: int | None = None) -> dict[str, Any]:
+    """Scores of lm-eval tasks (names of its registry, or YAML files) by task and metric. Needs the 'eval' extra."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
+    manager = TaskManager(include_path=sorted({file.rsplit("/", 1)[0] if "/" in file else "." for file in files}) or None)
+    names = [task.rsplit("/", 1)[-1].rsplit(".", 1)[0] if task in files else task for task in tasks]
+    results = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=names, limit=limit, task_manager=manager)
+    return {name: {k: v for k, v in scores.items() if isinstance(v, int | float)} for name, scores in results["results"].items()}

@@ -1,0 +1,64 @@
+"""What a compressed directory holds, byte for byte, without decoding it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from laconic.report import REPORT_HTML, REPORT_JSON
+from laconic.store import MANIFEST, Compressed
+from laconic.tensors import INDEX, read_header
+
+_SIDE = (REPORT_JSON, REPORT_HTML)
+
+
+def inspect_directory(path: str | Path) -> dict[str, Any]:
+    """A row per weight (kind, shape, bits, bytes, error), a row per plain tensor, and the rest of the files; rows add up to `bytes`.
+
+    `bytes` counts the files a model is made of: safetensors, their index, the manifest. Config, tokenizer and reports are listed apart.
+    Raises: CheckpointError when the directory is not a sound compressed model.
+    """
+    folder = Path(path)
+    stored = Compressed(folder)
+    errors = _errors(folder)
+    rows = []
+    packed: set[str] = set()
+    for name, spec in stored.weights.items():
+        parts = stored.packed(name)
+        packed |= {f"{name}.{key}" for key in parts}
+        size = sum(t.bytes for t in parts.values())
+        entries = spec["shape"][0] * spec["shape"][1]
+        rows.append(
+            {"name": name, "kind": _kind(spec), "shape": spec["shape"], "bits": 8 * size, "bits_per_weight": 8 * size / entries,
+             "bytes": size, "error": errors.get(name), "tensors": {key: t.bytes for key, t in parts.items()}}
+        )  # fmt: skip
+    plain = [
+        {"name": name, "kind": t.dtype.lower(), "shape": list(t.shape), "bytes": t.bytes}
+        for name, t in sorted(stored.files.tensors.items())
+        if name not in packed
+    ]
+    files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
+    model = {name: size for name, size in files.items() if name.endswith(".safetensors") or name in (INDEX, MANIFEST)}
+    headers = sum(read_header(folder / name)[1] for name in model if name.endswith(".safetensors"))
+    container = headers + sum(size for name, size in model.items() if not name.endswith(".safetensors"))
+    return {
+        "path": str(folder), "scheme": stored.manifest.get("scheme"), "metrics": stored.manifest.get("metrics", {}), "weights": rows,
+        "plain": plain, "container_bytes": container, "bytes": sum(model.values()),
+        "other_files": {name: size for name, size in files.items() if name not in model},
+        "parameters": stored.manifest.get("source", {}).get("parameters"),
+    }  # fmt: skip
+
+
+def _kind(spec: dict[str, Any]) -> str:
+    inner = [_kind(value) for key, value in spec.items() if isinstance(value, dict) and key in ("weight", "values", "left", "right")]
+    inner += [_kind(term) for term in spec.get("terms", [])]
+    return f"{spec['kind']}({', '.join(inner)})" if inner else str(spec["kind"])
+
+
+def _errors(folder: Path) -> dict[str, float]:
+    file = folder / REPORT_JSON
+    if not file.is_file():
+        return {}
+    try:
+        return {site["parameter"]: site["error"] for site in json.loads(file.read_text())["sites"]}
+    except (ValueError, KeyError, TypeError):  # the report is for people; a damaged one hides no bytes
+        return {}

@@ -1,0 +1,278 @@
+"""Models on disk: what makes up each parameter of a configured model, and a skeleton of that model without its weights."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from laconic.errors import CheckpointError
+from laconic.residence import Residence
+from laconic.sites import Slot, find_slots, tied_names
+from laconic.store import MANIFEST, Compressed
+from laconic.tensors import TensorFiles, is_finite
+from laconic.weights import install
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def fetch(source: str) -> Path:
+    """A local model directory: `source` itself, or the hub repository of that name, downloaded (safetensors, configs and tokenizer only)."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise CheckpointError(f"{source}: expected a model directory or a hub id like 'owner/name'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.py"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: neither a local directory nor a hub repository that can be reached: {error}") from error
+
+
+class _MetaParameters(TorchFunctionMode):
+    """Uninitialised tensors are made on the meta device, everything else (rotary tables, masks) for real: a skeleton without weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+class Checkpoint:
+    """A Hugging Face model directory that has not been compressed: config, tensors, and which of them make up each parameter."""
+
+    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+        self.path, self.trust_remote_code = path, trust_remote_code
+        self.config = read_config(path, trust_remote_code)
+        method = _quantized_by(self.config)
+        if method is not None:
+            raise CheckpointError(f"{path}: the checkpoint is already quantized by {method!r}; start from the original weights")
+        self.files = TensorFiles(path)
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The model without its weights: parameters on the meta device, small computed buffers for real, ties in place."""
+        return build_skeleton(self.config, self.trust_remote_code)
+
+    @cached_property
+    def _routes(self) -> dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]]:
+        """For every parameter name: its converter (merging experts, say) if it has one, and the (pattern, stored name) it is made of."""
+        model = self.skeleton
+        wanted = dict(model.state_dict(keep_vars=True))
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix = getattr(model, "base_model_prefix", "")
+        routes: dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]] = {}
+        for stored in sorted(self.files.tensors, key=_natural):
+            name, pattern = rename_source_key(stored, renamings, converters, prefix, wanted)
+            if name not in wanted and stored in wanted:
+                name, pattern = stored, None
+            converter = by_pattern[pattern] if pattern is not None else None
+            targets = [name]
+            if converter is not None:
+                first = converter.target_patterns[0]
+                targets = [name.replace(first, target) for target in converter.target_patterns]
+            for target in targets:
+                if target in wanted:
+                    routes.setdefault(target, (converter, []))[1].append((pattern or stored, stored))
+        return routes
+
+    @cached_property
+    def unused(self) -> list[str]:
+        """Stored tensors that no parameter of the model is made of (multi-token-prediction layers, say); they are carried over."""
+        used = {stored for _, sources in self._routes.values() for _, stored in sources}
+        return [name for name in self.files.tensors if name not in used]
+
+    def check(self) -> None:
+        """Raises CheckpointError unless every parameter of the configured model is stored, as floats, in the configured shape."""
+        parameters = dict(self.skeleton.named_parameters(remove_duplicate=False))
+        for names in tied_names(self.skeleton):
+            if not any(name in self._routes for name in names):
+                raise CheckpointError(f"{self.path}: the config asks for {names[0]}, which is not stored")
+            name = next(name for name in names if name in self._routes)
+            converter, sources = self._routes[name]
+            for _, stored in sources:
+                found = self.files.tensors[stored]
+                if found.dtype not in FLOATS:
+                    raise CheckpointError(
+                        f"{found.file}: {stored} is stored as {found.dtype}; expected float32, float16 or bfloat16. "
+                        "Dequantize the checkpoint to one of those first"
+                    )
+            shape, expected = self.files.tensors[sources[0][1]].shape, tuple(parameters[name].shape)
+            if converter is None and shape != expected:
+                raise CheckpointError(f"{self.path}: {name} is stored with shape {shape}, the config asks for {expected}")
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        with self.files.open() as reader:
+            for name in names:
+                if name in found or name not in self._routes:
+                    continue
+                converter, sources = self._routes[name]
+                if converter is None:
+                    found[name] = reader.get(sources[-1][1])
+                    continue
+                fresh = WeightConverter(converter.source_patterns, converter.target_patterns, converter.operations)
+                for pattern, stored in sources:
+                    fresh.add_tensor(name, stored, pattern, reader.get(stored))
+                converted = fresh.convert(name, model=self.skeleton, config=self.config)
+                found |= {key: value[0] if isinstance(value, list) else value for key, value in converted.items() if key in names}
+        return found
+
+    def nbytes(self, name: str) -> int:
+        return sum(self.files.tensors[stored].bytes for _, stored in self._routes[name][1]) if name in self._routes else 0
+
+    def dtype_of(self, name: str) -> str:
+        """The stored float type of a parameter, as safetensors names it."""
+        return self.files.tensors[self._routes[name][1][0][1]].dtype
+
+    def non_finite(self) -> list[str]:
+        """The parameters that hold a NaN or an infinity. Cost: one read of the whole checkpoint, a tensor at a time."""
+        bad = []
+        for name in self._routes:
+            tensor = self.read([name]).get(name)
+            if tensor is not None and tensor.is_floating_point() and not is_finite(tensor):
+                bad.append(name)
+        return bad
+
+
+def _quantized_by(config: Any) -> str | None:
+    quantization = getattr(config, "quantization_config", None)
+    return quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", None)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts expert 10 after expert 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def read_config(path: Path, trust_remote_code: bool = False) -> Any:
+    """The model's configuration. Raises: CheckpointError when there is none, or when it wants code that came with the checkpoint."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path}: expected a model directory with config.json")
+    try:
+        raw = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON: {error}") from error
+    if raw.get("auto_map") and not trust_remote_code:
+        code = sorted(str(value) for value in raw["auto_map"].values())
+        raise CheckpointError(f"{file}: the model wants to run code that came with it ({code[0]}); pass --trust-remote-code to allow that")
+    try:
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """The model class the config names, built without allocating its weights. Raises: CheckpointError for an unknown class."""
+    names = getattr(config, "architectures", None) or []
+    model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    with _MetaParameters():
+        try:
+            if model_class is not None:
+                model = model_class._from_config(config, dtype=torch.float32)
+            else:
+                auto = transformers.AutoModelForCausalLM if any("CausalLM" in n for n in names) else transformers.AutoModel
+                model = auto.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        except (ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"cannot build {names or config.model_type} from its config: {error}") from error
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"  # one matrix product per expert, so that every expert's inputs can be seen
+    return model.eval().requires_grad_(False)
+
+
+class CompressedCheckpoint:
+    """A compressed model directory as a provider of decoded parameters."""
+
+    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+        self.path, self.trust_remote_code = path, trust_remote_code
+        self.stored = Compressed(path)
+        self.config = read_config(path, trust_remote_code)
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        return build_skeleton(self.config, self.trust_remote_code)
+
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        """The compressed sites of the skeleton by parameter name. Raises: CheckpointError unless shapes and names are the manifest's."""
+        by_parameter = {".".join(user): slot for slot in find_slots(self.skeleton) for user in slot.users}
+        for name, spec in self.stored.weights.items():
+            if name not in by_parameter:
+                raise CheckpointError(f"{self.path}: the manifest stores {name}, which the configured model does not have")
+            if tuple(spec["shape"]) != by_parameter[name].shape:
+                raise CheckpointError(f"{self.path}: {name} is stored as {tuple(spec['shape'])}, the config asks for {by_parameter[name].shape}")
+        return {name: by_parameter[name] for name in self.stored.weights}
+
+    def check(self) -> None:
+        """Raises CheckpointError unless every parameter of the configured model is stored, compressed or plain."""
+        stored = set(self.stored.files.tensors) | set(self.slots)
+        for names in tied_names(self.skeleton):
+            if not stored.intersection(names):
+                raise CheckpointError(f"{self.path}: the config asks for {names[0]}, which is not stored")
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        with self.stored.files.open() as reader:
+            for name in names:
+                if name in self.slots:
+                    found[name] = self.slots[name].view.restore(self.stored.weight(name).forward())
+                elif name in self.stored.files.tensors:
+                    found[name] = reader.get(name)
+        return found
+
+    def nbytes(self, name: str) -> int:
+        return self.stored.nbytes(name)
+
+
+def open_source(source: str | Path, *, trust_remote_code: bool = False) -> Checkpoint | CompressedCheckpoint:
+    """A model directory or hub id, compressed or not, checked to be complete."""
+    path = fetch(str(source))
+    kind = CompressedCheckpoint if (path / MANIFEST).is_file() else Checkpoint
+    opened = kind(path, trust_remote_code=trust_remote_code)
+    opened.check()
+    return opened
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
+    """The directory's tokenizer. Raises: CheckpointError when there is none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: no tokenizer that can be loaded: {error}") from error
+
+
+def load(path: str | Path, *, dense: bool = True, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a compressed directory, ready to run: decoded once into dense parameters, or with `dense=False` with its Weights
+    installed (they decode on every read and can be trained).
+
+    `dtype` is that of the dense parameters, by default the config's. Raises: CheckpointError when the directory is damaged or incomplete.
+    """
+    checkpoint = CompressedCheckpoint(Path(path), trust_remote_code=trust_remote_code)
+    checkpoint.check()
+    model = checkpoint.skeleton
+    dtype = dtype or getattr(checkpoint.config, "dtype", None) or torch.float32
+    residence = Residence(model, checkpoint, None, dtype, torch.device("cpu"))
+    residence.keep_all(skip=() if dense else checkpoint.slots)
+    if not dense:
+        for name, slot in checkpoint.slots.items():
+            if name == slot.parameter:
+                weight = checkpoint.stored.weight(name)
+                for user, parameter in slot.users:
+                    install(model.get_submodule(user), parameter, weight, slot.view)
+    if (Path(path) / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model

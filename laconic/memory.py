@@ -1,0 +1,207 @@
+"""Any nn.Module in memory: compress it in place, save it, load it into a module of the same architecture."""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.blocks import Batch, BlockModel, InMemory, find_chain
+from laconic.calibrate import GRADIENTS, Loss, Shelf, parameters_of, random_projection, sampled_labels
+from laconic.errors import CheckpointError, DataError
+from laconic.methods.base import Keep
+from laconic.passes import (
+    Chosen,
+    Extras,
+    allocate,
+    allocations,
+    compress_site,
+    compression_stages,
+    matrix_of,
+    needs_of,
+    put_back,
+    survey_needs,
+    survey_stages,
+)  # fmt: skip
+from laconic.progress import Log, Progress, peak_memory
+from laconic.report import Report
+from laconic.run import atomically, write_json
+from laconic.scheme import Scheme, describe, resolve
+from laconic.sites import Slot, find_slots
+from laconic.store import MANIFEST, Compressed, manifest_of, pack_weights, stored_bytes
+from laconic.tensors import is_finite
+from laconic.weights import Weight, install, installed
+
+Score = Callable[[nn.Module], float]
+
+
+def compress_module(
+    model: nn.Module,
+    scheme: Scheme,
+    data: Iterable[Batch] | None = None,
+    *,
+    score: Score | None = None,
+    loss: Loss | None = None,
+    samples: int = 1024,
+    true_sequential: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, Report]:
+    """Compress a module in place: its matrices are replaced by installed Weights that decode on every read.
+
+    `data`: batches the model can be called with (a tensor, a dict, or a tuple whose first entry is the input), as many as hold `samples`
+    examples. `score(model)` is measured before and after. `loss(output, generator)` is the scalar whose gradients methods see that need
+    them: by default cross-entropy against sampled labels for outputs [batch, classes] or `.logits`, else a random projection.
+    Returns the module and a report. Raises: SchemeError, DataError, CheckpointError (a weight that is not finite).
+    """
+    progress, started = progress or Log(), time.time()
+    was_training = model.training
+    model.eval()
+    slots = find_slots(model)
+    chosen = resolve(scheme, slots)
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter.detach()):
+            raise CheckpointError(f"{name}: holds NaN or infinity")
+    original = sum(t.nbytes for t in model.state_dict().values())
+    count = sum(p.numel() for p in model.parameters())
+    before = score(model) if score is not None else None
+    batches = _take(data, samples)
+    if not batches and (any(needs_of(chosen).values()) or any(a.wants for a in allocations(chosen).values())):
+        raise DataError(f"{describe(scheme)}: needs calibration data; pass data=, an iterable of batches")
+    frozen = {p: p.requires_grad for p in model.parameters()}
+    model.requires_grad_(False)
+    try:
+        weights, records = _run(model, chosen, batches, loss, true_sequential, seed, progress)
+    finally:
+        for parameter, flag in frozen.items():
+            parameter.requires_grad_(flag)
+    for slot, weight in weights.items():
+        for path, name in slot.users:
+            install(model.get_submodule(path), name, weight, slot.view)
+    after = score(model) if score is not None else None
+    model.train(was_training)
+    stored = sum(record["bits"] for record in records) // 8
+    kept = original - sum(record["original_bytes"] * len(slot.users) for slot, record in zip(weights, records, strict=True))
+    report = Report(
+        {
+            "scheme": describe(scheme), "seed": seed, "sites": records, "parameters": count, "original_bytes": original,
+            "expected_bytes": kept + stored, "metrics": {"score": after, "reference_score": before} if score is not None else {},
+            "seconds": time.time() - started, "peak_memory": {"actual": peak_memory()}, "notes": [],
+        }
+    )  # fmt: skip
+    return model, report
+
+
+def _take(data: Iterable[Batch] | None, samples: int) -> list[Batch]:
+    """Batches until `samples` examples are reached."""
+    batches: list[Batch] = []
+    seen = 0
+    for batch in data if data is not None else ():
+        batches.append(batch)
+        first = next(iter(batch.values())) if isinstance(batch, dict) else batch[0] if isinstance(batch, list | tuple) else batch
+        seen += len(first)
+        if seen >= samples:
+            break
+    return batches
+
+
+def _run(
+    model: nn.Module, chosen: Chosen, batches: list[Batch], loss: Loss | None, true_sequential: bool, seed: int, progress: Progress
+) -> tuple[dict[Slot, Weight], list[dict[str, Any]]]:
+    chain, residence = find_chain(model), InMemory(model)
+    blocks = BlockModel(residence, chain) if chain is not None else None
+    if blocks is not None and batches:
+        try:
+            blocks.capture(batches[:1])
+        except CheckpointError as error:  # a list of blocks that are wired in some other way: the whole model is run instead
+            progress.say(f"{error}; the whole model is run for every block")
+            blocks = None
+    spread = allocations(chosen)
+    needs = survey_needs(chosen, spread)
+    extras = Extras()
+    if spread or any(needs.values()):
+        stages = survey_stages(blocks, residence, batches, list(chosen), needs, seed, Shelf(), loss or _default_loss)
+        chosen = allocate(stages, chosen, spread, extras, model, seed, progress)
+    wanted = needs_of(chosen)
+    running = any(w & ~GRADIENTS for w in wanted.values())
+    slots = [slot for slot, method in chosen.items() if not isinstance(method, Keep)]
+    weights: dict[Slot, Weight] = {}
+    records = []
+    progress.start("compressing", sum(slot.entries * slot.columns for slot in slots))
+    for stage in compression_stages(blocks, residence, batches, slots, wanted, true_sequential, Shelf(), []):
+        for slot in stage.slots:
+            assert stage.statistics is not None
+            site = extras.given(stage.statistics.describe(slot, matrix_of(model, slot), seed))
+            stage.statistics.forget(slot)
+            weights[slot], record = compress_site(slot, chosen[slot], site)
+            record["original_bytes"] = slot.entries * parameters_of(model, [slot])[slot].element_size()
+            if running:
+                put_back(model, slot, weights[slot])
+            records.append(record)
+            progress.advance(slot.entries * slot.columns, slot.name)
+            progress.site(record)
+    return weights, records
+
+
+def _default_loss(output: Any, generator: torch.Generator) -> Tensor:
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, Tensor) and (logits.dim() == 2 or hasattr(output, "logits")):
+        return sampled_labels(output, generator)
+    return random_projection(output, generator)
+
+
+def save(model: nn.Module, path: str | Path, **fields: Any) -> int:
+    """Write a module with installed Weights to a directory (safetensors and one JSON); returns the bytes of its files.
+
+    Every tie is stored once. What is not compressed is stored as the state dict has it. `fields` go into the manifest.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = installed(model)
+    first: dict[int, str] = {}
+    for name, weight in weights.items():
+        first.setdefault(id(weight), name)
+    tensors, specs = pack_weights({name: weights[name] for name in first.values()})
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if ".parametrizations." in f".{name}" or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        tensors[name] = tensor.detach().cpu().contiguous()
+    atomically(folder / "model.safetensors", tensors)
+    write_json(folder / MANIFEST, manifest_of([{"specs": specs}], **fields))
+    return stored_bytes(folder)
+
+
+def load_into(model: nn.Module, path: str | Path) -> nn.Module:
+    """Install a saved directory's Weights and tensors into a freshly built module of the same architecture.
+
+    Raises: CheckpointError when a stored tensor has no place in the module, or a place in the module has no tensor.
+    """
+    stored = Compressed(Path(path))
+    slots = {".".join(part for part in user if part): slot for slot in find_slots(model) for user in slot.users}
+    for name, spec in stored.weights.items():
+        if name not in slots or tuple(spec["shape"]) != slots[name].shape:
+            raise CheckpointError(
+                f"{path}: stores {name} as {spec['shape']}, the module has {slots[name].shape if name in slots else 'no such weight'}"
+            )
+        weight = stored.weight(name)
+        for user, parameter in slots[name].users:
+            install(model.get_submodule(user), parameter, weight, slots[name].view)
+    packed = {f"{name}.{key}" for name in stored.weights for key in stored.packed(name)}
+    places = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if ".parametrizations." not in f".{name}"}
+    by_identity: dict[int, list[str]] = {}
+    for name, tensor in places.items():
+        by_identity.setdefault(id(tensor), []).append(name)
+    plain = set(stored.files.tensors) - packed
+    if extra := sorted(plain - set(places)):
+        raise CheckpointError(f"{path}: stores {extra[0]}, which the module does not have")
+    with stored.files.open() as reader, torch.no_grad():
+        for names in by_identity.values():
+            found = next((n for n in names if n in plain), None)
+            if found is None:
+                raise CheckpointError(f"{path}: does not store {names[0]}")
+            places[found].copy_(reader.get(found))
+    return model

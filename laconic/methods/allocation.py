@@ -1,0 +1,55 @@
+"""Spreading one number over many sites: every site is seen once, then each gets a method of its own."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from laconic.methods.base import Method, Plus, Then
+from laconic.sites import NONE, Site, Stats
+
+
+class Allocation(ABC):
+    """Sees each site of a scheme once, unchanged, with the statistics `wants`; then says which method each site gets.
+
+    It may keep small summaries only: a site's tensors are gone when the next one comes.
+    """
+
+    wants: Stats = NONE
+
+    @abstractmethod
+    def observe(self, site: Site) -> None:
+        """Note what matters of one site."""
+
+    @abstractmethod
+    def resolve(self) -> dict[str, Method]:
+        """A method for the name of every site observed; these stand alone (their `allocation()` is None)."""
+
+
+@dataclass
+class _Composed(Allocation):
+    whole: Then | Plus
+    first: Allocation | None
+    second: Allocation | None
+    names: list[str]
+
+    def __post_init__(self) -> None:
+        self.wants = NONE
+        for part in (self.first, self.second):
+            self.wants |= part.wants if part is not None else NONE
+
+    def observe(self, site: Site) -> None:
+        self.names.append(site.name)
+        for part in (self.first, self.second):
+            if part is not None:
+                part.observe(site)
+
+    def resolve(self) -> dict[str, Method]:
+        first = self.first.resolve() if self.first is not None else {}
+        second = self.second.resolve() if self.second is not None else {}
+        kind = type(self.whole)
+        return {name: kind(first.get(name, self.whole.first), second.get(name, self.whole.second)) for name in self.names}
+
+
+def composed(whole: Then | Plus, first: Method, second: Method) -> Allocation | None:
+    """The allocation of a composition: both parts allocate on the sites' own values, then are composed again site by site."""
+    parts = first.allocation(), second.allocation()
+    return _Composed(whole, *parts, []) if any(part is not None for part in parts) else None

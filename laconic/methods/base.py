@@ -1,0 +1,172 @@
+"""A method: frozen hyper-parameters and a call from a site to a weight; `>>` and `+` compose methods."""
+
+from abc import ABC, abstractmethod
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from laconic.errors import SchemeError
+from laconic.sites import NONE, Site, Stats
+from laconic.weights import EntryWeight, Sparse, Sum, Weight
+
+if TYPE_CHECKING:
+    from laconic.methods.allocation import Allocation
+
+
+class Method(ABC):
+    """Chooses the point of a set of weights for one site: `method(site) -> Weight`.
+
+    A method is a frozen dataclass of its hyper-parameters; it may not change the site's tensors, and takes randomness from
+    `site.generator()` only. `needs` names the statistics it reads; empty means that it works without data.
+    """
+
+    needs: ClassVar[Stats] = NONE
+
+    @abstractmethod
+    def __call__(self, site: Site) -> Weight:
+        """The weight that stands for `site.W`."""
+
+    @abstractmethod
+    def expected_bits(self, shape: tuple[int, int]) -> float:
+        """Bits the weight of an [out, in] matrix will take: exact where the format decides, an estimate where the values do.
+
+        Raises: SchemeError when the method cannot treat a matrix of this shape. Nothing is computed, so a plan can be checked beforehand.
+        """
+
+    @property
+    def wants(self) -> Stats:
+        """The statistics this configuration reads; `needs` unless a hyper-parameter says otherwise."""
+        return self.needs
+
+    def allocation(self) -> "Allocation | None":
+        """How this method spreads one number (a global sparsity, a byte budget) over many sites, or None if each site stands alone."""
+        return None
+
+    def __rshift__(self, other: "Method") -> "Method":
+        """Then: `other` encodes what this method leaves (the surviving entries of a sparse weight)."""
+        return Then(self, other)
+
+    def __add__(self, other: "Method") -> "Method":
+        """Plus: `other` encodes what this method leaves over, W - W_hat; the weight is the sum."""
+        return Plus(self, other)
+
+    def __repr__(self) -> str:
+        """The expression that makes this method: its first hyper-parameter, and the others that are not the defaults."""
+        known = fields(self)  # type: ignore[arg-type]
+        given = [f for f in known if f.default is MISSING or getattr(self, f.name) != f.default or (f is known[0] and f.default is not None)]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Keep(Method):
+    """Leaves a tensor as the checkpoint has it, in its own type, byte for byte."""
+
+    def __call__(self, site: Site) -> Weight:
+        raise SchemeError(f"{site.name}: Keep stands for the tensor as it is and cannot be part of a composition")
+
+    def expected_bits(self, shape: tuple[int, int]) -> float:
+        raise SchemeError("Keep stands for the tensor as it is and cannot be part of a composition")
+
+
+@dataclass(frozen=True, repr=False)
+class Then(Method):
+    """first >> second: `second` encodes the entries that `first` keeps; of a `first` that prunes nothing, it re-encodes the result.
+
+    The second method sees the values the first one chose and, as `site.mask`, which entries survive; error feedback respects the mask.
+    Source: Condensa section 3.1 (composition of operators).
+    """
+
+    first: Method
+    second: Method
+
+    @property
+    def wants(self) -> Stats:
+        return self.first.wants | self.second.wants
+
+    def __call__(self, site: Site) -> Weight:
+        first = self.first(site)
+        W = first.forward().detach().to(site.W)
+        if not isinstance(first, Sparse):
+            return self.second(site.having(W=W))
+        values = self.second(site.having(W=W, mask=first.mask))
+        if not isinstance(values, EntryWeight):
+            raise SchemeError(f"{site.name}: {self.second} makes a {type(values).__name__}, which cannot store single surviving entries")
+        sparse = Sparse(values, pattern=first.pattern, sparsity=first.sparsity)
+        sparse.set_mask(first.mask)
+        return sparse
+
+    def expected_bits(self, shape: tuple[int, int]) -> float:
+        first, second = self.first.expected_bits(shape), self.second.expected_bits(shape)
+        density = getattr(self.first, "density", None)
+        if density is None:
+            return second
+        values = 16 * density * shape[0] * shape[1]  # what pruning methods keep their survivors in, which `second` encodes anew
+        return first - values + density * second
+
+    def allocation(self) -> "Allocation | None":
+        from laconic.methods.allocation import composed
+
+        return composed(self, self.first, self.second)
+
+    def __repr__(self) -> str:
+        second = f"({self.second!r})" if isinstance(self.second, Then) else repr(self.second)
+        return f"{self.first!r} >> {second}"
+
+
+@dataclass(frozen=True, repr=False)
+class Plus(Method):
+    """first + second: the weight is their sum, `second` encoding the residual W - W_hat of `first` under the same statistics."""
+
+    first: Method
+    second: Method
+
+    @property
+    def wants(self) -> Stats:
+        return self.first.wants | self.second.wants
+
+    def __call__(self, site: Site) -> Weight:
+        first = self.first(site)
+        residual = site.W - first.forward().detach().to(site.W)
+        return Sum(first, self.second(site.having(W=residual)))
+
+    def allocation(self) -> "Allocation | None":
+        from laconic.methods.allocation import composed
+
+        return composed(self, self.first, self.second)
+
+    def expected_bits(self, shape: tuple[int, int]) -> float:
+        return self.first.expected_bits(shape) + self.second.expected_bits(shape)
+
+    def __repr__(self) -> str:
+        first = f"({self.first!r})" if isinstance(self.first, Then) else repr(self.first)
+        second = f"({self.second!r})" if isinstance(self.second, Then | Plus) else repr(self.second)
+        return f"{first} + {second}"
+
+
+def output_error(site: Site, weight: Weight) -> float:
+    """The relative squared output error tr(E H E^T) / tr(W H W^T), E = W - W_hat; with H = I when the site has no Hessian.
+
+    Taken over at most 512 evenly spaced rows per group, so that reporting it costs little beside finding the weight.
+    """
+    rows = site.W.shape[0] // site.groups
+    left = total = 0.0
+    for g in range(site.groups):
+        metric = site.hessian[g] if site.hessian is not None else site.squares[g] if site.squares is not None else None
+        for start in range(g * rows, (g + 1) * rows, max(1, rows // _PARTS)):
+            stop = min(start + max(1, min(_ROWS // _PARTS, rows // _PARTS)), (g + 1) * rows)
+            W = site.W[start:stop].float()
+            left += _energy(W - weight.rows(start, stop).to(W), metric)
+            total += _energy(W, metric)
+    return left / total if total > 0 else 0.0
+
+
+_ROWS, _PARTS = 512, 8  # rows looked at, and the runs of neighbouring rows they come in
+
+
+def _energy(E: Tensor, metric: Tensor | None) -> float:
+    if metric is None:
+        return E.square().sum(dtype=torch.float64).item()
+    image = E @ metric if metric.dim() == 2 else E * metric
+    return (image * E).sum(dtype=torch.float64).item()

@@ -1,0 +1,44 @@
+"""Any method in a rotated basis."""
+
+from dataclasses import dataclass
+
+from laconic.methods.base import Method
+from laconic.sites import Site, Stats
+from laconic.weights import Rotated, Weight
+from laconic.weights.rotated import hadamard, random_signs, rotate_columns
+
+
+@dataclass(frozen=True, repr=False)
+class Hadamard(Method):
+    """Runs `method` on S_o H W H S_i, whose entries look Gaussian whatever W's outliers, and turns the result back when it is decoded.
+
+    H is the orthonormal Hadamard matrix (times a Hartley transform for the odd part of a size), S random signs; the Hessian turns along:
+    H S_i C S_i H. `inputs` and `outputs` choose the sides. Bits: those of the method + one per row and column. Decoding costs O(log n) more.
+    Source: Tseng et al. 2024 (QuIP#) section 3; Ashkboos et al. 2024 (QuaRot). Cost: O(entries log n).
+    """
+
+    method: Method
+    inputs: bool = True
+    outputs: bool = True
+
+    @property
+    def wants(self) -> Stats:
+        return self.method.wants
+
+    def expected_bits(self, shape: tuple[int, int]) -> float:
+        return self.method.expected_bits(shape) + self.outputs * shape[0] + self.inputs * shape[1]
+
+    def __call__(self, site: Site) -> Weight:
+        generator = site.generator()
+        out, columns = site.W.shape
+        row_signs = random_signs(out, generator) if self.outputs and site.groups == 1 else None
+        column_signs = random_signs(columns, generator) if self.inputs else None
+        W = rotate_columns(site.W.float(), column_signs)
+        if row_signs is not None:
+            W = rotate_columns(W.t(), row_signs).t().contiguous()
+        turned = site.having(W=W, squares=None, fisher=None, mask=None, output=None)
+        if site.hessian is not None and column_signs is not None:
+            signs = column_signs.to(site.hessian)
+            left = hadamard(site.hessian * signs)
+            turned = turned.having(hessian=hadamard(left.transpose(1, 2) * signs))
+        return Rotated(self.method(turned), row_signs=row_signs, column_signs=column_signs)

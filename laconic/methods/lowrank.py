@@ -1,0 +1,77 @@
+"""Low rank: the best product of thin factors, plain or under the input's covariance. One operator serves AFM, LoRD, EoRA and MoDeGPT's V/O."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laconic.errors import SchemeError
+from laconic.methods.base import Method
+from laconic.sites import NONE, Site, Stats
+from laconic.weights import LowRank as Factors
+from laconic.weights import Weight
+
+_FLOOR = 1e-6  # smallest eigenvalue of C, relative to the largest: below it, directions carry no signal and 1 / sqrt would blow up noise
+
+
+def weighted_lowrank(M: Tensor, C: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The rank-r product A B that minimises tr((M - A B) C (M - A B)^T), and all singular values of M C^(1/2).
+
+    With C = Q diag(l) Q^T and S = Q diag(l)^(1/2): svd(M S) = U diag(s) V^T gives A = U_r diag(s_r)^(1/2), B = diag(s_r)^(1/2) V_r^T S^-1.
+    The remaining error is exactly the sum of the squared singular values dropped. M [out, in], C [in, in] or None for the identity,
+    A [out, r], B [r, in]. Computed in float64.
+    Source: EoRA (Liu et al. 2024) section 3; equal to PCA of the outputs M x (AFM, LoRD). Cost: O(in^3 + out in min(out, in)).
+    """
+    M64 = M.double()
+    if C is None:
+        U, s, Vh = torch.linalg.svd(M64, full_matrices=False)
+        back = None
+    else:
+        eigenvalues, Q = torch.linalg.eigh(C.double())
+        root = eigenvalues.clamp(min=float(eigenvalues[-1].clamp(min=1e-30)) * _FLOOR).sqrt()
+        U, s, Vh = torch.linalg.svd(M64 @ (Q * root), full_matrices=False)
+        back = (Q / root).t()
+    split = s[:r].sqrt()
+    B = split.unsqueeze(1) * (Vh[:r] if back is None else Vh[:r] @ back)
+    return (U[:, :r] * split).to(M.dtype), B.to(M.dtype), s
+
+
+@dataclass(frozen=True, repr=False)
+class LowRank(Method):
+    """W ~ A B with A [out, rank], B [rank, in]. `weighted=True` minimises the output error under the calibration inputs (AFM, LoRD).
+
+    `rank` is a number of columns, or below 1 the share of the break-even rank out x in / (out + in). Factors are bfloat16, or what the
+    method `factors` makes of them. Bits: 16 rank (out + in) with bfloat16 factors.
+    Raises: SchemeError when the rank exceeds the matrix's. Source: Eckart-Young; Kaushal et al. 2023 (LoRD). Cost: one SVD.
+    """
+
+    rank: int | float = 0.5
+    weighted: bool = False
+    factors: Method | None = None
+
+    @property
+    def wants(self) -> Stats:
+        return Stats.HESSIAN if self.weighted else NONE
+
+    def _rank(self, shape: tuple[int, int]) -> int:
+        out, columns = shape
+        rank = self.rank if isinstance(self.rank, int) else max(1, round(self.rank * out * columns / (out + columns)))
+        if not 0 < rank <= min(out, columns):
+            raise SchemeError(f"rank {rank} of a {out} x {columns} matrix; it must be 1 to {min(out, columns)}")
+        return rank
+
+    def expected_bits(self, shape: tuple[int, int]) -> float:
+        sides = (shape[0], self._rank(shape)), (self._rank(shape), shape[1])
+        return sum(self.factors.expected_bits(side) if self.factors is not None else 16.0 * side[0] * side[1] for side in sides)
+
+    def __call__(self, site: Site) -> Weight:
+        rank = self._rank((site.W.shape[0], site.W.shape[1]))
+        if self.weighted and (site.hessian is None or site.groups > 1):
+            raise SchemeError(f"{site.name}: weighted low rank needs one Hessian for the whole matrix (groups: {site.groups})")
+        C = site.hessian[0] if self.weighted and site.hessian is not None else None
+        A, B, _ = weighted_lowrank(site.W.float(), C, rank)
+        if self.factors is None:
+            return Factors.of(A, B)
+        # the factors see no inputs of their own, so their method must do without statistics
+        parts = [self.factors(Site(f"{site.name}.{side}", part, seed=site.seed, notes=site.notes)) for side, part in (("left", A), ("right", B))]
+        return Factors(*parts)

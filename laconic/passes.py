@@ -1,0 +1,295 @@
+"""What a run does to a model, pass by pass: survey (if a method spreads one number over many sites), compression, verification."""
+
+import hashlib
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from laconic.blocks import Batch, BlockModel, Residency
+from laconic.calibrate import GRADIENTS, Loss, Needs, Shelf, Stage, parameters_of, sampled_labels, survey, survey_whole, walk, walk_whole
+from laconic.errors import SchemeError, VerificationError
+from laconic.load import Checkpoint, CompressedCheckpoint
+from laconic.methods.allocation import Allocation
+from laconic.methods.base import Keep, Method, output_error
+from laconic.progress import Progress
+from laconic.run import Run
+from laconic.sites import NONE, Site, Slot, Stats
+from laconic.statistics import Statistics
+from laconic.store import pack_weights, same_tensor
+from laconic.weights import Weight, unpack
+
+Chosen = dict[Slot, Method]
+_ROWS = 2048  # decoded at a time for a checksum
+
+
+class Overlay:
+    """A checkpoint in which the weights a run has finished stand in the original ones' places."""
+
+    def __init__(self, checkpoint: Checkpoint, run: Run, slots: Sequence[Slot]) -> None:
+        self.checkpoint, self.run = checkpoint, run
+        self.views = {".".join(user): slot.view for slot in slots for user in slot.users}
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        finished = self.run.weight_files()
+        found = self.checkpoint.read([name for name in names if name not in finished])
+        for name in names:
+            if name in finished:
+                found[name] = self.views[name].restore(read_weight(*finished[name], name).forward())
+        return found
+
+    def nbytes(self, name: str) -> int:
+        return self.checkpoint.nbytes(name)
+
+
+def read_weight(file: Path, spec: dict[str, Any], name: str) -> Weight:
+    """One weight of a part's file."""
+    with safe_open(file, framework="pt") as reader:
+        tensors = {key[len(name) + 1 :]: reader.get_tensor(key).clone() for key in reader.keys() if key.startswith(name + ".")}  # noqa: SIM118
+    return unpack(spec, tensors)
+
+
+def needs_of(chosen: Chosen) -> Needs:
+    """The statistics each site's own method reads."""
+    return {slot: method.wants for slot, method in chosen.items() if not isinstance(method, Keep)}
+
+
+def allocations(chosen: Chosen) -> dict[Method, Allocation]:
+    """The allocations that a scheme's methods ask for; sites under equal methods share one."""
+    found: dict[Method, Allocation] = {}
+    for method in chosen.values():
+        if method not in found and (allocation := method.allocation()) is not None:
+            found[method] = allocation
+    return found
+
+
+def survey_needs(chosen: Chosen, spread: dict[Method, Allocation]) -> Needs:
+    """What the survey must provide: for allocations everything they want, for single methods their gradients."""
+    needs = {}
+    for slot, method in chosen.items():
+        wanted = spread[method].wants if method in spread else NONE
+        if not isinstance(method, Keep):
+            wanted |= method.wants & GRADIENTS
+        needs[slot] = wanted
+    return needs
+
+
+class Extras:
+    """Gradient statistics of single sites, kept between the survey and the compression, in memory or in a run's folder."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._kept: dict[str, dict[str, Tensor]] = {}
+
+    def _file(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"extra-{hashlib.sha256(name.encode()).hexdigest()[:12]}.safetensors"
+
+    def put(self, site: Site, wanted: Stats) -> None:
+        values = {}
+        if wanted & Stats.FISHER and site.fisher is not None:
+            values["fisher"] = site.fisher
+        if wanted & Stats.OUTPUT and site.output is not None:
+            values["output"] = site.output
+        if not values:
+            return
+        if self.folder is None:
+            self._kept[site.name] = values
+        else:
+            save_file({key: t.contiguous().cpu() for key, t in values.items()}, self._file(site.name))
+
+    def given(self, site: Site) -> Site:
+        """The site with what was kept for it."""
+        values = self._kept.get(site.name, {})
+        if self.folder is not None and self._file(site.name).is_file():
+            values = load_file(self._file(site.name))
+        return site.having(**values) if values else site
+
+
+def allocate(
+    stages: Iterator[Stage], chosen: Chosen, spread: dict[Method, Allocation], extras: Extras, model: nn.Module, seed: int, progress: Progress
+) -> Chosen:
+    """Let every allocation see its sites, then give each site its own method."""
+    for stage in stages:
+        for slot in stage.slots:
+            method = chosen[slot]
+            if isinstance(method, Keep) or stage.statistics is None:
+                continue
+            site = stage.statistics.describe(slot, matrix_of(model, slot), seed)
+            with torch.no_grad():
+                if method in spread:
+                    spread[method].observe(site)
+            extras.put(site, method.wants)
+            stage.statistics.forget(slot)
+            progress.advance(slot.entries, f"surveying {slot.name}")
+    resolved = {method: allocation.resolve() for method, allocation in spread.items()}
+    return {slot: resolved[method][slot.name] if method in resolved else method for slot, method in chosen.items()}
+
+
+def data_free_stages(residence: Residency, slots: Sequence[Slot]) -> Iterator[Stage]:
+    """Every site alone in memory, without statistics: what an allocation sees that needs no data."""
+    for slot in slots:
+        with residence.hold(slot.users[0][0]):
+            yield Stage(slot.name, [slot], Statistics(parameters_of(residence.model, [slot]), {slot: NONE}))
+
+
+def survey_stages(
+    blocks: BlockModel | None, residence: Residency, batches: Sequence[Batch], slots: Sequence[Slot], needs: Needs, seed: int, shelf: Shelf,
+    loss: Loss = sampled_labels,
+) -> Iterator[Stage]:  # fmt: skip
+    """The stages of a survey of a chain, or of a whole model that has none."""
+    if blocks is not None:
+        yield from survey(blocks, batches, slots, needs, seed=seed, shelf=shelf, loss=loss)
+        return
+    with residence.hold(""):
+        yield survey_whole(residence.model, batches, slots, needs, residence.device, seed=seed, loss=loss)
+
+
+def compression_stages(
+    blocks: BlockModel | None, residence: Residency, batches: Sequence[Batch], slots: Sequence[Slot], needs: Needs, true_sequential: bool,
+    shelf: Shelf, done: Sequence[str],
+) -> Iterator[Stage]:  # fmt: skip
+    """The stages of the compression of a chain, or of a whole model that has none."""
+    if blocks is not None:
+        yield from walk(blocks, batches, slots, needs, true_sequential=true_sequential, shelf=shelf, done=done)
+        return
+    with residence.hold(""):
+        yield from walk_whole(residence.model, batches, slots, needs, residence.device, done=done)
+
+
+def compress_site(slot: Slot, method: Method, site: Site) -> tuple[Weight, dict[str, Any]]:
+    """The weight a method finds for a site, and the record of it. Raises: SchemeError with the site's name."""
+    started = time.perf_counter()
+    try:
+        with torch.no_grad():
+            weight = method(site)
+    except SchemeError as error:
+        raise error if slot.name in str(error) else SchemeError(f"{slot.name}: {error}") from error
+    bits = weight.bits()
+    record: dict[str, Any] = {
+        "name": slot.name, "aliases": list(slot.names[1:]), "parameter": slot.parameter, "shape": list(slot.shape), "role": slot.role,
+        "method": repr(method), "kind": kind_of(weight), "bits": bits, "bits_per_weight": bits / slot.entries,
+        "error": output_error(site, weight), "weight_error": output_error(site.having(hessian=None, squares=None), weight),
+        "checksum": checksum(weight), "notes": site.notes, "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+    if site.tokens is not None and site.groups > 1 and slot.view.lead > 1:
+        record["expert_tokens"] = site.tokens.tolist()
+    return weight, record
+
+
+def kind_of(weight: Weight) -> str:
+    """The weight's structure in words, such as "sum(uniform, sparse(dense))"."""
+    children = [child for child in weight.children() if isinstance(child, Weight)]
+    children += [term for child in weight.children() if isinstance(child, nn.ModuleList) for term in child if isinstance(term, Weight)]
+    inner = [kind_of(child) for child in children] if weight.kind not in ("uniform", "codebook") else []
+    return f"{weight.kind}({', '.join(inner)})" if inner else weight.kind
+
+
+def checksum(weight: Weight) -> int:
+    """CRC-32 of the decoded matrix as float32, a few rows at a time."""
+    value = 0
+    with torch.no_grad():
+        for start in range(0, weight.shape[0], _ROWS):
+            rows = weight.rows(start, min(start + _ROWS, weight.shape[0])).float().cpu().contiguous()
+            value = zlib.crc32(rows.numpy().data, value)
+    return value
+
+
+def matrix_of(model: nn.Module, slot: Slot) -> Tensor:
+    """The site's present values as [out, in]."""
+    path, name = slot.users[0]
+    tensor: Tensor = getattr(model.get_submodule(path), name)
+    return slot.view.matrix(tensor.detach())
+
+
+def put_back(model: nn.Module, slot: Slot, weight: Weight) -> None:
+    """Let the rest of the model see the decoded weight in the parameter's place."""
+    path, name = slot.users[0]
+    parameter: Tensor = getattr(model.get_submodule(path), name)
+    with torch.no_grad():
+        parameter.copy_(slot.view.restore(weight.forward()))
+
+
+def commit_rest(run: Run, checkpoint: Checkpoint, chosen: Chosen) -> list[str]:
+    """Write every tensor that is kept as it is: norms, biases, `Keep` sites, and stored tensors no parameter uses. Returns their names."""
+    compressed = {".".join(user) for slot, method in chosen.items() if not isinstance(method, Keep) for user in slot.users}
+    seen: set[int] = set()
+    names = []
+    for name, tensor in checkpoint.skeleton.state_dict(keep_vars=True).items():
+        if name not in compressed and id(tensor) not in seen:
+            names.append(name)
+        seen.add(id(tensor))
+    parts, done = run.parts(), []
+    chunk: list[str] = []
+    size = 0
+    for name in [*names, ""]:
+        if chunk and (not name or size + checkpoint.nbytes(name) > 1 << 28):
+            label = f"kept from {chunk[0]}"
+            if label not in parts:
+                run.commit(label, checkpoint.read(chunk), {"specs": {}, "sites": []})
+            chunk, size = [], 0
+        if name and checkpoint.nbytes(name):
+            chunk.append(name)
+            done.append(name)
+            size += checkpoint.nbytes(name)
+    if checkpoint.unused and "unused" not in parts:
+        with checkpoint.files.open() as reader:
+            run.commit("unused", {name: reader.get(name) for name in checkpoint.unused}, {"specs": {}, "sites": []})
+    return done
+
+
+def verify(path: Path, checkpoint: Checkpoint, records: list[dict[str, Any]], kept: list[str], progress: Progress) -> None:
+    """Read the finished directory back: every weight decodes to what was computed, every kept tensor is the original's, bit for bit.
+
+    Raises: VerificationError naming the first that does not.
+    """
+    stored = CompressedCheckpoint(path, trust_remote_code=checkpoint.trust_remote_code)
+    stored.check()
+    progress.start("verifying what was written", len(records))
+    for record in records:
+        if checksum(stored.stored.weight(record["parameter"])) != record["checksum"]:
+            raise VerificationError(f"{path}: {record['parameter']} does not decode to what was computed")
+        progress.advance(1, record["name"])
+    for name in kept:
+        if not same_tensor(stored.read([name])[name], checkpoint.read([name])[name]):
+            raise VerificationError(f"{path}: {name} differs from the original")
+
+
+def experts_without_tokens(records: list[dict[str, Any]]) -> list[str]:
+    """One line for every packed expert that no calibration token reached."""
+    lines = []
+    for record in records:
+        missing = [i for i, tokens in enumerate(record.get("expert_tokens", [])) if tokens == 0]
+        if missing:
+            lines.append(f"{record['name']}: no token reached expert {', '.join(map(str, missing))}; rounded to nearest")
+    return lines
+
+
+def compress_parts(
+    stages: Iterator[Stage], chosen: Chosen, model: nn.Module, run: Run, extras: Extras, seed: int, running: bool, progress: Progress
+) -> None:
+    """The compression pass of a directory: every stage's sites are solved, put back for what comes after, and written when complete."""
+    weights: dict[str, Weight] = {}
+    records: list[dict[str, Any]] = []
+    for stage in stages:
+        for slot in stage.slots:
+            assert stage.statistics is not None
+            site = extras.given(stage.statistics.describe(slot, matrix_of(model, slot), seed))
+            stage.statistics.forget(slot)
+            weight, record = compress_site(slot, chosen[slot], site)
+            if running:
+                put_back(model, slot, weight)
+            weights[slot.parameter] = weight
+            records.append(record)
+            progress.advance(slot.entries * slot.columns, slot.name)
+            progress.site(record)
+        if stage.complete and (weights or stage.slots):
+            tensors, specs = pack_weights(weights)
+            run.commit(stage.part, tensors, {"specs": specs, "sites": records})
+            weights, records = {}, []

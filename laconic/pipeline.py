@@ -1,0 +1,378 @@
+"""The order of things: load, plan, survey, compress, pack, verify, evaluate, report. Nothing else knows it."""
+
+import hashlib
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from laconic.blocks import Batch, BlockModel, find_chain
+from laconic.calibrate import GRADIENTS, Shelf
+from laconic.data import Windows, calibration_windows, evaluation_windows, read_text, sample_windows, split_text
+from laconic.errors import CheckpointError, DataError, SchemeError
+from laconic.evaluate import is_language_model, open_blocks, perplexity, run_tasks, similarity
+from laconic.load import Checkpoint, CompressedCheckpoint, load, load_tokenizer, open_source
+from laconic.memory import compress_module
+from laconic.methods.base import Keep
+from laconic.passes import (
+    Chosen,
+    Extras,
+    Overlay,
+    allocate,
+    allocations,
+    commit_rest,
+    compress_parts,
+    compression_stages,
+    data_free_stages,
+    experts_without_tokens,
+    needs_of,
+    survey_needs,
+    survey_stages,
+    verify,
+)  # fmt: skip
+from laconic.preflight import Load, preflight
+from laconic.progress import Log, Progress, peak_memory
+from laconic.report import Report, generation_samples, original_file_bytes, write_report
+from laconic.residence import Residence
+from laconic.run import Run
+from laconic.scheme import Scheme, describe, parse, resolve
+from laconic.sites import find_slots
+from laconic.store import manifest_of, stored_bytes
+
+SURVEY_SAMPLES = 32  # windows of the backward pass: what it estimates per site are means over millions of entries
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model directory is compressed; what to do to it is the scheme's.
+
+    `data`: "self" (text sampled from the model), a file, a directory or "hub:name"; `test`: text for the report's figures, by default the
+    last tenth of `data`, which calibration never sees. `samples` windows of `length` tokens calibrate; `test_tokens` are evaluated.
+    """
+
+    data: str = "self"
+    test: str | None = None
+    samples: int = 128
+    length: int = 256
+    test_tokens: int = 32768
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "float32"
+    true_sequential: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    skip_nonfinite: bool = False
+    trust_remote_code: bool = False
+    evaluate: bool = True
+    command: str = field(default="", compare=False)
+
+
+def plan_directory(source: str | Path, scheme: Scheme, options: Options, progress: Progress) -> tuple[Checkpoint, Chosen, dict[str, Any]]:
+    """Everything that can be known before the work: the checked checkpoint, the method of every site, and the preflight's numbers."""
+    checkpoint = open_source(source, trust_remote_code=options.trust_remote_code)
+    if isinstance(checkpoint, CompressedCheckpoint):
+        raise CheckpointError(f"{source}: already compressed by laconic; start from the original weights")
+    chosen = resolve(scheme, find_slots(checkpoint.skeleton))
+    progress.start("checking that all weights are finite", 1)
+    bad = set(checkpoint.non_finite())
+    named = sorted(bad)
+    if bad and not options.skip_nonfinite:
+        raise CheckpointError(f"{source}: NaN or infinity in {', '.join(named[:5])}; pass --skip-nonfinite to leave such tensors as they are")
+    for slot in chosen:
+        if bad & {".".join(user) for user in slot.users}:
+            chosen[slot] = Keep()
+            progress.say(f"{slot.name}: left as it is, it holds NaN or infinity")
+    wants = [method.wants for method in chosen.values() if not isinstance(method, Keep)]
+    spread = allocations(chosen)
+    passes = bool(any(w & ~GRADIENTS for w in wants)) * 2 + bool(spread) * 3
+    width = getattr(checkpoint.config.get_text_config(), "hidden_size", 0)
+    load = Load(options.samples, options.length, passes, width) if passes or any(wants) else Load()
+    return checkpoint, chosen, preflight(checkpoint, chosen, load, find_chain(checkpoint.skeleton))
+
+
+def compress_directory(
+    source: str | Path, scheme: Scheme, out: str | Path, options: Options | None = None, progress: Progress | None = None
+) -> Report:
+    """Compress a model directory (or hub id) into `out`, a block at a time, and report on what was stored.
+
+    Raises: SchemeError, CheckpointError, DataError, OutputError and VerificationError, each before or without losing earlier results.
+    """
+    options, progress, started = options or Options(), progress or Log(), time.time()
+    checkpoint, chosen, plan = plan_directory(source, scheme, options, progress)
+    texts = _texts(options)
+    progress.plan(plan)
+    run = Run(Path(out), _fingerprint(checkpoint, chosen, options, texts), resume=options.resume, overwrite=options.overwrite)
+    if not run.parts() and (run.out / "laconic.json").exists():
+        raise DataError(f"{out}: this run is complete; there is nothing to resume")
+    device = pick_device(options.device)
+    windows, test = _windows(checkpoint, options, texts, run, progress, device, any(needs_of(chosen).values()) or bool(allocations(chosen)))
+
+    chosen = _allocated(checkpoint, chosen, windows, options, run, device, progress)
+    _compress(checkpoint, chosen, windows, options, run, device, progress)
+    kept = commit_rest(run, checkpoint, chosen)
+    records = [site | {"original_bytes": checkpoint.nbytes(site["parameter"])} for record in run.parts().values() for site in record["sites"]]
+    order = {slot.name: i for i, slot in enumerate(chosen)}
+    records.sort(key=lambda site: order[site["name"]])
+    manifest = manifest_of(
+        list(run.parts().values()), scheme=describe(scheme), seed=options.seed, versions=versions(),
+        source={"name": Path(str(source)).name, "parameters": parameters(checkpoint.skeleton)},
+        data={"source": windows.source, "sha256": windows.hash, "windows": list(windows.tokens.shape)} if windows else None,
+    )  # fmt: skip
+    config = checkpoint.config.to_dict() | {"quantization_config": {"quant_method": "laconic", "schema": manifest["schema"]}}
+    run.finish(manifest, checkpoint.path, config)
+    verify(run.out, checkpoint, records, kept, progress)
+
+    metrics = _quality(run.out, checkpoint, test, options, device, progress) if options.evaluate and test is not None else {}
+    if metrics:
+        run.finish(manifest | {"metrics": metrics}, checkpoint.path, config)
+    report = Report(
+        {
+            "source": str(source), "out": str(out), "scheme": describe(scheme), "command": options.command, "seed": options.seed,
+            "data": manifest["data"], "sites": records, "metrics": metrics, "notes": experts_without_tokens(records),
+            "unused": checkpoint.unused, "original_bytes": original_file_bytes(checkpoint), "expected_bytes": plan["bytes"],
+            "stored_bytes": stored_bytes(run.out), "parameters": manifest["source"]["parameters"], "kept": _kept(checkpoint, kept),
+            "peak_memory": {"expected": plan["peak_memory"], "actual": peak_memory()}, "expected_seconds": plan["seconds"],
+            "seconds": time.time() - started, "versions": versions(), "machine": machine(),
+        }
+    )  # fmt: skip
+    samples = generation_samples(checkpoint, run.out, test.tokens, device) if test is not None and options.evaluate else []
+    write_report(run.out, report, samples)
+    run.close()
+    return report
+
+
+def _texts(options: Options) -> dict[str, str]:
+    """The texts to calibrate and to report on; empty for a model that writes its own."""
+    texts = {}
+    if options.data != "self":
+        texts["calibration"], texts["test"] = split_text(read_text(options.data))
+        if not texts["calibration"].strip():
+            raise DataError(f"{options.data}: the text is empty; {options.samples * options.length:,} tokens are needed")
+    if options.test is not None:
+        texts["test"] = read_text(options.test)
+    return texts
+
+
+def _windows(
+    checkpoint: Checkpoint, options: Options, texts: dict[str, str], run: Run, progress: Progress, device: torch.device, wanted: bool
+) -> tuple[Windows | None, Windows | None]:
+    """The calibration and test windows; what the model wrote itself is kept in the run, so that a resumed one goes on with the same."""
+    language = is_language_model(checkpoint.skeleton)
+    tokenizer = load_tokenizer(checkpoint.path, options.trust_remote_code) if texts else None
+    windows = test = None
+    if "calibration" in texts and wanted:
+        windows = calibration_windows(texts["calibration"], tokenizer, options.samples, options.length, options.seed, options.data)
+    if "test" in texts and options.evaluate:
+        source = options.test or f"the last tenth of {options.data}"
+        test = evaluation_windows(texts["test"], tokenizer, options.length, options.test_tokens, source)
+    if not language and (windows is None and wanted):
+        raise DataError(f"{checkpoint.path}: this model writes no text, so it cannot calibrate itself; give a text with --data")
+    if windows is None and wanted:
+        windows = _own_text(checkpoint, run, "calibration", options.samples, options.length, options.seed, progress, device)
+    if test is None and language and options.evaluate:
+        count = max(1, min(options.test_tokens, 16384) // options.length)
+        test = _own_text(checkpoint, run, "test", count, options.length, options.seed + 1, progress, device)
+    return windows, test
+
+
+def _own_text(checkpoint: Checkpoint, run: Run, use: str, samples: int, length: int, seed: int, progress: Progress, device: torch.device) -> Windows:
+    file = run.work / f"{use}.safetensors"
+    if file.is_file():
+        return Windows(load_file(file)["tokens"].long(), "text sampled from the model itself")
+    progress.start(f"sampling {use} text from the model itself", samples)
+    with Residence(checkpoint.skeleton, checkpoint, None, None, device).hold(""):
+        last = [0]
+
+        def advance(done: int, _: int) -> None:
+            progress.advance(done - last[0])
+            last[0] = done
+
+        windows = sample_windows(checkpoint.skeleton, samples, length, seed, progress=advance)
+    temporary = file.with_suffix(".tmp")
+    save_file({"tokens": windows.tokens.to(torch.int32)}, temporary)
+    temporary.replace(file)
+    return Windows(windows.tokens, "text sampled from the model itself")
+
+
+def _allocated(
+    checkpoint: Checkpoint, chosen: Chosen, windows: Windows | None, options: Options, run: Run, device: torch.device, progress: Progress
+) -> Chosen:
+    """Each site's own method, after the survey that methods spreading one number (or needing gradients) call for; kept in the run."""
+    spread = allocations(chosen)
+    needs = survey_needs(chosen, spread)
+    if not spread and not any(needs.values()):
+        return chosen
+    noted = run.notes().get("methods")
+    if noted is not None:
+        return {slot: parse(noted[slot.name]) for slot in chosen}  # type: ignore[misc]
+    concerned = [slot for slot, method in chosen.items() if method in spread or needs[slot]]
+    progress.start("surveying the original model", sum(slot.entries for slot in concerned))
+    extras = Extras(run.work)
+    if any(needs.values()) and windows is not None:
+        blocks, residence = open_blocks(checkpoint, _dtype(options), device)
+        batches = Windows(windows.tokens[:SURVEY_SAMPLES], windows.source).batches(1)
+        stages = survey_stages(blocks, residence, batches, concerned, needs, options.seed, Shelf(run.work))
+    else:
+        residence = Residence(checkpoint.skeleton, checkpoint, None, None, device)
+        stages = data_free_stages(residence, concerned)
+    resolved = allocate(stages, chosen, spread, extras, checkpoint.skeleton, options.seed, progress)
+    run.note(methods={slot.name: repr(method) for slot, method in resolved.items()})
+    return resolved
+
+
+def _compress(
+    checkpoint: Checkpoint, chosen: Chosen, windows: Windows | None, options: Options, run: Run, device: torch.device, progress: Progress
+) -> None:
+    needs = needs_of(chosen)
+    slots = list(needs)
+    calibrated = any(wanted & ~GRADIENTS for wanted in needs.values())
+    dtype = _dtype(options) if calibrated else None
+    overlay = Overlay(checkpoint, run, slots)
+    chain = find_chain(checkpoint.skeleton)
+    residence = Residence(checkpoint.skeleton, overlay, chain, dtype, device)
+    blocks = BlockModel(residence, chain) if chain is not None else None
+    batches = windows.batches(max(1, 4096 // windows.tokens.shape[1])) if windows is not None and calibrated else []
+    done = list(run.parts())
+    progress.start("compressing", sum(slot.entries * slot.columns for slot in slots))
+    finished = {name for record in run.parts().values() for name in record["specs"]}
+    progress.advance(sum(slot.entries * slot.columns for slot in slots if slot.parameter in finished), "finished before")
+    stages = compression_stages(blocks, residence, batches, slots, needs, options.true_sequential, Shelf(run.work), done)
+    compress_parts(stages, chosen, checkpoint.skeleton, run, Extras(run.work), options.seed, calibrated, progress)
+
+
+def _quality(out: Path, checkpoint: Checkpoint, test: Windows, options: Options, device: torch.device, progress: Progress) -> dict[str, Any]:
+    """The stored model against the original on the test windows."""
+    progress.start("evaluating what was stored", 1)
+    stored = CompressedCheckpoint(out, trust_remote_code=options.trust_remote_code)
+    if not is_language_model(checkpoint.skeleton):
+        return similarity(stored, checkpoint, test, _dtype(options), device)
+    return perplexity(stored, test, reference=checkpoint, dtype=_dtype(options), device=device).as_dict()
+
+
+def _kept(checkpoint: Checkpoint, names: list[str]) -> list[dict[str, Any]]:
+    shapes = {name: list(tensor.shape) for name, tensor in checkpoint.skeleton.state_dict().items()}
+    return [{"name": name, "bytes": checkpoint.nbytes(name), "shape": shapes[name]} for name in names]
+
+
+def _fingerprint(checkpoint: Checkpoint, chosen: Chosen, options: Options, texts: dict[str, str]) -> dict[str, Any]:
+    """What must be equal for a run to be continued."""
+    headers = hashlib.sha256(repr(sorted((n, t.dtype, t.shape, t.file.name) for n, t in checkpoint.files.tensors.items())).encode())
+    return {
+        "model": f"{checkpoint.path.name}:{headers.hexdigest()[:16]}",
+        "methods": hashlib.sha256(repr([(slot.name, repr(method)) for slot, method in chosen.items()]).encode()).hexdigest()[:16],
+        "data": {use: hashlib.sha256(text.encode()).hexdigest()[:16] for use, text in texts.items()} or options.data,
+        **{name: getattr(options, name) for name in ("samples", "length", "seed", "dtype", "true_sequential")},
+        "laconic": versions()["laconic"],
+    }
+
+
+def _dtype(options: Options) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.dtype]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a name stands for; "auto" is a CUDA device if there is one. Raises: ValueError from torch for an unknown name."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def parameters(model: nn.Module) -> int:
+    """Distinct parameters, ties counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def versions() -> dict[str, str]:
+    """The versions a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("laconic", "torch", "transformers", "safetensors", "constriction", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "source tree"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the run was made on."""
+    return {"system": platform.system(), "processor": platform.machine(), "threads": torch.get_num_threads()}
+
+
+def evaluate_source(
+    source: str | Path,
+    *,
+    reference: str | Path | None = None,
+    data: str | None = None,
+    length: int = 256,
+    tokens: int | None = None,
+    tasks: list[str] | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Measure a compressed or an original model: size, likelihood of a text, distance from a reference, lm-eval tasks.
+
+    Raises: CheckpointError, DataError.
+    """
+    opened = open_source(source, trust_remote_code=trust_remote_code)
+    result: dict[str, Any] = {"source": str(source), "stored_bytes": stored_bytes(opened.path)}
+    count = parameters(opened.skeleton)
+    result["bits_per_weight"] = 8 * result["stored_bytes"] / count
+    options = Options(device=device, dtype=dtype)
+    if data is not None:
+        windows = evaluation_windows(read_text(data), load_tokenizer(opened.path, trust_remote_code), length, tokens, data)
+        other = open_source(reference, trust_remote_code=trust_remote_code) if reference is not None else None
+        if is_language_model(opened.skeleton):
+            result |= perplexity(opened, windows, reference=other, dtype=_dtype(options), device=pick_device(device)).as_dict()
+        elif other is not None:
+            result |= similarity(opened, other, windows, _dtype(options), pick_device(device))
+        else:
+            raise DataError(f"{source}: this model predicts no text; give the original as --reference to compare their outputs")
+    if tasks:
+        if isinstance(opened, CompressedCheckpoint):
+            model = load(opened.path, dtype=_dtype(options), trust_remote_code=trust_remote_code)
+        else:
+            Residence(opened.skeleton, opened, None, _dtype(options), torch.device("cpu")).keep_all()
+            model = opened.skeleton
+        result["tasks"] = run_tasks(model.to(pick_device(device)), load_tokenizer(opened.path, trust_remote_code), tasks, limit)
+    return result
+
+
+@overload
+def compress(source: nn.Module, scheme: Scheme | str, data: Iterable[Batch] | None = None, **options: Any) -> tuple[nn.Module, Report]: ...
+
+
+@overload
+def compress(source: str | Path, scheme: Scheme | str, data: str | None = None, **options: Any) -> Report: ...
+
+
+def compress(
+    source: nn.Module | str | Path, scheme: Scheme | str, data: Iterable[Batch] | str | None = None, **options: Any
+) -> tuple[nn.Module, Report] | Report:
+    """Compress a module in memory (`memory.compress_module`) or a model directory (`compress_directory`) by a scheme or its text.
+
+    For a module: `data` is a loader, `score` a function of the module; returns the module, its matrices replaced by installed Weights, and a
+    report. For a directory or hub id: `out` names the directory to write, `data` a text, other keywords are those of `Options`; returns the report.
+    """
+    progress = options.pop("progress", None)
+    chosen = parse(scheme) if isinstance(scheme, str) else scheme
+    if isinstance(source, nn.Module):
+        if isinstance(data, str):
+            raise DataError(f"a module in memory is calibrated with batches it can be called with, not with {data!r}")
+        return compress_module(source, chosen, data, progress=progress, **options)
+    if "out" not in options:
+        raise SchemeError(f"{source}: say where the compressed model goes: compress(source, scheme, out=...)")
+    out = options.pop("out")
+    if data is not None and not isinstance(data, str):
+        raise DataError("a model directory is calibrated with text: a file, a directory, 'hub:name' or 'self'")
+    if data is not None:
+        options["data"] = data
+    return compress_directory(source, chosen, out, Options(**options), progress)

@@ -1,0 +1,99 @@
+"""What a run will do and cost, before it starts: method and size of every site, peak memory, time."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from laconic.load import Checkpoint
+from laconic.methods.base import Keep, Method
+from laconic.progress import resident_memory
+from laconic.sites import Slot, Stats
+
+_FLOAT = 4  # bytes of the computing precision
+
+
+@dataclass(frozen=True)
+class Load:
+    """The calibration load of a run: windows, tokens per window, and how often the chain is run over them."""
+
+    samples: int = 0
+    length: int = 0
+    passes: int = 0
+    width: int = 0
+
+
+def preflight(source: Checkpoint, chosen: dict[Slot, Method], load: Load, chain: str | None) -> dict[str, Any]:
+    """The plan as numbers: sites with method and expected bits, expected bytes of the weights, peak memory in bytes, seconds (a guess)."""
+    sites: list[dict[str, Any]] = []
+    for slot, method in chosen.items():
+        original = 8 * source.nbytes(slot.parameter) or 16 * slot.entries
+        kept = isinstance(method, Keep)
+        bits = original if kept else method.expected_bits(slot.shape)
+        sites.append(
+            {"name": slot.name, "aliases": list(slot.names[1:]), "shape": list(slot.shape), "method": repr(method), "role": slot.role,
+             "bits_per_weight": bits / slot.entries, "bytes": bits / 8, "original_bytes": original / 8, "kept": kept}
+        )  # fmt: skip
+    total = sum(stored.bytes for stored in source.files.tensors.values())
+    rest = total - sum(site["original_bytes"] for site in sites)
+    return {
+        "sites": sites,
+        "bytes": round(sum(site["bytes"] for site in sites) + rest),
+        "original_bytes": total,
+        "peak_memory": _peak(source, chosen, load, chain),
+        "seconds": _seconds(chosen, load),
+    }
+
+
+def _peak(source: Checkpoint, chosen: dict[Slot, Method], load: Load, chain: str | None) -> int:
+    """Bytes: what the process takes already + the hidden states + the largest part with its statistics and its solver's workspace."""
+    parts: dict[str, list[Slot]] = {}
+    for slot in chosen:
+        path = slot.users[0][0]
+        inside = chain is not None and path.startswith(chain + ".")
+        parts.setdefault(".".join(path.split(".")[: len((chain or "").split(".")) + 1]) if inside else slot.name, []).append(slot)
+    largest = 0
+    for slots in parts.values():
+        wanted = {slot: chosen[slot].wants if not isinstance(chosen[slot], Keep) else Stats(0) for slot in slots}
+        calibrated = any(wanted.values())
+        weights = sum((_FLOAT if calibrated else source.nbytes(slot.parameter) / slot.entries) * slot.entries for slot in slots)
+        columns = {slot.columns: slot.groups for slot in slots if wanted[slot] & Stats.HESSIAN}  # slots fed alike share their Hessian
+        hessians = sum(_FLOAT * n * n * groups for n, groups in columns.items())
+        solver = max((_workspace(slot, chosen[slot], wanted[slot]) for slot in slots), default=0)
+        packed = sum(chosen[slot].expected_bits(slot.shape) / 8 for slot in slots if not isinstance(chosen[slot], Keep))
+        largest = max(largest, round(weights + hessians + solver + packed))
+    hidden = 2 * _FLOAT * load.samples * load.length * load.width
+    activations = 12 * _FLOAT * 4096 * load.width if load.samples else 0
+    return resident_memory() + largest + hidden + activations
+
+
+def _workspace(slot: Slot, method: Method, wanted: Stats) -> int:
+    """Bytes a method takes for one site beside its weight: codes, and for column solvers the factor and three copies of the weight."""
+    if isinstance(method, Keep):
+        return 0
+    if wanted & Stats.HESSIAN:
+        return _FLOAT * (slot.groups * slot.columns**2 + 4 * slot.entries)
+    return 2 * slot.entries + (128 << 20)
+
+
+def _seconds(chosen: dict[Slot, Method], load: Load) -> float:
+    """A guess from a matrix product timed now: forward passes over the calibration windows, and one sweep per site that needs a Hessian."""
+    flops = 0.0
+    for slot, method in chosen.items():
+        if isinstance(method, Keep):
+            continue
+        wanted = method.wants
+        if wanted:
+            flops += 2.0 * slot.entries * load.samples * load.length * load.passes
+        if wanted & Stats.HESSIAN:
+            tokens = load.samples * load.length
+            flops += slot.groups * (2.0 * tokens * slot.columns**2 + slot.columns**3) + 6.0 * slot.entries * slot.columns
+        else:
+            flops += 400.0 * slot.entries
+    a = torch.randn(1024, 1024)
+    a @ a
+    started = time.perf_counter()
+    a @ a
+    speed = 2 * 1024**3 / max(time.perf_counter() - started, 1e-6)
+    return 1.5 * flops / speed  # measured runs take about half as long again as their products alone

@@ -1,0 +1,94 @@
+"""One part of a model in memory at a time: the tensors of a block come from a provider when it is held and go when it is let go."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from laconic.errors import CheckpointError
+
+
+class Provider(Protocol):
+    """Hands out a model's parameters and buffers by the names the module has for them."""
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """Those of the names that are stored, decoded, as tensors that outlive the call."""
+
+    def nbytes(self, name: str) -> int:
+        """Bytes the parameter takes on disk."""
+
+
+class Residence:
+    """Brings parts of a skeleton into memory from a provider, in one dtype on one device, and drops them again.
+
+    With dtype None tensors keep their stored type and stay on the disk's pages: right for methods that only read them.
+    """
+
+    def __init__(self, model: nn.Module, provider: Provider, chain: str | None, dtype: torch.dtype | None, device: torch.device) -> None:
+        self.model, self.provider, self.chain, self.dtype, self.device = model, provider, chain, dtype, device
+        self.users: dict[int, list[tuple[nn.Module, str, str]]] = {}
+        for path, module in model.named_modules():
+            for name, tensor in module._parameters.items():
+                if tensor is not None:
+                    self.users.setdefault(id(tensor), []).append((module, name, f"{path}.{name}" if path else name))
+        self._meta = {names[0][2]: nn.Parameter(_as_meta(names), requires_grad=False) for names in self.users.values()}
+        self._ties = list(self.users.values())
+        self._held: dict[str, int] = {}
+        for users in self._ties:
+            self._put(users, self._meta[users[0][2]])
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device)
+
+    def _inside(self, name: str, path: str) -> bool:
+        if path:
+            return name.startswith(path + ".")
+        return self.chain is None or not name.startswith(self.chain + ".")
+
+    def _put(self, users: list[tuple[nn.Module, str, str]], tensor: nn.Parameter) -> None:
+        for module, name, _ in users:
+            module._parameters[name] = tensor
+
+    @contextmanager
+    def hold(self, path: str) -> Iterator[None]:
+        """The parameters below `path` ("" for all outside the chain) are in memory inside this context; it nests."""
+        if not self._held.get(path):
+            self._load(path)
+        self._held[path] = self._held.get(path, 0) + 1
+        try:
+            yield
+        finally:
+            self._held[path] -= 1
+            if not self._held[path]:
+                for users in self._ties:
+                    if self._inside(users[0][2], path):
+                        self._put(users, self._meta[users[0][2]])
+
+    def keep_all(self, skip: Collection[str] = ()) -> None:
+        """Bring everything into memory for good, but for the parameters named in `skip`."""
+        self._load("", skip)
+
+    def _load(self, path: str, skip: Collection[str] = ()) -> None:
+        wanted = [users for users in self._ties if self._inside(users[0][2], path) and not any(name in skip for _, _, name in users)]
+        names = [name for users in wanted for _, _, name in users]
+        buffers = {n: b for n, b in self.model.named_buffers() if self._inside(n, path)}
+        found = self.provider.read(names + list(buffers))
+        for users in wanted:
+            name = next((name for _, _, name in users if name in found), None)
+            if name is None:
+                raise CheckpointError(f"{users[0][2]}: not stored")
+            tensor, expected = found[name], tuple(self._meta[users[0][2]].shape)
+            if tuple(tensor.shape) != expected:
+                raise CheckpointError(f"{name}: stored with shape {tuple(tensor.shape)}, the config asks for {expected}")
+            held = tensor.to(self.device) if self.dtype is None else tensor.to(self.device, self.dtype, copy=True)
+            self._put(users, nn.Parameter(held, requires_grad=False))
+        for name, buffer in buffers.items():
+            if name in found:
+                buffer.data.copy_(found[name])
+
+
+def _as_meta(users: list[tuple[nn.Module, str, str]]) -> Tensor:
+    tensor = users[0][0]._parameters[users[0][1]]
+    assert tensor is not None
+    return torch.empty(tensor.shape, device="meta")

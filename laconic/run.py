@@ -1,0 +1,214 @@
+"""An output directory while a model is compressed: written part by part, so that nothing finished is ever lost."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from laconic.errors import OutputError
+from laconic.store import MANIFEST
+from laconic.tensors import INDEX, read_header
+from laconic.weights.base import Spec
+
+_WORK = ".laconic"
+_SHARD = 4 << 30  # bytes per file of weights
+_COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")  # config, tokenizer and, where trusted, code
+
+
+class Run:
+    """The output directory while a model is being compressed: finished parts, how to go on, and at the end the model.
+
+    A part (a block, or what lies before or after the blocks) is one file, written under a temporary name and renamed, that holds its
+    tensors and, in its header, their specs and what happened. `fingerprint` says which run this is; a directory is only continued by the
+    run that began it, and only left to others if it is empty.
+    """
+
+    def __init__(self, out: Path, fingerprint: dict[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
+        self.out, self.work = out, out / _WORK
+        started = self.work / "run.json"
+        if overwrite and out.exists():
+            _clear(out)
+        if out.exists() and any(out.iterdir()):
+            if not resume:
+                what = "an unfinished run" if started.exists() else "another model" if (out / MANIFEST).exists() else "other files"
+                raise OutputError(f"{out}: holds {what}; pass --resume to go on with it or --overwrite to replace it")
+            if started.exists():
+                _same(json.loads(started.read_text())["fingerprint"], fingerprint, out)
+            elif not (out / MANIFEST).exists():
+                raise OutputError(f"{out}: nothing to resume, and the directory holds other files; pass --overwrite to replace them")
+        with disk_errors(out):
+            self.work.mkdir(parents=True, exist_ok=True)
+            if not started.exists():
+                write_json(started, {"fingerprint": fingerprint})
+
+    def notes(self) -> dict[str, Any]:
+        """What was noted of the run so far (allocated methods, baselines), by key."""
+        file = self.work / "notes.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def note(self, **values: Any) -> None:
+        """Keep values for a resumed run."""
+        with disk_errors(self.out):
+            write_json(self.work / "notes.json", self.notes() | values)
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """The record of every finished part, by name."""
+        found = {}
+        for file in sorted(self.work.glob("part-*.safetensors")):
+            record = _metadata(file)
+            found[record["part"]] = record
+        return found
+
+    def weight_files(self) -> dict[str, tuple[Path, Spec]]:
+        """Where every finished weight is, and its spec, by parameter name."""
+        found = {}
+        for file in self.work.glob("part-*.safetensors"):
+            for name, spec in _metadata(file)["specs"].items():
+                found[name] = file, spec
+        return found
+
+    def commit(self, part: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Write a finished part. Raises: OutputError when the disk is full; earlier parts are kept and the run can be resumed."""
+        name = hashlib.sha256(part.encode()).hexdigest()[:12]
+        with disk_errors(self.out):
+            atomically(self.work / f"part-{name}.safetensors", tensors, {"laconic": json.dumps(record | {"part": part})})
+
+    def finish(self, manifest: dict[str, Any], source: Path | None, config: dict[str, Any]) -> None:
+        """Turn the parts into a model directory: shards, their index, config, tokenizer, and the manifest last."""
+        with disk_errors(self.out):
+            _assemble(sorted(self.work.glob("part-*.safetensors")), self.out)
+            for pattern in _COPIED if source is not None else ():
+                for file in sorted(source.glob(pattern)) if source is not None else ():
+                    if file.name not in ("config.json", INDEX, MANIFEST, "report.json"):
+                        shutil.copyfile(file, self.out / file.name)
+            write_json(self.out / "config.json", config, indent=2)
+            write_json(self.out / MANIFEST, manifest)
+
+    def close(self) -> None:
+        """The run is complete: only the model and its report stay."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turns a full disk into an OutputError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, OutputError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OutputError(f"{out}: the disk is full ({error}); finished parts are kept: free some space and run again with --resume") from error
+
+
+def write_json(file: Path, value: Any, indent: int | None = None) -> None:
+    """Write a JSON file under a temporary name and rename it."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=indent, separators=(",", ":") if indent is None else None) + "\n")
+    _settle(temporary, file)
+
+
+def atomically(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file under a temporary name and rename it."""
+    temporary = file.with_name(file.name + ".tmp")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=metadata or {"format": "pt"})
+    _settle(temporary, file)
+
+
+def _settle(temporary: Path, file: Path) -> None:
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def _clear(out: Path) -> None:
+    """Remove what a run of ours may have left; anything else in the directory is somebody's, and stays."""
+    shutil.rmtree(out / _WORK, ignore_errors=True)
+    ours = {MANIFEST, INDEX, "report.json", "report.html", "config.json", "model.safetensors"}
+    if (out / MANIFEST).exists() or not any((out / name).exists() for name in ("config.json", "model.safetensors")):
+        for file in out.iterdir():
+            known = file.name in ours or (file.name.startswith("model-") and file.suffix == ".safetensors")
+            if file.is_file() and (known or any(file.match(pattern) for pattern in _COPIED)):
+                file.unlink()
+    if any(out.iterdir()):
+        raise OutputError(f"{out}: holds files that no run of laconic wrote ({next(out.iterdir()).name}); choose another directory")
+
+
+def _same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if changed:
+        what = "; ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed)
+        raise OutputError(f"{out}: holds an unfinished run of another kind ({what}); use the same options, or --overwrite")
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+    return json.loads(header["__metadata__"]["laconic"])
+
+
+def _assemble(parts: list[Path], out: Path) -> None:
+    """Copy the parts' tensors into shards of at most 4 GiB (one tensor at least), in the order of their names, a few MB in memory."""
+    shards: list[list[tuple[str, Path]]] = [[]]
+    size = 0
+    headers = {part: read_header(part) for part in parts}
+    entries = sorted((name, part) for part, (tensors, _) in headers.items() for name in tensors)
+    for name, part in entries:
+        nbytes = headers[part][0][name].bytes
+        if shards[-1] and size + nbytes > _SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, part))
+        size += nbytes
+    count = len(shards)
+    names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    for file, shard in zip(names, shards, strict=True):
+        _write_shard(out / file, shard)
+    if count > 1:
+        total = sum(t.bytes for tensors, _ in headers.values() for t in tensors.values())
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _ in shard}
+        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+
+
+def _write_shard(file: Path, shard: list[tuple[str, Path]]) -> None:
+    raw: dict[Path, tuple[dict[str, Any], int]] = {}
+    for part in {part for _, part in shard}:
+        with part.open("rb") as stream:
+            length = struct.unpack("<Q", stream.read(8))[0]
+            raw[part] = json.loads(stream.read(length)), 8 + length
+    # the widest types first, so that every tensor is aligned to its own width, as the format advises
+    ordered = sorted(shard, key=lambda item: (-_width(raw[item[1]][0][item[0]]["dtype"]), item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, part in ordered:
+        entry = raw[part][0][name]
+        nbytes = entry["data_offsets"][1] - entry["data_offsets"][0]
+        header[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = file.with_name(file.name + ".tmp")
+    with temporary.open("wb") as target:
+        target.write(struct.pack("<Q", len(text)) + text)
+        for name, part in ordered:
+            start, stop = raw[part][0][name]["data_offsets"]
+            with part.open("rb") as source:
+                source.seek(raw[part][1] + start)
+                left = stop - start
+                while left:
+                    chunk = source.read(min(left, 1 << 24))
+                    target.write(chunk)
+                    left -= len(chunk)
+    _settle(temporary, file)
+
+
+def _width(dtype: str) -> int:
+    return {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}.get(dtype, 1)

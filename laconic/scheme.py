@@ -1,0 +1,246 @@
+"""Schemes: which method each site gets, written as Python values or as text that is parsed and never evaluated."""
+
+import ast
+import difflib
+import importlib
+import inspect
+import pkgutil
+import runpy
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import laconic.methods
+from laconic.errors import SchemeError
+from laconic.methods.base import Keep, Method
+from laconic.sites import Slot
+
+Predicate = Callable[[Slot], bool]
+Rule = tuple[str | Predicate, Method]
+Scheme = Method | Sequence[Rule] | Callable[[Slot], Method]
+"""A method for every matrix but embeddings and the output head; a plan of rules (pattern or predicate, method) of which the first that
+matches wins; or a function from a site's description to a method. In a plan or function, nothing is left out: say `Keep()`."""
+
+
+@cache
+def known_methods() -> dict[str, type[Method]]:
+    """Every method by its class name, found by walking `laconic.methods`; a module that does not import is an error, not a gap."""
+    found: dict[str, type[Method]] = {}
+    for module_info in pkgutil.iter_modules(laconic.methods.__path__):
+        module = importlib.import_module(f"laconic.methods.{module_info.name}")
+        for name, cls in vars(module).items():
+            own = inspect.isclass(cls) and issubclass(cls, Method) and cls.__module__ == module.__name__
+            if own and not inspect.isabstract(cls) and name not in ("Then", "Plus"):
+                found[name] = cls
+    return dict(sorted(found.items()))
+
+
+def parse(text: str) -> Scheme:
+    """The scheme a Python expression describes. Only method calls, literals, `+`, `>>`, plans and conditions on a site are understood.
+
+    Examples: `GPTQ(bits=3) + EoRA(rank=16)`; `[("lm_head", Keep()), (columns > 1000, GPTQ(bits=4)), ("*", GPTQ(bits=3))]`;
+    `GPTQ(bits=4) if "v_proj" in name or block < 2 else GPTQ(bits=3)`. Conditions may use name, rows, columns, entries, block and role.
+    Raises: SchemeError naming what was not understood and where, with the nearest spelling of an unknown name.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except SyntaxError as error:
+        raise SchemeError(f"scheme {text!r}: not a Python expression: {error.msg} at column {error.offset}") from error
+    node = tree.body
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_rule(item) for item in node.elts]
+    if isinstance(node, ast.IfExp):
+        return _conditional(node)
+    return _method(node)
+
+
+def load_plan(file: Path) -> Scheme:
+    """The variable `scheme` of a Python file, which is run: a plan file is a program of the user's own."""
+    if not file.is_file():
+        raise SchemeError(f"{file}: no such plan file")
+    names = runpy.run_path(str(file))
+    if "scheme" not in names:
+        raise SchemeError(f"{file}: expected a variable named 'scheme' (a method, a list of rules or a function), found none")
+    return names["scheme"]
+
+
+def resolve(scheme: Scheme, slots: Sequence[Slot]) -> dict[Slot, Method]:
+    """The method of every slot, `Keep()` for those that stay as they are.
+
+    Raises: SchemeError when a rule matches nothing, a site matches no rule, a method cannot treat a site's shape, or there is no site at all.
+    """
+    if not slots:
+        raise SchemeError("the model has no linear, convolution or embedding layer to compress")
+    if isinstance(scheme, Method):
+        chosen = {slot: scheme if slot.role == "body" else Keep() for slot in slots}
+        if all(isinstance(method, Keep) for method in chosen.values()) and not isinstance(scheme, Keep):
+            raise SchemeError("the model has embeddings or an output head only; name them in a plan to compress them")
+    elif callable(scheme):
+        chosen = {slot: _returned(scheme(slot), slot) for slot in slots}
+    else:
+        chosen = _first_matches(list(scheme), slots)
+    for slot, method in chosen.items():
+        if not isinstance(method, Keep):
+            try:
+                method.expected_bits(slot.shape)
+            except SchemeError as error:
+                raise SchemeError(f"{slot.name}: {error}") from error
+    return chosen
+
+
+def describe(scheme: Scheme) -> str:
+    """The text of a scheme: what `parse` reads back, or a function's name."""
+    if isinstance(scheme, Method):
+        return repr(scheme)
+    if callable(scheme):
+        return getattr(scheme, "text", f"function {getattr(scheme, '__name__', 'scheme')}")
+    rules = (f"({getattr(p, 'text', None) or (repr(p) if isinstance(p, str) else 'predicate')}, {m!r})" for p, m in scheme)
+    return f"[{', '.join(rules)}]"
+
+
+def _returned(method: object, slot: Slot) -> Method:
+    if not isinstance(method, Method):
+        raise SchemeError(f"{slot.name}: the scheme function should return a method, it returned {method!r}")
+    return method
+
+
+def _first_matches(rules: list[Rule], slots: Sequence[Slot]) -> dict[Slot, Method]:
+    for rule in rules:
+        if not (isinstance(rule, tuple) and len(rule) == 2 and (isinstance(rule[0], str) or callable(rule[0])) and isinstance(rule[1], Method)):
+            raise SchemeError(f"a rule is a pair (pattern or predicate, method), got {rule!r}")
+    chosen: dict[Slot, Method] = {}
+    used: set[int] = set()
+    for slot in slots:
+        hit = next((i for i, (test, _) in enumerate(rules) if _matches(test, slot)), None)
+        if hit is None:
+            raise SchemeError(f"{slot.name}: no rule of the plan matches it; end the plan with ('*', Keep()) to leave the rest as it is")
+        chosen[slot] = rules[hit][1]
+        used.update(i for i, (test, _) in enumerate(rules) if _matches(test, slot))
+    for i, (test, _) in enumerate(rules):
+        if i not in used:
+            names = sorted({"*." + name.rsplit(".", 1)[-1] for slot in slots for name in slot.names} | {n for s in slots for n in s.names})
+            raise SchemeError(f"rule {i + 1} ({getattr(test, 'text', test)!r}) matches no site{_nearest(str(test), names)}")
+    return chosen
+
+
+def _matches(test: str | Predicate, slot: Slot) -> bool:
+    return any(fnmatchcase(name, test) for name in slot.names) if isinstance(test, str) else bool(test(slot))
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known[:8])}"
+
+
+def _where(node: ast.AST) -> str:
+    return f"{ast.unparse(node)!r} (column {getattr(node, 'col_offset', 0) + 1})"
+
+
+def _method(node: ast.expr) -> Method:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift):
+        return _method(node.left) >> _method(node.right)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _method(node.left) + _method(node.right)
+    if isinstance(node, ast.Name):  # GPTQ stands for GPTQ()
+        return _build(node, node.id, [], [])
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return _build(node, node.func.id, node.args, node.keywords)
+    raise SchemeError(f"scheme: expected a method such as GPTQ(bits=4), got {_where(node)}; only methods can be called")
+
+
+def _build(node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Method:
+    known = known_methods()
+    if name not in known:
+        raise SchemeError(f"scheme: unknown method {name!r} in {_where(node)}{_nearest(name, list(known))}")
+    parameters = list(inspect.signature(known[name]).parameters)
+    if len(args) > len(parameters):
+        raise SchemeError(f"scheme: {name} takes {len(parameters)} arguments, got {len(args)} in {_where(node)}")
+    values = {parameter: _value(arg) for parameter, arg in zip(parameters, args, strict=False)}
+    for keyword in keywords:
+        if keyword.arg is None or keyword.arg not in parameters:
+            raise SchemeError(f"scheme: {name} has no argument {keyword.arg!r}{_nearest(str(keyword.arg), parameters)}")
+        if keyword.arg in values:
+            raise SchemeError(f"scheme: {name} got {keyword.arg!r} twice in {_where(node)}")
+        values[keyword.arg] = _value(keyword.value)
+    try:
+        return known[name](**values)
+    except TypeError as error:
+        raise SchemeError(f"scheme: {_where(node)}: {error}") from error
+
+
+def _value(node: ast.expr) -> Any:
+    """A literal, a float('inf'), or a method given to a method."""
+    if isinstance(node, ast.Call | ast.Name) or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift | ast.Add)):
+        if ast.unparse(node) in ("inf", "float('inf')"):
+            return float("inf")
+        return _method(node)
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise SchemeError(f"scheme: expected a literal value, got {_where(node)}") from error
+
+
+def _rule(node: ast.expr) -> Rule:
+    if not (isinstance(node, ast.Tuple) and len(node.elts) == 2):
+        raise SchemeError(f"scheme: a rule of a plan is a pair (pattern, method), got {_where(node)}")
+    test, method = node.elts
+    if isinstance(test, ast.Constant) and isinstance(test.value, str):
+        return test.value, _method(method)
+    return _predicate(test), _method(method)
+
+
+def _conditional(node: ast.IfExp) -> Callable[[Slot], Method]:
+    test, then = _predicate(node.test), _method(node.body)
+    other = _conditional(node.orelse) if isinstance(node.orelse, ast.IfExp) else _method(node.orelse)
+
+    def choose(slot: Slot) -> Method:
+        if test(slot):
+            return then
+        return other if isinstance(other, Method) else other(slot)
+
+    choose.text = ast.unparse(node)  # type: ignore[attr-defined]
+    return choose
+
+
+_FIELDS = ("name", "rows", "columns", "entries", "block", "role")
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Lt: lambda a, b: a < b, ast.LtE: lambda a, b: a <= b, ast.Gt: lambda a, b: a > b, ast.GtE: lambda a, b: a >= b,
+    ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
+}  # fmt: skip
+
+
+def _predicate(node: ast.expr) -> Predicate:
+    """A condition on a site: comparisons of its fields and literals, joined by and, or, not."""
+    _evaluate(node, None)  # everything is understood, before it is used
+
+    def test(slot: Slot) -> bool:
+        try:
+            return bool(_evaluate(node, slot))
+        except TypeError as error:
+            raise SchemeError(f"scheme: {_where(node)} compares things that do not compare: {error}") from error
+
+    test.text = ast.unparse(node)  # type: ignore[attr-defined]
+    return test
+
+
+def _evaluate(node: ast.expr, slot: Slot | None) -> Any:
+    """The value of a condition for a slot, or, for None, only a check that every part of it is understood."""
+    if isinstance(node, ast.BoolOp):
+        values = [_evaluate(value, slot) for value in node.values]
+        return all(values) if isinstance(node.op, ast.And) else any(values)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return not _evaluate(node.operand, slot)
+    if isinstance(node, ast.Compare):
+        values = [_evaluate(value, slot) for value in (node.left, *node.comparators)]
+        tests = [_COMPARISONS.get(type(op)) for op in node.ops]
+        if all(test is not None for test in tests):
+            pairs = zip(tests, values[:-1], values[1:], strict=True)
+            return slot is None or all(test(a, b) for test, a, b in pairs if test is not None)
+    field = node.attr if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "site" else getattr(node, "id", None)
+    if field in _FIELDS:
+        return None if slot is None else getattr(slot, str(field))
+    if isinstance(node, ast.Constant | ast.Tuple | ast.List | ast.UnaryOp):
+        return _value(node)
+    raise SchemeError(f"scheme: a condition compares {', '.join(_FIELDS)} and literals, got {_where(node)}")

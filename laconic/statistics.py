@@ -1,0 +1,216 @@
+"""The only place where inputs and gradients are seen and summed.
+
+One normalisation everywhere: a Hessian is X^T X / n over the n tokens (or image patches) a site saw, in its own groups.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from laconic.sites import Site, Slot, Stats
+
+
+class Gram:
+    """Sums X^T X (or only its diagonal) over tokens, per group: X [groups, tokens, in]."""
+
+    def __init__(self, groups: int, columns: int, diagonal: bool, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        shape = (groups, columns) if diagonal else (groups, columns, columns)
+        self.total, self.tokens, self.diagonal = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(groups, dtype=torch.int64), diagonal
+        self._divided = False
+
+    def add(self, x: Tensor, group: int | None = None) -> None:
+        """Add the inputs x [groups, tokens, in], or x [1, tokens, in] of one group."""
+        x = x.to(self.total.dtype)
+        rows = slice(None) if group is None else slice(group, group + 1)
+        if self.diagonal:
+            self.total[rows] += x.square().sum(1)
+        else:
+            self.total[rows].baddbmm_(x.transpose(1, 2), x)
+        self.tokens[rows] += x.shape[1]
+
+    def split(self) -> "Gram":
+        """A copy that goes on alone."""
+        copy = Gram(len(self.tokens), self.total.shape[1], self.diagonal, self.total.device, self.total.dtype)
+        copy.total, copy.tokens = self.total.clone(), self.tokens.clone()
+        return copy
+
+    def mean(self) -> Tensor:
+        """The sums divided by the tokens of each group, zero for a group that saw none; in place, since this can be the largest tensor."""
+        if not self._divided:
+            n = self.tokens.clamp(min=1).to(self.total)
+            self.total /= n.view(-1, *(1,) * (self.total.dim() - 1))
+            self._divided = True
+        return self.total
+
+
+Seen = Callable[[Slot, Tensor, int | None, Tensor, bool], None]
+"""Called with a slot, its input [groups, tokens, in], the group (None for all), the product's output, and whether that is channels-first."""
+
+
+class Tap(TorchFunctionMode):
+    """Sees every matrix product or convolution with a watched parameter: found by the parameter's storage, so no layer is known by name."""
+
+    def __init__(self, watched: dict[Slot, nn.Parameter], seen: Seen) -> None:
+        super().__init__()
+        self._slots = {tensor.untyped_storage().data_ptr(): (slot, tensor) for slot, tensor in watched.items()}
+        self._seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        product = _PRODUCTS.get(func)
+        if product is not None:
+            x, w, extra = product(*args, **(kwargs or {}))
+            if isinstance(w, Tensor) and w.device.type != "meta":
+                slot, tensor = self._slots.get(w.untyped_storage().data_ptr(), (None, None))
+                if slot is not None and tensor is not None:
+                    whole = w.numel() == tensor.numel()
+                    group = None if whole else (w.storage_offset() - tensor.storage_offset()) // tensor.stride(0)
+                    self._seen(slot, _inputs(slot, x, w, extra, whole), group, output, isinstance(extra, tuple))
+        return output
+
+
+def _linear(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Any]:
+    return input, weight, None
+
+
+def _addmm(_: Tensor, mat1: Tensor, mat2: Tensor, **__: Any) -> tuple[Tensor, Tensor, Any]:
+    return mat1, mat2, None
+
+
+def _matmul(input: Tensor, other: Tensor, **_: Any) -> tuple[Tensor, Tensor, Any]:
+    return input, other, None
+
+
+def _conv(
+    input: Tensor, weight: Tensor, _: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, *__: Any, **___: Any
+) -> tuple[Tensor, Tensor, Any]:
+    return input, weight, (stride, padding, dilation)
+
+
+def _lookup(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Any]:
+    return input, weight, "lookup"
+
+
+_PRODUCTS: dict[Any, Callable[..., tuple[Tensor, Tensor, Any]]] = {
+    F.linear: _linear, torch.addmm: _addmm, torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, torch.bmm: _matmul,
+    torch.mm: _matmul, F.conv1d: _conv, F.conv2d: _conv, torch.conv1d: _conv, torch.conv2d: _conv, F.embedding: _lookup,
+}  # fmt: skip
+
+
+def _inputs(slot: Slot, x: Tensor, w: Tensor, extra: Any, whole: bool) -> Tensor:
+    """The input of a product as X [groups, tokens, in]."""
+    if extra == "lookup":  # the input is one-hot, and the table's columns are not mixed: X^T X / n is the identity
+        return torch.empty(1, x.numel(), 0, device=w.device)
+    if extra is not None:
+        return _patches(x, w, extra, slot.groups)
+    if whole and slot.groups > 1:  # all experts at once, each with its own rows
+        return x.detach().reshape(slot.groups, -1, x.shape[-1])
+    return x.detach().reshape(1, -1, x.shape[-1])
+
+
+def _patches(x: Tensor, w: Tensor, extra: Any, groups: int) -> Tensor:
+    """The patches a convolution multiplies, [groups, patches, in / groups x kernel]."""
+    kernel = tuple(w.shape[2:])
+    stride, padding, dilation = (_pair(value, len(kernel)) for value in extra)
+    x = x.detach()
+    if isinstance(extra[1], str):
+        total = [d * (k - 1) if extra[1] == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        x = F.pad(x, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
+        padding = (0,) * len(kernel)
+    if len(kernel) == 1:
+        x, kernel, stride, padding, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
+    unfolded = F.unfold(x, kernel, dilation, padding, stride)  # [batch, in x kernel, patches]
+    return unfolded.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _pair(value: Any, dimensions: int) -> tuple[int, ...]:
+    if isinstance(value, str):
+        return (0,) * dimensions
+    return (value,) * dimensions if isinstance(value, int) else tuple(value)
+
+
+class Statistics:
+    """Accumulates what was asked for of some slots while the model runs inside `watch`.
+
+    Slots that are fed the same tensor (queries, keys and values; gate and up) share one Gram matrix.
+    """
+
+    def __init__(self, watched: dict[Slot, nn.Parameter], needs: dict[Slot, Stats]) -> None:
+        self.watched, self.needs = watched, needs
+        self.grams: dict[Slot, Gram] = {}
+        self.fisher: dict[Slot, Tensor] = {}
+        self.output: dict[Slot, Tensor] = {}
+        self.tokens = self.sequences = 0
+        self.order: list[Slot] = []
+        self._last: tuple[Tensor, Gram] | None = None
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Inputs (and, in a backward pass, gradients) are summed inside this context."""
+        with Tap(self.watched, self._seen):
+            yield
+        self._last = None
+
+    def _seen(self, slot: Slot, x: Tensor, group: int | None, output: Tensor, channels_first: bool) -> None:
+        if slot not in self.order:
+            self.order.append(slot)
+        if self.needs[slot] & (Stats.HESSIAN | Stats.SQUARES):
+            self._sum_inputs(slot, x, group)
+        if self.needs[slot] & (Stats.FISHER | Stats.OUTPUT) and output.requires_grad:
+            output.register_hook(lambda g: self._sum_gradients(slot, x, group, g.detach().movedim(1, -1) if channels_first else g.detach()))
+
+    def _sum_inputs(self, slot: Slot, x: Tensor, group: int | None) -> None:
+        if x.shape[2] == 0:
+            self._gram(slot, x.device).tokens += x.shape[1]
+            return
+        same = self._last is not None and self._last[0].data_ptr() == x.data_ptr() and self._last[0].shape == x.shape and group is None
+        if same and self._last is not None and self.grams.setdefault(slot, self._last[1]) is self._last[1]:
+            return  # summed already, for the slot this one shares its input with
+        shared = [other for other, gram in self.grams.items() if gram is self.grams.get(slot) and other is not slot]
+        if shared and self.order.index(shared[0]) < self.order.index(slot):
+            self.grams[slot] = self.grams[slot].split()  # it was fed what another slot was fed, and now is not
+        gram = self._gram(slot, x.device)
+        gram.add(x, group)
+        self._last = (x, gram) if group is None else None
+
+    def _gram(self, slot: Slot, device: torch.device) -> Gram:
+        if slot not in self.grams:
+            self.grams[slot] = Gram(slot.groups, slot.shape[1], not self.needs[slot] & Stats.HESSIAN, device)
+        return self.grams[slot]
+
+    def _sum_gradients(self, slot: Slot, x: Tensor, group: int | None, g: Tensor) -> None:
+        """Add the gradients g [..., rows] of one product, one sequence's if the model runs on one sequence at a time."""
+        g = g.reshape(-1, g.shape[-1])
+        per_row = g.square().sum(0)
+        start = (group or 0) * (slot.shape[0] // slot.groups)
+        total = self.output.setdefault(slot, torch.zeros(slot.shape[0], device=g.device))
+        total[start : start + len(per_row)] += per_row
+        if self.needs[slot] & Stats.FISHER and x.shape[2]:
+            squared = self.fisher.setdefault(slot, torch.zeros(slot.shape, device=g.device))
+            grouped = g.unflatten(1, (x.shape[0], -1)).permute(1, 2, 0)  # [groups, rows, tokens]
+            squared[start : start + len(per_row)] += (grouped @ x).flatten(0, 1).square()
+
+    def forget(self, slot: Slot) -> None:
+        """Drop what was summed for a slot (what it shares with another stays for that one)."""
+        for kept in (self.grams, self.fisher, self.output):
+            kept.pop(slot, None)
+
+    def describe(self, slot: Slot, W: Tensor, seed: int) -> Site:
+        """The site a method is given: its values and everything that was summed for it. Nothing can be added afterwards."""
+        site = Site(slot.name, W, slot.groups, seed=seed)
+        gram = self.grams.get(slot)
+        if gram is not None:
+            mean = gram.mean()
+            if slot.role == "embedding" and not mean.any():
+                mean = torch.eye(slot.shape[1], device=mean.device).unsqueeze(0) if not gram.diagonal else torch.ones_like(mean)
+            site = site.having(tokens=gram.tokens, **({"squares": mean} if gram.diagonal else {"hessian": mean}))
+        if slot in self.output:
+            site = site.having(output=self.output[slot] / max(self.tokens, 1))
+        if slot in self.fisher:
+            site = site.having(fisher=self.fisher[slot] / max(self.sequences, 1))
+        return site

@@ -1,0 +1,155 @@
+"""What every weight is: a stored Theta, its decoder D, the projection C onto its set, and its exact size in bits."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Self, overload
+
+import torch
+from torch import Tensor, nn
+
+from laconic.errors import CheckpointError, SchemeError
+
+Spec = dict[str, Any]
+"""The JSON half of a packed weight: its kind and everything that is needed to read its tensors back."""
+
+
+class Weight(nn.Module, ABC):
+    """A point of a set of matrices W [out, in] that take few bits.
+
+    `forward()` decodes (D), `right_inverse(W)` projects W onto the set and keeps the side information (scales, tables, masks): the C of
+    "minimise L(w) subject to w = D(Theta)". The two names are those of `torch.nn.utils.parametrize`, with which a Weight is installed.
+    Float state is held as parameters with `requires_grad=False`, so a recovery method only has to switch on what it trains.
+
+    Source: Carreira-Perpinan 2017, "Model compression as constrained optimization", eq. 1; Condensa section 3.
+    """
+
+    kind: str
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """The decoded matrix [out, in], differentiable in every float parameter."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The decoded rows start : stop, for matrices too large to decode at once."""
+        return self.forward()[start:stop]
+
+    @abstractmethod
+    def right_inverse(self, W: Tensor) -> tuple[()]:
+        """Move to the point of the set nearest to W [out, in] that the side information allows; nothing is returned."""
+
+    @abstractmethod
+    def bits(self) -> int:
+        """Exactly 8 x the bytes of the tensors that `pack` returns."""
+
+    @abstractmethod
+    def pack(self) -> tuple[Spec, dict[str, Tensor]]:
+        """The canonical form: a JSON spec with its `kind`, and named tensors whose bytes are the stored bytes."""
+
+    @classmethod
+    @abstractmethod
+    def unpack(cls, spec: Spec, tensors: dict[str, Tensor]) -> Self:
+        """The inverse of `pack`, bit for bit. Raises: CheckpointError when spec and tensors disagree."""
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[0]} x {self.shape[1]}"
+
+
+class ColumnWeight(Weight):
+    """A Weight whose columns can be chosen one unit after the other, which is all that the column solver needs.
+
+    `columns` input columns are rounded together (the dimension of a vector codebook); `span` columns share side information that can be
+    fitted when a sweep reaches them (a group's scale, a block's mask), or None when nothing is left to fit.
+    """
+
+    columns: int = 1
+    span: int | None = None
+
+    @abstractmethod
+    def fit(self, w: Tensor, j: int = 0, importance: Tensor | None = None) -> None:
+        """Fit the side information of columns j : j + k to w [out, k], column (or entry) errors weighted by `importance`."""
+
+    @abstractmethod
+    def nearest(self, w: Tensor, j: int, metric: Tensor | None = None) -> Tensor:
+        """The admissible values nearest to w [out, columns] for columns j : j + columns; ||(w - q) metric|| decides for columns > 1."""
+
+
+class EntryWeight(ColumnWeight):
+    """A ColumnWeight that stores a code per entry, so a sparse weight can store the codes of its surviving entries only.
+
+    `keep` (bool [out, in], default all) says which entries are stored; the others decode to anything.
+    """
+
+    @abstractmethod
+    def bits(self, keep: Tensor | None = None) -> int: ...
+
+    @abstractmethod
+    def pack(self, keep: Tensor | None = None) -> tuple[Spec, dict[str, Tensor]]: ...
+
+    @classmethod
+    @abstractmethod
+    def unpack(cls, spec: Spec, tensors: dict[str, Tensor], keep: Tensor | None = None) -> Self: ...
+
+
+@overload
+def unpack(spec: Spec, tensors: dict[str, Tensor]) -> Weight: ...
+
+
+@overload
+def unpack(spec: Spec, tensors: dict[str, Tensor], keep: Tensor) -> EntryWeight: ...
+
+
+def unpack(spec: Spec, tensors: dict[str, Tensor], keep: Tensor | None = None) -> Weight:
+    """The packed weight of any kind; with `keep`, of a kind that stores a code per entry. Raises: CheckpointError for anything else."""
+    kind = spec.get("kind") if isinstance(spec, dict) else None
+    todo: list[Any] = [Weight]
+    while todo:
+        cls = todo.pop()
+        todo += cls.__subclasses__()
+        if getattr(cls, "kind", None) == kind and kind is not None:
+            if keep is None:
+                return cls.unpack(spec, tensors)
+            if issubclass(cls, EntryWeight):
+                return cls.unpack(spec, tensors, keep)
+            raise CheckpointError(f"the values of a sparse weight cannot be of kind {kind!r}")
+    raise CheckpointError(f"unknown kind of weight {kind!r}; this file needs a newer laconic, or is damaged")
+
+
+def shape_of(spec: Spec) -> tuple[int, int]:
+    """The [out, in] of a spec. Raises: CheckpointError unless it is two positive integers."""
+    shape = spec.get("shape")
+    if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and 0 < n < 2**31 for n in shape)):
+        raise CheckpointError(f"{spec.get('kind')}: shape must be two positive integers, got {shape!r}")
+    return shape[0], shape[1]
+
+
+def parameter(x: Tensor) -> nn.Parameter:
+    """A float state: trainable on request, frozen by default."""
+    return nn.Parameter(x.detach().clone(), requires_grad=False)
+
+
+def check_matrix(W: Tensor, shape: tuple[int, int], kind: str) -> None:
+    """Raises SchemeError unless W has this weight's shape."""
+    if tuple(W.shape) != tuple(shape):
+        raise SchemeError(f"{kind}: expected a matrix of shape {tuple(shape)}, got {tuple(W.shape)}")
+
+
+def expect(tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...], kind: str) -> Tensor:
+    """The stored tensor `name`, or CheckpointError when it is absent or not of exactly this type and shape."""
+    if name not in tensors:
+        raise CheckpointError(f"{kind}: expected a stored tensor {name!r}, found {sorted(tensors)}")
+    tensor = tensors[name]
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+        found = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise CheckpointError(f"{kind}: stored tensor {name!r} should be {dtype} {tuple(shape)}, but is {found}")
+    return tensor
+
+
+def nested(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors below `name.`, with that prefix removed: what a part of this weight packed."""
+    prefix = name + "."
+    return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def prefixed(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a part, named below `name.`."""
+    return {f"{name}.{key}": value for key, value in tensors.items()}

@@ -1,0 +1,96 @@
+"""How a tensor of a module is seen as a matrix, and how a Weight takes its place."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from laconic.weights.base import Weight
+
+
+@dataclass(frozen=True)
+class View:
+    """A parameter of `shape` seen as W [out, in]: the first `lead` dimensions are rows, the others columns.
+
+    `transposed` swaps the last two dimensions first, for layers that compute x W (GPT-2's Conv1D, some packed experts).
+    """
+
+    shape: tuple[int, ...]
+    lead: int = 1
+    transposed: bool = False
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        dims = self._turned
+        return math.prod(dims[: self.lead]), math.prod(dims[self.lead :])
+
+    @property
+    def _turned(self) -> tuple[int, ...]:
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+
+    def matrix(self, parameter: Tensor) -> Tensor:
+        """The parameter as [out, in]; no copy where strides allow."""
+        turned = parameter.transpose(-1, -2) if self.transposed else parameter
+        return turned.reshape(self.matrix_shape)
+
+    def restore(self, W: Tensor) -> Tensor:
+        """The inverse of `matrix`."""
+        turned = W.reshape(self._turned)
+        return turned.transpose(-1, -2) if self.transposed else turned
+
+
+class Installed(nn.Module):
+    """The parametrization that puts a Weight in a parameter's place, in that parameter's own shape."""
+
+    def __init__(self, weight: Weight, view: View) -> None:
+        super().__init__()
+        self.weight, self.view = weight, view
+
+    def forward(self) -> Tensor:
+        return self.view.restore(self.weight())
+
+    def right_inverse(self, value: Tensor) -> tuple[()]:
+        return self.weight.right_inverse(self.view.matrix(value))
+
+
+def install(module: nn.Module, name: str, weight: Weight, view: View) -> None:
+    """Let `weight` take the place of `module.name`: reading decodes it, assigning projects onto its set. Its codes are not touched.
+
+    A tie is installed by calling this once per user with the same Weight object.
+    """
+    installed = Installed(weight, view)
+    # torch projects the present value at registration; the codes are solved already, so that one call must do nothing
+    installed.right_inverse = lambda value: ()  # type: ignore[method-assign]
+    parametrize.register_parametrization(module, name, installed, unsafe=True)
+    del installed.right_inverse
+
+
+def installed(module: nn.Module) -> dict[str, Weight]:
+    """Every Weight installed below `module`, by the dotted name of the parameter it replaces; a tie appears under each of its names."""
+    found: dict[str, Weight] = {}
+    for prefix, child in module.named_modules():
+        if isinstance(getattr(child, "parametrizations", None), nn.ModuleDict):
+            for name, chain in child.parametrizations.items():
+                if isinstance(chain, nn.ModuleList) and isinstance(chain[0], Installed):
+                    found[f"{prefix}.{name}" if prefix else name] = chain[0].weight
+    return found
+
+
+def bake(module: nn.Module) -> None:
+    """Replace every installed Weight below `module` by the dense parameter it decodes to; ties stay one parameter."""
+    dense: dict[int, nn.Parameter] = {}
+    for child in list(module.modules()):
+        if not isinstance(getattr(child, "parametrizations", None), nn.ModuleDict):
+            continue
+        chains: Any = child.parametrizations
+        for name, chain in list(chains.items()):
+            if isinstance(chain[0], Installed):
+                with torch.no_grad():
+                    key = id(chain[0].weight)
+                    if key not in dense:
+                        dense[key] = nn.Parameter(getattr(child, name).detach().contiguous(), requires_grad=False)
+                parametrize.remove_parametrizations(child, name)
+                setattr(child, name, dense[key])

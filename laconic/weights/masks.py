@@ -1,0 +1,163 @@
+"""Which entries survive, on disk: a bit per entry, per block, the index of a combination per n:m group, or column indices per row."""
+
+from functools import cache
+from itertools import combinations
+from math import comb
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from laconic.errors import CheckpointError, SchemeError
+from laconic.weights.codes import dense_bytes, pack_dense, unpack_dense
+
+Pattern = str | tuple[int, int]
+"""'unstructured', 'n:m' with n kept of every m neighbouring columns, or a block (rows, columns) kept or dropped whole."""
+
+
+def n_of_m(pattern: Pattern) -> tuple[int, int] | None:
+    """(n, m) of an 'n:m' pattern, else None. Raises: SchemeError for a string that is neither that nor 'unstructured'."""
+    if not isinstance(pattern, str) or pattern == "unstructured":
+        return None
+    n, colon, m = pattern.partition(":")
+    if not (colon and n.isdigit() and m.isdigit() and 0 < int(n) < int(m) <= 16):
+        raise SchemeError(f"pattern must be 'unstructured', 'n:m' with n < m <= 16, or a block (rows, columns), got {pattern!r}")
+    return int(n), int(m)
+
+
+def check_pattern(pattern: Pattern, shape: tuple[int, int]) -> None:
+    """Raises SchemeError unless the pattern tiles a matrix of this shape."""
+    group = n_of_m(pattern)
+    rows, columns = (1, group[1]) if group else (1, 1) if isinstance(pattern, str) else pattern
+    if rows < 1 or columns < 1 or shape[0] % rows or shape[1] % columns:
+        raise SchemeError(f"pattern {pattern!r} does not tile {shape[0]} x {shape[1]} entries")
+
+
+def choose(score: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+    """The mask that keeps the highest scores [rows, columns]: exactly n of m, or exactly round(sparsity x units) units dropped."""
+    group = n_of_m(pattern)
+    if group:
+        n, m = group
+        order = score.unflatten(1, (-1, m)).argsort(dim=-1, descending=True, stable=True)
+        return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :n], True).flatten(1)
+    rows, columns = (1, 1) if isinstance(pattern, str) else pattern
+    units = score.unflatten(0, (-1, rows)).unflatten(-1, (-1, columns)).sum((1, 3))
+    drop = round(sparsity * units.numel())
+    keep = torch.ones(units.numel(), dtype=torch.bool, device=score.device)
+    keep[units.reshape(-1).argsort(dim=0, stable=True)[:drop]] = False
+    return keep.view_as(units).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+@cache
+def _ranks(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """For n:m: the bit set of every combination by its rank, and the rank of every bit set (or -1)."""
+    sets = np.array([sum(1 << i for i in chosen) for chosen in combinations(range(m), n)], np.int32)
+    ranks = np.full(1 << m, -1, np.int32)
+    ranks[sets] = np.arange(len(sets))
+    return sets, ranks
+
+
+def _count_dtype(columns: int) -> torch.dtype:
+    return torch.int16 if columns < 2**15 else torch.int32
+
+
+def _index_bytes(mask: Tensor) -> int:
+    rows, columns = mask.shape
+    return _count_dtype(columns).itemsize * rows + dense_bytes(int(mask.sum()), max(1, (columns - 1).bit_length()))
+
+
+def mask_bytes(mask: Tensor, pattern: Pattern) -> int:
+    """Bytes of the tensors `store_mask` would write."""
+    group = n_of_m(pattern)
+    if group:
+        return dense_bytes(mask.numel() // group[1], (comb(group[1], group[0]) - 1).bit_length())
+    if not isinstance(pattern, str):
+        return dense_bytes(mask.numel() // (pattern[0] * pattern[1]), 1)
+    return min(dense_bytes(mask.numel(), 1), _index_bytes(mask))
+
+
+def density_of(pattern: Pattern, sparsity: float) -> float:
+    """The share of entries a pattern keeps at a sparsity; n:m patterns say it themselves."""
+    group = n_of_m(pattern)
+    return group[0] / group[1] if group else 1 - sparsity
+
+
+def expected_mask_bits(shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
+    """Bits a mask will take, from its description alone. Raises: SchemeError when the pattern does not tile the shape."""
+    check_pattern(pattern, shape)
+    entries = shape[0] * shape[1]
+    group = n_of_m(pattern)
+    if group:
+        return 8 * dense_bytes(entries // group[1], (comb(group[1], group[0]) - 1).bit_length())
+    if not isinstance(pattern, str):
+        return 8 * dense_bytes(entries // (pattern[0] * pattern[1]), 1)
+    index = 8 * _count_dtype(shape[1]).itemsize * shape[0] + (1 - sparsity) * entries * max(1, (shape[1] - 1).bit_length())
+    return min(8 * dense_bytes(entries, 1), index)
+
+
+def store_mask(mask: Tensor, pattern: Pattern) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The mask [out, in] as (spec, tensors); unstructured masks take the cheaper of a bit map and column indices."""
+    mask = mask.cpu()
+    group = n_of_m(pattern)
+    if group:
+        n, m = group
+        sets = (mask.unflatten(1, (-1, m)).long() << torch.arange(m)).sum(-1)
+        ranks = torch.from_numpy(_ranks(n, m)[1])[sets]
+        return {"coding": "nm"}, {"mask": pack_dense(ranks, (comb(m, n) - 1).bit_length())}
+    if not isinstance(pattern, str):
+        return {"coding": "block"}, {"mask": pack_dense(mask[:: pattern[0], :: pattern[1]].int(), 1)}
+    if dense_bytes(mask.numel(), 1) <= _index_bytes(mask):
+        return {"coding": "bitmap"}, {"mask": pack_dense(mask.int(), 1)}
+    columns = mask.nonzero()[:, 1].int()
+    width = max(1, (mask.shape[1] - 1).bit_length())
+    return {"coding": "index"}, {"mask": pack_dense(columns, width), "counts": mask.sum(1).to(_count_dtype(mask.shape[1]))}
+
+
+def restore_mask(spec: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern) -> Tensor:
+    """The inverse of `store_mask`. Raises: CheckpointError when the stored bytes are not a mask of this shape and pattern."""
+    check_pattern(pattern, shape)
+    coding, data, entries = spec.get("coding"), tensors.get("mask"), shape[0] * shape[1]
+    group = n_of_m(pattern)
+    if data is None or data.dtype != torch.uint8 or data.dim() != 1:
+        raise CheckpointError("sparse: expected a stored uint8 tensor 'mask'")
+    if coding == "index" and pattern == "unstructured":
+        return _restore_index(data, tensors.get("counts"), shape)
+    if coding == "nm" and group:
+        n, m = group
+        width, count = (comb(m, n) - 1).bit_length(), entries // m
+        _expect_bytes(data, count, width)
+        ranks = unpack_dense(data, width, count)
+        if count and int(ranks.max()) >= comb(m, n):
+            raise CheckpointError(f"sparse: a {n}:{m} group names combination {int(ranks.max())} of {comb(m, n)}")
+        sets = torch.from_numpy(_ranks(n, m)[0])[ranks.long()]
+        return ((sets.unsqueeze(1) >> torch.arange(m)) & 1).bool().reshape(shape)
+    if coding == "block" and not isinstance(pattern, str):
+        rows, columns = pattern
+        _expect_bytes(data, entries // (rows * columns), 1)
+        kept = unpack_dense(data, 1, entries // (rows * columns)).bool().view(shape[0] // rows, -1)
+        return kept.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    if coding == "bitmap" and pattern == "unstructured":
+        _expect_bytes(data, entries, 1)
+        return unpack_dense(data, 1, entries).bool().view(shape)
+    raise CheckpointError(f"sparse: mask coding {coding!r} does not belong to pattern {pattern!r}")
+
+
+def _expect_bytes(data: Tensor, count: int, width: int) -> None:
+    if data.numel() != dense_bytes(count, width):
+        raise CheckpointError(f"sparse: the mask should take {dense_bytes(count, width)} bytes, found {data.numel()}")
+
+
+def _restore_index(data: Tensor, counts: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    if counts is None or counts.dtype != _count_dtype(shape[1]) or counts.shape != (shape[0],) or bool((counts < 0).any()):
+        raise CheckpointError(f"sparse: index coding needs {shape[0]} row counts")
+    total, width = int(counts.sum(dtype=torch.int64)), max(1, (shape[1] - 1).bit_length())
+    _expect_bytes(data, total, width)
+    columns = unpack_dense(data, width, total).long()
+    mask = torch.zeros(shape, dtype=torch.bool)
+    if total and (int(columns.max()) >= shape[1] or int(counts.max()) > shape[1]):
+        raise CheckpointError(f"sparse: an index lies outside the {shape[1]} columns")
+    mask[torch.repeat_interleave(torch.arange(shape[0]), counts.long()), columns] = True
+    if int(mask.sum()) != total:
+        raise CheckpointError("sparse: an index is stored twice")
+    return mask
