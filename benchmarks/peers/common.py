@@ -5,6 +5,7 @@ Runs inside the environment of a peer and needs only torch, safetensors and nump
 
 import argparse
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -98,11 +99,6 @@ def undivided(original: Mapping[str, Tensor], group: int) -> list[str]:
     return [name for name in linear_names(original) if original[f"{name}.weight"].shape[1] % group]
 
 
-def nbytes(tensor: Tensor) -> int:
-    """Bytes of a tensor's elements."""
-    return tensor.numel() * tensor.element_size()
-
-
 def read_native(folder: Path) -> dict[str, Tensor]:
     """All tensors of the safetensors files in a folder, by name."""
     tensors: dict[str, Tensor] = {}
@@ -127,30 +123,41 @@ def count_files(folder: Path) -> dict[str, int]:
     return counts
 
 
-def count_tensors(stored: Mapping[str, Tensor], original: Mapping[str, Tensor], ideal_bits: float) -> dict[str, Any]:
+def ideal_bits(original: Mapping[str, Tensor], bits: int, overhead: int, groups: int | Mapping[str, int]) -> float:
+    """Bits per weight when a code takes `bits` and each group of input columns `overhead` bits for its scale and zero point.
+
+    The group is one number for all modules, or one for each; the last group of a row may be shorter.
+    """
+    matrices = {module: original[f"{module}.weight"].shape for module in linear_names(original)}
+    sizes = dict.fromkeys(matrices, groups) if isinstance(groups, int) else groups
+    count = sum(rows * math.ceil(columns / sizes[module]) for module, (rows, columns) in matrices.items())
+    return bits + overhead * count / sum(rows * columns for rows, columns in matrices.values())
+
+
+def count_tensors(stored: Mapping[str, Tensor], original: Mapping[str, Tensor], ideal: float) -> dict[str, Any]:
     """Splits the stored tensors into those of the compressed matrices and the rest; bits per weight follow from their bytes.
 
-    `stored` is what the native file holds: a tensor belongs to a matrix when its name starts with the module's name and a dot.
-    `ideal_bits` is the bits per weight when each code takes `bits` bits and each group one scale and one zero point.
+    A stored tensor belongs to a matrix when its name starts with the name of the module and a dot. Tensors that share memory
+    (a tied head) count once. `ideal` is passed on as the bits per weight that the codes, scales and zero points need.
     """
     modules = linear_names(original)
-    owner = {name: next((module for module in modules if name.startswith(module + ".")), None) for name in stored}
+    once = {tensor.data_ptr(): name for name, tensor in reversed(stored.items())}
     parts: dict[str, int] = {}
-    for name, module in owner.items():
-        if module is not None:
-            part = name.removeprefix(module + ".")
-            parts[part] = parts.get(part, 0) + nbytes(stored[name])
+    rest: dict[str, int] = {}
+    for name in sorted(once.values()):
+        module = next((module for module in modules if name.startswith(module + ".")), None)
+        counts, part = (rest, str(stored[name].dtype).removeprefix("torch.")) if module is None else (parts, name.removeprefix(f"{module}."))
+        counts[part] = counts.get(part, 0) + stored[name].numel() * stored[name].element_size()
     weights = sum(original[f"{module}.weight"].numel() for module in modules)
-    matrix_bytes = sum(parts.values())
     return {
         "linear_layers": len(modules),
         "matrix_weights": weights,
-        "matrix_bytes": matrix_bytes,
+        "matrix_bytes": sum(parts.values()),
         "matrix_bytes_by_part": parts,
-        "rest_bytes": sum(nbytes(stored[name]) for name, module in owner.items() if module is None),
-        "rest_tensors": [f"{name} {stored[name].dtype}".replace("torch.", "") for name, module in owner.items() if module is None][:4],
-        "bits_per_weight": 8 * matrix_bytes / weights,
-        "ideal_bits_per_weight": ideal_bits,
+        "rest_bytes": sum(rest.values()),
+        "rest_bytes_by_dtype": rest,
+        "bits_per_weight": 8 * sum(parts.values()) / weights,
+        "ideal_bits_per_weight": ideal,
     }
 
 

@@ -100,7 +100,7 @@ def main() -> None:
         {"seconds": seconds, "seconds_save": 0.0, "config": config, "options": {"iters": ITERATIONS[task.method], "batch_size": BATCH}}
         | common.compare_logits(dense_model, peer_model, common.read_windows(task.calibration)[0])
         | common.count_files(task.native)
-        | common.count_tensors(stored, original, task.bits + (16 + task.bits) / task.group),
+        | common.count_tensors(stored, original, common.ideal_bits(original, task.bits, 16 + task.bits, task.group)),
     )
 
 

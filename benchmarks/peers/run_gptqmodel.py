@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 PEER = "GPTQModel"
-CPU_WORKERS = "2"  # the default of one worker on two cores dead-locks in 7.6
+CPU_WORKERS = "2"  # 7.6 takes one worker on two cores, and its pool of model loaders then refuses to start
 
 
 def compress(task: common.Task, peer: Any) -> float:
@@ -57,7 +57,7 @@ def main() -> None:
         | {"config": common.read_config(task), "environment": {"GPTQMODEL_CPU_WORKERS": os.environ["GPTQMODEL_CPU_WORKERS"]}}
         | common.compare_logits(dense_model, reloaded, common.read_windows(task.calibration)[0])
         | common.count_files(task.native)
-        | common.count_tensors(stored, original, task.bits + (16 + task.bits) / task.group),
+        | common.count_tensors(stored, original, common.ideal_bits(original, task.bits, 16 + task.bits, task.group)),
     )
 
 

@@ -83,7 +83,7 @@ def main() -> None:
         | {"options": recipe.model_dump(mode="json", exclude_none=True, exclude={"config_groups"}), "config": common.read_config(task)}
         | common.compare_logits(dense_model, peer_model, common.read_windows(task.calibration)[0])
         | common.count_files(task.native)
-        | common.count_tensors(stored, original, task.bits + (16 + task.bits) / task.group),
+        | common.count_tensors(stored, original, common.ideal_bits(original, task.bits, 16 + task.bits, task.group)),
     )
 
 

@@ -117,7 +117,10 @@ class Then(Method):
 
 @dataclass(frozen=True, repr=False)
 class Plus(Method):
-    """first + second: the weight is their sum, `second` encoding the residual W - W_hat of `first` under the same statistics."""
+    """first + second: the weight is their sum, `second` encoding the residual W - W_hat of `first` under the same statistics.
+
+    Source: EoRA (Liu et al. 2024) section 3 for a low-rank second term; any two methods compose.
+    """
 
     first: Method
     second: Method

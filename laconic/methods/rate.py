@@ -30,6 +30,7 @@ _EXPONENT = 0.5  # of the column steps, see above
 _SLOPE = 0.75  # of the exponent of one slope for all
 _LEVELS = 16  # column steps are stored as 4-bit indices into a table of geometric steps
 _SAMPLE_ROWS = 256  # rows on which the step is searched; rows are independent given H
+_SAMPLE = 1 << 16  # entries whose entropy is looked at
 _CLOSE = 0.004  # how far below the asked rate the result may end, as a share of it
 _TRIES = 8
 
@@ -67,7 +68,7 @@ def solve_rate(site: Site, rate: float, sweep: Sweep) -> ColumnWeight:
     diagonal = torch.empty_like(L[:, 0]).index_copy_(1, order, L.diagonal(dim1=1, dim2=2))
     problem = _Problem(site, sweep, L, column_steps(diagonal, W.shape[0]))
     target = math.floor(rate * W.numel())
-    step = float(W.float().std()) * 2 ** (2.0 - min(rate, 8.0)) or 1.0
+    step = _first_guess(W, rate)
     if W.shape[0] > 2 * _SAMPLE_ROWS and len(L) == 1:
         rows = torch.linspace(0, W.shape[0] - 1, _SAMPLE_ROWS).long().to(W.device)
         step, _ = _search(problem, step, rate * _SAMPLE_ROWS * W.shape[1], rows)
@@ -76,6 +77,14 @@ def solve_rate(site: Site, rate: float, sweep: Sweep) -> ColumnWeight:
         least = weight.bits() / W.numel()
         raise SchemeError(f"{site.name}: {W.shape[0]} x {W.shape[1]} entries cannot be stored in {rate} bits each; the least found is {least:.3f}")
     return weight
+
+
+def _first_guess(W: Tensor, rate: float) -> float:
+    """The step at which plain rounding of a sample of W would have the entropy asked for."""
+    sample = W.reshape(-1)[:: max(1, W.numel() // _SAMPLE)].float()
+    spread = float(sample.std()) or 1.0
+    curve = _entropies(sample / spread)
+    return float(spread * 2 ** float(_CURVE[int((curve - rate).abs().argmin())]))
 
 
 def _search(problem: _Problem, step: float, target: float, rows: Tensor | None) -> tuple[float, ColumnWeight]:
@@ -94,7 +103,7 @@ def _search(problem: _Problem, step: float, target: float, rows: Tensor | None) 
             break
         step = _next(known, (1 - _CLOSE / 3) * target, entries)
     while not best_rank[0] and step < 1e6 * best[0]:  # the entropy does not fall smoothly with the step where few codes are left
-        step = max(step, best[0]) * 1.05
+        step = max(step, best[0]) * 1.01
         weight = problem.solved(step, rows)
         if weight.bits() <= target:
             return step, weight
@@ -109,7 +118,9 @@ def _next(known: list[tuple[float, float]], target: float, entries: int) -> floa
     if below is not None and above is not None and above[1] > below[1]:
         share = (above[1] - target) / (above[1] - below[1])
         return float(2 ** (above[0] + min(max(share, 0.05), 0.95) * (below[0] - above[0])))
-    slope = 1.0 if bits > 1.5 * entries else 0.6  # the entropy of fine grids falls by a bit per octave, that of coarse ones more slowly
+    slope = 1.0  # bits per octave and entry of fine grids; coarse ones have less
+    if len(known) > 1 and known[-2][0] != x:
+        slope = min(max((known[-2][1] - bits) / entries / (x - known[-2][0]), 0.2), 1.5)
     return float(2 ** (x + max(min((bits - target) / entries / slope, 3.0), -3.0)))
 
 

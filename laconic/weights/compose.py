@@ -184,9 +184,12 @@ class Permuted(Weight):
         if "order" not in tensors or tensors["order"].dtype not in (torch.int16, torch.int32) or tensors["order"].shape != (shape[1],):
             raise CheckpointError(f"permuted: expected an integer tensor 'order' of {shape[1]} columns")
         try:
-            return cls(unpack(spec["weight"], nested(tensors, "weight")), tensors["order"])
+            self = cls(unpack(spec["weight"], nested(tensors, "weight")), tensors["order"])
         except (KeyError, SchemeError) as error:
             raise CheckpointError(f"permuted: the spec is damaged: {error}") from error
+        if self.shape != shape:
+            raise CheckpointError(f"permuted: an inner weight of {self.shape} in a weight of {shape}")
+        return self
 
 
 class Shared(Weight):

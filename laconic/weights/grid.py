@@ -41,11 +41,20 @@ def fit_grid(
 def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool, integer: bool) -> tuple[Tensor, Tensor]:
     if symmetric:  # from -2**(b-1) to 2**(b-1) - 1; the largest value rounds to the outermost level, half a step off at most
         scale = (high / max(2 ** (bits - 1) - 0.5, 0.5)).clamp(min=_SMALLEST)
-        return scale.bfloat16().to(scale.dtype), torch.zeros_like(scale)
+        return _stored(scale), torch.zeros_like(scale)
     scale = ((high - low) / (2**bits - 1)).clamp(min=_SMALLEST)
-    scale = scale.bfloat16().to(scale.dtype)  # as it will be stored, so that the zero fits the stored scale
+    if not integer:  # a nearly constant group far from 0 would need a zero of thousands of steps, which no shared second level can hold
+        scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) / 2 ** (bits + 1))
+    scale = _stored(scale)  # so that the zero fits the stored scale
     zero = -low / scale - 2 ** (bits - 1)
     return scale, zero.round() if integer else zero
+
+
+def _stored(scale: Tensor) -> Tensor:
+    """The scale as bfloat16 holds it, rounded up: down, 2**-9 of it times 255 steps would cut half a step off an 8-bit range."""
+    nearest = scale.bfloat16()
+    up = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
+    return torch.where(nearest.to(scale.dtype) < scale, up, nearest).to(scale.dtype)
 
 
 def _error(w: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool, importance: Tensor | None) -> Tensor:

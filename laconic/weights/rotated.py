@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from laconic.errors import CheckpointError, SchemeError
-from laconic.weights.base import Spec, Weight, check_matrix, nested, prefixed, shape_of, unpack
+from laconic.weights.base import Spec, Weight, check_matrix, expect, nested, prefixed, shape_of, unpack
 from laconic.weights.codes import dense_bytes, pack_dense, unpack_dense
 
 
@@ -83,17 +83,16 @@ class Rotated(Weight):
         for name, signs in (("row_signs", self.row_signs), ("column_signs", self.column_signs)):
             if signs is not None:
                 tensors[name] = pack_dense((signs > 0).int(), 1)
-        return {"kind": self.kind, "shape": list(self.shape), "weight": inner}, tensors
+        sides = [name for name in ("row_signs", "column_signs") if name in tensors]
+        return {"kind": self.kind, "shape": list(self.shape), "sides": sides, "weight": inner}, tensors
 
     @classmethod
     def unpack(cls, spec: Spec, tensors: dict[str, Tensor]) -> Self:
         shape = shape_of(spec)
         signs: dict[str, Tensor] = {}
         for name, length in (("row_signs", shape[0]), ("column_signs", shape[1])):
-            if name in tensors:
-                if tensors[name].dtype != torch.uint8 or tensors[name].shape != (dense_bytes(length, 1),):
-                    raise CheckpointError(f"rotated: {name} should be {length} bits")
-                signs[name] = unpack_dense(tensors[name], 1, length) * 2.0 - 1.0
+            if name in spec.get("sides", ()):
+                signs[name] = unpack_dense(expect(tensors, name, torch.uint8, (dense_bytes(length, 1),), "rotated"), 1, length) * 2.0 - 1.0
         try:
             self = cls(unpack(spec["weight"], nested(tensors, "weight")), **signs)
         except (KeyError, SchemeError) as error:

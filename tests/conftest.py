@@ -1,0 +1,92 @@
+"""What tests share: a tiny real model on disk, a site with correlated inputs, and the team's shared models where they are there."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from laconic.sites import Site
+
+torch.set_num_threads(1)  # the tests run in parallel processes
+
+TEXT = " ".join(f"The {a} {b} {c} the {d}." for a in ("old", "new", "red") for b in ("fox", "dog") for c in ("sees", "eats", "finds") for d in ("cat", "hen"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The team's models and data; tests that need them are skipped where they are absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "models").is_dir():
+        pytest.skip("the shared models and data are not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>")
+
+
+def tiny_config(**changes: object) -> LlamaConfig:
+    values = dict(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, initializer_range=0.15, dtype="bfloat16",
+    )  # fmt: skip
+    return LlamaConfig(**(values | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A Llama of 3 blocks with random bfloat16 weights, saved as a user's checkpoint would be. Nobody may write into it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(tiny_config())
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of a few thousand tokens."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    generator = torch.Generator().manual_seed(1)
+    words = TEXT.replace(".", " .").split()
+    lines = [" ".join(words[int(i)] for i in torch.randint(len(words), (12,), generator=generator)) for _ in range(900)]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def make_site(rows: int = 48, columns: int = 64, seed: int = 0, groups: int = 1, spread: float = 0.6) -> Site:
+    """A site whose inputs are correlated and of unequal size, with every statistic a method can ask for."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.eye(columns) + spread * torch.randn(columns, columns, generator=generator) / columns**0.5
+    scale = torch.exp(0.5 * torch.randn(columns, generator=generator))
+    hessians, squares = [], []
+    for _ in range(groups):
+        X = (torch.randn(512, columns, generator=generator) @ mix) * scale
+        hessians.append(X.T @ X / len(X))
+        squares.append(hessians[-1].diagonal())
+    W = 0.05 * torch.randn(rows, columns, generator=generator)
+    return Site(
+        "block.0.layer", W, groups, hessian=torch.stack(hessians), squares=torch.stack(squares), tokens=torch.full((groups,), 512),
+        fisher=torch.rand(rows, columns, generator=generator), output=torch.rand(rows, generator=generator) + 0.1,
+    )  # fmt: skip
+
+
+def output_loss(site: Site, Q: torch.Tensor) -> float:
+    """tr(E H E^T), in float64, E = W - Q, over all groups."""
+    E = (site.W - Q.detach()).double().unflatten(0, (site.groups, -1))
+    assert site.hessian is not None
+    return float(((E @ site.hessian.double()) * E).sum())

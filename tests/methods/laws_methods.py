@@ -1,0 +1,130 @@
+"""The laws every method obeys. Methods are found by walking the folder; a new one needs an example here only if it cannot be made bare."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from laconic.errors import SchemeError
+from laconic.methods.base import Keep, Method, output_error
+from laconic.methods.gptq import GPTQ
+from laconic.methods.rtn import RTN
+from laconic.scheme import known_methods, parse
+from laconic.sites import Site, Stats
+from laconic.weights import Weight
+from tests.conftest import make_site, output_loss
+
+NEEDED: dict[str, dict[str, Any]] = {"Hadamard": {"method": GPTQ(bits=3, group=16)}}
+"""Arguments without a default."""
+VARIANTS = [
+    GPTQ(bits=3, group=16, act_order=False), GPTQ(rate=2.5, over="matrix"), GPTQ(bits=2, group="channel", symmetric=True), RTN(bits=2, clip="mse"),
+    parse("KMeans(bits=3, weights='fisher')"), parse("KMeans(bits=6, dimension=4, weights='hessian')"), parse("GPTVQ(bits=4, dimension=1, rows=8)"),
+    parse("Wanda(pattern='2:4')"), parse("SparseGPT(pattern='2:4')"), parse("Magnitude(0.5, pattern=(4, 4))"), parse("LowRank(8, weighted=True)"),
+    parse("LowRank(8, factors=RTN(8, group='channel'))"), parse("SpQR(bits=3, outliers=float('inf'))"),
+    parse("GPTQ(bits=2) + EoRA(rank=4)"), parse("Magnitude(0.5) >> KMeans(bits=3)"), parse("SparseGPT(0.5) >> GPTQ(bits=3)"),
+    parse("Hadamard(RTN(bits=3), outputs=False)"),
+]  # fmt: skip
+
+
+def examples() -> list[Method]:
+    bare = [cls(**NEEDED.get(name, {})) for name, cls in known_methods().items() if cls is not Keep]
+    return bare + VARIANTS  # type: ignore[return-value]
+
+
+@pytest.fixture(params=examples(), ids=repr)
+def method(request: pytest.FixtureRequest) -> Method:
+    return request.param
+
+
+def run(method: Method, site: Site) -> Weight:
+    with torch.no_grad():
+        return method(site)
+
+
+def only(site: Site, wanted: Stats) -> Site:
+    """The site with the statistics a method asked for, and no others."""
+    return site.having(
+        hessian=site.hessian if wanted & Stats.HESSIAN else None,
+        squares=site.squares if wanted & Stats.SQUARES else None,
+        fisher=site.fisher if wanted & Stats.FISHER else None,
+        output=site.output if wanted & Stats.OUTPUT else None,
+    )
+
+
+def test_what_it_asks_for_is_all_it_reads(method: Method) -> None:
+    weight = run(method, only(make_site(), method.wants))
+    assert weight.shape == (48, 64)
+    assert torch.isfinite(weight()).all()
+
+
+def test_it_leaves_its_input_alone(method: Method) -> None:
+    site = make_site()
+    before = {f.name: getattr(site, f.name).clone() for f in dataclasses.fields(site) if isinstance(getattr(site, f.name), torch.Tensor)}
+    state = torch.random.get_rng_state()
+    run(method, site)
+    assert all(torch.equal(getattr(site, name), tensor) for name, tensor in before.items())
+    assert torch.equal(torch.random.get_rng_state(), state), "the user's random state was touched"
+
+
+def test_the_same_seed_gives_the_same_bytes(method: Method) -> None:
+    first, second = (run(method, make_site()).pack() for _ in range(2))
+    assert first[0] == second[0]
+    assert all(torch.equal(first[1][k], second[1][k]) for k in first[1])
+
+
+def test_bits_are_the_stored_bytes_and_about_what_was_expected(method: Method) -> None:
+    weight = run(method, make_site(rows=64, columns=128))
+    stored = 8 * sum(t.nbytes for t in weight.pack()[1].values())
+    assert weight.bits() == stored
+    assert stored == pytest.approx(method.expected_bits((64, 128)), rel=0.12)
+
+
+def test_statistics_help(method: Method) -> None:
+    """With the true Hessian the output error is no larger than what the same method finds knowing nothing of the inputs."""
+    if not method.wants & Stats.HESSIAN:
+        pytest.skip("uses no Hessian")
+    site = make_site(rows=64, columns=128)
+    identity = torch.eye(128).unsqueeze(0)
+    blind = run(method, site.having(hessian=identity, squares=torch.ones(1, 128)))
+    assert output_loss(site, run(method, site)()) <= output_loss(site, blind()) * 1.0001
+
+
+def test_more_bits_never_hurt(method: Method) -> None:
+    if not isinstance(getattr(method, "bits", None), int) or method.bits >= 8:  # type: ignore[attr-defined]
+        pytest.skip("has no bits to raise")
+    site = make_site()
+    more = dataclasses.replace(method, bits=method.bits + 1)  # type: ignore[type-var, attr-defined]
+    assert output_error(site, run(more, site)) <= output_error(site, run(method, site)) * 1.05
+
+
+def test_its_text_is_parsed_back_to_it(method: Method) -> None:
+    again = parse(repr(method))
+    assert again == method
+    assert repr(again) == repr(method)
+
+
+def test_it_is_a_frozen_value_with_a_docstring(method: Method) -> None:
+    assert hash(method) is not None
+    if dataclasses.is_dataclass(method):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(method, dataclasses.fields(method)[0].name, None)
+    assert type(method).__doc__
+    assert "Source" in (type(method).__doc__ or ""), "the paper, section or equation it carries out"
+
+
+def test_row_groups_with_inputs_of_their_own(method: Method) -> None:
+    """Grouped convolutions and packed experts: a Hessian per group; or a clear refusal."""
+    site = make_site(groups=4)
+    try:
+        weight = run(method, site)
+    except SchemeError as error:
+        assert "group" in str(error)
+        return
+    assert torch.isfinite(weight()).all()
+    assert weight.shape == (48, 64)
+
+
+def test_an_all_zero_matrix_stays_zero(method: Method) -> None:
+    site = make_site().having(W=torch.zeros(48, 64))
+    assert run(method, site)().abs().max() < 1e-6

@@ -1,0 +1,149 @@
+"""Integers and masks on disk: every value comes back, in exactly the bytes the formulas say."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from laconic.errors import CheckpointError, SchemeError
+from laconic.weights import codes, entropy, masks
+from laconic.weights.grid import fit_grid
+from laconic.weights.rotated import hadamard
+
+quick = settings(max_examples=60, deadline=None)
+
+
+@quick
+@given(bits=st.integers(1, 16), count=st.integers(0, 300), seed=st.integers(0, 9))
+def test_dense_packing_takes_the_bits_it_says(bits: int, count: int, seed: int) -> None:
+    values = torch.from_numpy(np.random.default_rng(seed).integers(0, 2**bits, count).astype(np.int32))
+    packed = codes.pack_dense(values, bits)
+    assert packed.nbytes == -(-count * bits // 8)
+    assert torch.equal(codes.unpack_dense(packed, bits, count), values)
+
+
+def test_three_bit_codes_take_three_bits() -> None:
+    assert codes.pack_dense(torch.arange(8), 3).tolist() == [0b10001000, 0b11000110, 0b11111010]
+
+
+def test_packing_is_the_same_across_its_chunks() -> None:
+    values = torch.randint(0, 8, (codes._CHUNK + 17,), generator=torch.Generator().manual_seed(0))
+    packed = codes.pack_dense(values, 3)
+    assert torch.equal(codes.unpack_dense(packed, 3, len(values)).long(), values)
+
+
+@quick
+@given(rows=st.integers(0, 40), columns=st.integers(1, 40), scale=st.sampled_from([0.0, 0.3, 2.0, 60.0]), seed=st.integers(0, 9))
+def test_entropy_coding_is_lossless(rows: int, columns: int, scale: float, seed: int) -> None:
+    values = np.rint(np.random.default_rng(seed).normal(size=(rows, columns)) * scale * np.linspace(0.2, 3, columns)).astype(np.int32)
+    coded = entropy.encode(values)
+    assert torch.equal(entropy.decode(coded, (rows, columns)), torch.from_numpy(values))
+
+
+def test_entropy_coding_reaches_the_entropy() -> None:
+    values = np.rint(np.random.default_rng(0).normal(size=(512, 2048)) / 0.9).astype(np.int32)
+    p = np.unique(values, return_counts=True)[1] / values.size
+    bits = 8 * sum(t.nbytes for t in entropy.encode(values).values()) / values.size
+    assert 0 <= bits + (p * np.log2(p)).sum() < 0.01
+
+
+def test_columns_of_unequal_spread_get_tables_of_their_own() -> None:
+    spread = np.repeat([0.3, 3.0], 256)
+    values = np.rint(np.random.default_rng(0).normal(size=(1024, 512)) * spread).astype(np.int32)
+    p = np.unique(values, return_counts=True)[1] / values.size
+    single = -(p * np.log2(p)).sum()
+    assert 8 * sum(t.nbytes for t in entropy.encode(values).values()) / values.size < single - 0.3
+
+
+def test_values_far_outside_the_table_come_back() -> None:
+    values = np.zeros((64, 64), np.int32)
+    values[3, 5], values[60, 2], values[9, 9] = 2_000_000, -1_900_000, 7
+    coded = entropy.encode(values)
+    assert torch.equal(entropy.decode(coded, (64, 64)), torch.from_numpy(values))
+    assert sum(t.nbytes for t in coded.values()) < 6000
+
+
+def test_tiles_decode_alone() -> None:
+    values = np.rint(np.random.default_rng(0).normal(size=(700, 512)) * 2).astype(np.int32)
+    coded = entropy.encode(values)
+    first, part = entropy.decode_tiles(coded, (700, 512), 2, 3)
+    assert first == 2 * (entropy.TILE // 512)
+    assert np.array_equal(part.numpy(), values[first : first + len(part)])
+
+
+@pytest.mark.parametrize("shape", [(65, 64), (64, 65), (2**30, 2**30)])
+def test_a_coded_matrix_of_another_shape_is_refused_before_it_is_allocated(shape: tuple[int, int]) -> None:
+    coded = entropy.encode(np.ones((64, 64), np.int32))
+    with pytest.raises(CheckpointError):
+        entropy.decode(coded, shape)
+
+
+def test_damaged_streams_are_refused() -> None:
+    values = np.rint(np.random.default_rng(0).normal(size=(64, 64)) * 2).astype(np.int32)
+    coded = entropy.encode(values)
+    for name, damaged in (("codes", coded["codes"][:-1]), ("head", coded["head"][:-1]), ("head", coded["head"][:20]), ("codes", coded["codes"].float())):
+        with pytest.raises(CheckpointError):
+            entropy.decode(coded | {name: damaged}, (64, 64))
+
+
+def test_unbounded_codes_have_no_dense_form() -> None:
+    with pytest.raises(SchemeError, match="ans"):
+        codes.store(torch.zeros(2, 2, dtype=torch.int32), 0, None, "dense")
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1:4", "7:8", "3:16", (4, 4), (1, 8), (8, 1)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.99])
+def test_masks_come_back_in_the_bytes_they_say(pattern: masks.Pattern, sparsity: float) -> None:
+    score = torch.rand(32, 48, generator=torch.Generator().manual_seed(0))
+    mask = masks.choose(score, pattern, sparsity)
+    spec, tensors = masks.store_mask(mask, pattern)
+    assert torch.equal(masks.restore_mask(spec, tensors, (32, 48), pattern), mask)
+    assert sum(t.nbytes for t in tensors.values()) == masks.mask_bytes(mask, pattern)
+    if isinstance(pattern, str) and ":" in pattern:
+        n, m = map(int, pattern.split(":"))
+        assert (mask.view(32, -1, m).sum(-1) == n).all()
+    elif sparsity in (0.0, 0.5):
+        assert (~mask).float().mean() == sparsity
+
+
+def test_a_sparse_mask_takes_the_cheaper_coding() -> None:
+    score = torch.rand(64, 1024, generator=torch.Generator().manual_seed(0))
+    assert masks.store_mask(masks.choose(score, "unstructured", 0.5), "unstructured")[0] == {"coding": "bitmap"}
+    assert masks.store_mask(masks.choose(score, "unstructured", 0.97), "unstructured")[0] == {"coding": "index"}
+
+
+@pytest.mark.parametrize("pattern", ["2:3:4", "4:2", "0:4", "two:four", "8:17", (3, 5), (0, 4)])
+def test_patterns_that_make_no_sense_are_refused(pattern: masks.Pattern) -> None:
+    with pytest.raises(SchemeError, match="pattern"):
+        masks.check_pattern(pattern, (32, 48))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_range_grid_reaches_both_ends(bits: int) -> None:
+    w = torch.randn(8, 1, 64, generator=torch.Generator().manual_seed(0))
+    scale, zero = fit_grid(w, bits, symmetric=False, integer=True)
+    low = (-(2 ** (bits - 1)) - zero) * scale
+    high = (2 ** (bits - 1) - 1 - zero) * scale
+    assert (low <= w.amin(-1) + 0.505 * scale).all()
+    assert (high >= w.amax(-1) - 0.505 * scale).all()
+
+
+def test_a_least_squares_grid_is_never_worse_than_the_range() -> None:
+    w = torch.randn(32, 4, 64, generator=torch.Generator().manual_seed(0))
+    for bits in (1, 2, 3, 4):
+        for symmetric in (False, True):
+            errors = []
+            for clip in ("minmax", "mse"):
+                scale, zero = (t.unsqueeze(-1) for t in fit_grid(w, bits, symmetric=symmetric, integer=True, clip=clip))
+                offset = zero - 0.5 * (symmetric and bits == 1)
+                q = (w / scale + offset).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+                errors.append((((q - offset) * scale - w) ** 2).sum())
+            assert errors[1] <= errors[0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 64, 12, 96, 704, 7, 45])
+def test_the_hadamard_transform_is_orthonormal_and_its_own_inverse(n: int) -> None:
+    H = hadamard(torch.eye(n, dtype=torch.float64))
+    assert torch.allclose(H @ H.T, torch.eye(n, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(H @ H, torch.eye(n, dtype=torch.float64), atol=1e-12)
