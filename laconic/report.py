@@ -154,7 +154,7 @@ def _plot(sites: list[dict[str, Any]]) -> str:
     if len(kinds) <= 14:
         figure.legend(loc="outside upper center", ncols=min(len(kinds), 7), frameon=False)
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return stream.getvalue()[stream.getvalue().index("<svg") :]
 
 

@@ -37,7 +37,7 @@ class Run:
         started = self.work / "run.json"
         if overwrite and out.exists():
             _clear(out)
-        if out.exists() and any(out.iterdir()):
+        if started.exists() or (out.exists() and any(file != self.work for file in out.iterdir())):
             if not resume:
                 what = "an unfinished run" if started.exists() else "another model" if (out / MANIFEST).exists() else "other files"
                 raise OutputError(f"{out}: holds {what}; pass --resume to go on with it or --overwrite to replace it")

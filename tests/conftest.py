@@ -15,7 +15,9 @@ from laconic.sites import Site
 
 torch.set_num_threads(1)  # the tests run in parallel processes
 
-TEXT = " ".join(f"The {a} {b} {c} the {d}." for a in ("old", "new", "red") for b in ("fox", "dog") for c in ("sees", "eats", "finds") for d in ("cat", "hen"))
+TEXT = " ".join(
+    f"The {a} {b} {c} the {d}." for a in ("old", "new", "red") for b in ("fox", "dog") for c in ("sees", "eats", "finds") for d in ("cat", "hen")
+)
 
 
 @pytest.fixture(scope="session")

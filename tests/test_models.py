@@ -28,7 +28,8 @@ CONFIGS: dict[str, Any] = {
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZE, intermediate_size=96),
     "qwen3": lambda: transformers.Qwen3Config(**SIZE, intermediate_size=96, num_key_value_heads=2, head_dim=16),
     "gemma3": lambda: transformers.Gemma3TextConfig(
-        **SIZE, intermediate_size=96, num_key_value_heads=2, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+        **SIZE, intermediate_size=96, num_key_value_heads=2, head_dim=16, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "phi3": lambda: transformers.Phi3Config(**SIZE, intermediate_size=96, num_key_value_heads=2, pad_token_id=0),
     "mamba": lambda: transformers.MambaConfig(vocab_size=320, hidden_size=64, num_hidden_layers=3, state_size=8),
@@ -346,7 +347,9 @@ def test_a_skeleton_takes_no_memory_and_becomes_the_model_part_by_part(name: str
 
 
 def test_a_huge_skeleton_is_built_at_once() -> None:
-    config = transformers.LlamaConfig(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8)
+    config = transformers.LlamaConfig(
+        hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8
+    )
     config.architectures = ["LlamaForCausalLM"]
     skeleton = build_skeleton(config)
     assert sum(p.numel() for p in skeleton.parameters()) > 4e11

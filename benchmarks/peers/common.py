@@ -8,14 +8,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -67,22 +66,16 @@ def go_offline() -> None:
 
 
 def read_windows(path: Path) -> Tensor:
-    """The calibration windows, int64 [samples, length].
-
-    Raises: ValueError when the file holds anything else.
-    """
+    """The calibration windows, int64 [samples, length]; raises ValueError when the file holds anything else."""
     windows = np.load(path)
     if windows.dtype != np.int64 or windows.ndim != 2:
         raise ValueError(f"{path.name}: expected int64 [samples, length], got {windows.dtype} {list(windows.shape)}")
     return torch.from_numpy(windows)
 
 
-def read_original(model: Path) -> dict[str, Tensor]:
-    """The parameters of the uncompressed checkpoint, by name."""
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(model.glob("*.safetensors")):
-        tensors.update(load_file(path))
-    return tensors
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the safetensors files in a folder, by name."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def linear_names(original: Mapping[str, Tensor]) -> list[str]:
@@ -99,15 +92,6 @@ def undivided(original: Mapping[str, Tensor], group: int) -> list[str]:
     return [name for name in linear_names(original) if original[f"{name}.weight"].shape[1] % group]
 
 
-def read_native(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the safetensors files in a folder, by name."""
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            tensors.update({name: file.get_tensor(name) for name in file.keys()})
-    return tensors
-
-
 def read_config(task: Task) -> dict[str, Any]:
     """What the peer wrote about its own options into the `quantization_config` of config.json."""
     return json.loads((task.native / "config.json").read_text())["quantization_config"]
@@ -116,10 +100,9 @@ def read_config(task: Task) -> dict[str, Any]:
 def count_files(folder: Path) -> dict[str, int]:
     """Bytes of the stored files: weights, json (configuration), and the rest (tokenizer files count as json)."""
     counts = {"native_weight_bytes": 0, "native_json_bytes": 0, "native_other_bytes": 0}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            kind = "weight" if path.suffix in WEIGHT_SUFFIXES else "json" if path.suffix == ".json" else "other"
-            counts[f"native_{kind}_bytes"] += path.stat().st_size
+    for path in filter(Path.is_file, folder.rglob("*")):
+        kind = "weight" if path.suffix in WEIGHT_SUFFIXES else "json" if path.suffix == ".json" else "other"
+        counts[f"native_{kind}_bytes"] += path.stat().st_size
     return counts
 
 
@@ -146,14 +129,16 @@ def count_tensors(stored: Mapping[str, Tensor], original: Mapping[str, Tensor], 
     rest: dict[str, int] = {}
     for name in sorted(once.values()):
         module = next((module for module in modules if name.startswith(module + ".")), None)
-        counts, part = (rest, str(stored[name].dtype).removeprefix("torch.")) if module is None else (parts, name.removeprefix(f"{module}."))
-        counts[part] = counts.get(part, 0) + stored[name].numel() * stored[name].element_size()
+        kind = str(stored[name].dtype) if module is None else name.removeprefix(module + ".")
+        counts = rest if module is None else parts
+        counts[kind] = counts.get(kind, 0) + stored[name].numel() * stored[name].element_size()
     weights = sum(original[f"{module}.weight"].numel() for module in modules)
     return {
         "linear_layers": len(modules),
         "matrix_weights": weights,
         "matrix_bytes": sum(parts.values()),
         "matrix_bytes_by_part": parts,
+        "layers_left_alone": [module for module in modules if f"{module}.weight" in stored],
         "rest_bytes": sum(rest.values()),
         "rest_bytes_by_dtype": rest,
         "bits_per_weight": 8 * sum(parts.values()) / weights,
@@ -194,9 +179,9 @@ def compare_logits(dense_model: nn.Module, peer_model: nn.Module, window: Tensor
 
 
 def write_result(task: Task, peer: str, version: str, fields: Mapping[str, Any]) -> None:
-    """Writes result.json; a run that was carried out must have a dense model that agrees with the peer's own.
+    """Writes result.json and prints its scalars; the dense model of a finished run must agree with the peer's own.
 
-    Raises: ValueError when the logits differ by more than LOGIT_TOLERANCE of the largest one.
+    Raises: ValueError when the logits differ by more than LOGIT_TOLERANCE of the largest one (or are not numbers).
     """
     head = {"peer": peer, "version": version, "torch": torch.__version__, "threads": torch.get_num_threads()}
     head |= {"method": task.method, "bits": task.bits, "group": task.group, "unsupported": None}
@@ -205,11 +190,11 @@ def write_result(task: Task, peer: str, version: str, fields: Mapping[str, Any])
         result["seconds_per_layer"] = result["seconds"] / result["linear_layers"]
     (task.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: value for key, value in result.items() if not isinstance(value, dict | list)}))
-    if result.get("max_logit_difference", 0.0) > LOGIT_TOLERANCE * result.get("max_logit", 1.0):
+    if result["unsupported"] is None and not result["max_logit_difference"] <= LOGIT_TOLERANCE * result["max_logit"]:
         raise ValueError(f"{peer}: the dense model differs from the peer's own by {result['max_logit_difference']:.3g}")
 
 
-def write_unsupported(task: Task, peer: str, version: str, reason: str, notes: Iterable[str] = ()) -> None:
+def write_unsupported(task: Task, peer: str, version: str, reason: str) -> None:
     """Writes a result.json that says why this peer cannot do this task; no weights are left behind."""
     shutil.rmtree(task.native)
-    write_result(task, peer, version, {"unsupported": reason, "notes": list(notes)})
+    write_result(task, peer, version, {"unsupported": reason})

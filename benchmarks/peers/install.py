@@ -7,7 +7,6 @@ Needs only the standard library. Each `ROOT/PEER/` receives `venv/` (the environ
 import argparse
 import os
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def is_complete(folder: Path, requirements: tuple[str, ...]) -> bool:
 
 
 def pip(python: Path, *arguments: str) -> str:
-    """Runs pip in the environment of `python` and returns its standard output; progress goes to our standard error.
+    """Runs pip in the environment of `python` and returns its standard output; complaints go to our standard error.
 
     Raises: subprocess.CalledProcessError when pip fails.
     """
@@ -72,14 +71,16 @@ def install(peer: str, root: Path) -> Path:
 
 
 def main() -> None:
-    """Installs the peers named on the command line (all by default) and prints their interpreters."""
+    """Installs the peers named on the command line (all by default) and prints the interpreter of each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("peers", nargs="*", choices=[*PEERS, []], help=f"any of {', '.join(PEERS)}; default: all")
+    parser.add_argument("peers", nargs="*", metavar="PEER", help=f"any of {', '.join(PEERS)}; default: all")
     parser.add_argument("--root", type=Path, default=default_root(), help="where the environments live")
     arguments = parser.parse_args()
+    if unknown := [peer for peer in arguments.peers if peer not in PEERS]:
+        parser.error(f"unknown peer {unknown[0]}: expected one of {', '.join(PEERS)}")
     for peer in arguments.peers or PEERS:
         print(peer, install(peer, arguments.root.resolve()), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

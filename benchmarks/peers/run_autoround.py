@@ -82,21 +82,33 @@ def main() -> None:
     """Compresses, stores, decodes, checks, and writes result.json."""
     task = common.parse_task(__doc__, methods=tuple(ITERATIONS), bits=(2, 3, 4, 8))
     common.go_offline()
-    original = common.read_original(task.model)
-    seconds = compress(task)
     from transformers import AutoModelForCausalLM
 
+    release = version("auto-round")
+    original = common.read_tensors(task.model)
+    modules = common.linear_names(original)
+    try:
+        seconds = compress(task)
+    except ValueError as error:
+        if not common.undivided(original, task.group):
+            raise
+        common.write_unsupported(task, PEER, release, str(error))
+        return
     flatten_folder(task.native)
-    stored, config = common.read_native(task.native), common.read_config(task)
-    decoded = decode(stored, common.linear_names(original), task, config["packing_format"])
+    peer_model = AutoModelForCausalLM.from_pretrained(task.native, dtype=torch.float32, device_map="cpu").eval()
+    if lost := [module for module in modules if f"{module}.qweight" not in peer_model.state_dict()]:
+        reason = f"stored, but the peer does not load it: {len(lost)} layers fall to its `auto_round:fake` backend, such as {lost[0]}"
+        common.write_unsupported(task, PEER, release, reason)
+        return
+    stored, config = common.read_tensors(task.native), common.read_config(task)
+    decoded = decode(stored, modules, task, config["packing_format"])
     dense = common.save_dense(task.out / "dense.safetensors", decoded, original)
     dense_model = common.load_dense(AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32), dense)
-    peer_model = AutoModelForCausalLM.from_pretrained(task.native, dtype=torch.float32, device_map="cpu").eval()
     torch.nn.Module.float(peer_model)  # 3 bits: the peer forces fp16, and transformers refuses the usual `.float()`
     common.write_result(
         task,
         PEER,
-        version("auto-round"),
+        release,
         {"seconds": seconds, "seconds_save": 0.0, "config": config, "options": {"iters": ITERATIONS[task.method], "batch_size": BATCH}}
         | common.compare_logits(dense_model, peer_model, common.read_windows(task.calibration)[0])
         | common.count_files(task.native)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 PEER = "GPTQModel"
-CPU_WORKERS = "2"  # 7.6 takes one worker on two cores, and its pool of model loaders then refuses to start
+WORKERS = "GPTQMODEL_CPU_WORKERS"  # 7.6 takes one worker on two cores, and its pool of model loaders then refuses to start
 
 
 def compress(task: common.Task, peer: Any) -> float:
@@ -37,24 +37,28 @@ def main() -> None:
     """Compresses, stores, decodes, checks, and writes result.json."""
     task = common.parse_task(__doc__, methods=("gptq",), bits=(2, 3, 4, 8))
     common.go_offline()
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", CPU_WORKERS)
+    os.environ.setdefault(WORKERS, "2")
     from gptqmodel import BACKEND, GPTQConfig, GPTQModel
     from transformers import AutoModelForCausalLM
 
-    original = common.read_original(task.model)
+    original = common.read_tensors(task.model)
     peer = GPTQModel.load(str(task.model), GPTQConfig(bits=task.bits, group_size=task.group, sym=False), device="cpu")
     seconds = compress(task, peer)
     start = time.perf_counter()
     peer.save(str(task.native))
     timing = {"seconds": seconds, "seconds_save": time.perf_counter() - start}
-    stored = common.read_native(task.native)
+    stored = common.read_tensors(task.native)
     reloaded = GPTQModel.load(str(task.native), device="cpu", backend=BACKEND.GPTQ_TORCH).model.float().eval()
     dense = common.save_dense(task.out / "dense.safetensors", decode(stored, reloaded), original)
+    undivided = common.undivided(original, task.group)
+    notes = [f"the last group of a row is shorter in {len(undivided)} layers, such as {undivided[0]}"] if undivided else []
     dense_model = common.load_dense(AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32), dense)
     common.write_result(
-        task, PEER, version("gptqmodel"),
+        task,
+        PEER,
+        version("gptqmodel"),
         timing
-        | {"config": common.read_config(task), "environment": {"GPTQMODEL_CPU_WORKERS": os.environ["GPTQMODEL_CPU_WORKERS"]}}
+        | {"config": common.read_config(task), "notes": notes, "options": {WORKERS: os.environ[WORKERS]}}
         | common.compare_logits(dense_model, reloaded, common.read_windows(task.calibration)[0])
         | common.count_files(task.native)
         | common.count_tensors(stored, original, common.ideal_bits(original, task.bits, 16 + task.bits, task.group)),

@@ -2,6 +2,7 @@
 
 import time
 from importlib.metadata import version
+from typing import Any
 
 import common
 import torch
@@ -10,15 +11,15 @@ from torch import Tensor, nn
 PEER = "HQQ"
 
 
-def compress(task: common.Task, model: nn.Module) -> float:
-    """Quantizes every linear layer (the head excluded by the peer itself) and returns the seconds; groups lie along the rows."""
+def compress(task: common.Task, model: nn.Module) -> tuple[dict[str, Any], float]:
+    """Quantizes every linear layer (the head excluded by the peer itself); returns the peer's settings and the seconds."""
     from hqq.core.quantize import BaseQuantizeConfig
     from hqq.models.hf.base import AutoHQQHFModel
 
-    config = BaseQuantizeConfig(nbits=task.bits, group_size=task.group, axis=1)
+    config = BaseQuantizeConfig(nbits=task.bits, group_size=task.group)
     start = time.perf_counter()
     AutoHQQHFModel.quantize_model(model, quant_config=config, compute_dtype=torch.float16, device="cpu")
-    return time.perf_counter() - start
+    return config["weight_quant_params"], time.perf_counter() - start
 
 
 def read_packed(task: common.Task) -> tuple[dict[str, Tensor], dict[str, dict]]:
@@ -51,9 +52,10 @@ def main() -> None:
     from hqq.models.hf.base import AutoHQQHFModel
     from transformers import AutoModelForCausalLM
 
-    original = common.read_original(task.model)
+    original = common.read_tensors(task.model)
+    undivided = common.undivided(original, task.group)
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float16)
-    seconds = compress(task, model)
+    options, seconds = compress(task, model)
     start = time.perf_counter()
     AutoHQQHFModel.save_quantized(model, str(task.native))
     timing = {"seconds": seconds, "seconds_save": time.perf_counter() - start}
@@ -61,9 +63,13 @@ def main() -> None:
     dense = common.save_dense(task.out / "dense.safetensors", decode(stored, settings), original)
     dense_model = common.load_dense(AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32), dense)
     peer_model = AutoHQQHFModel.from_quantized(str(task.native), compute_dtype=torch.float32, device="cpu").eval()
+    notes = [f"groups run on into the next row in {len(undivided)} layers, such as {undivided[0]}"] if undivided else []
     common.write_result(
-        task, PEER, version("hqq"),
+        task,
+        PEER,
+        version("hqq"),
         timing
+        | {"options": options, "notes": notes}
         | common.compare_logits(dense_model, peer_model, common.read_windows(task.calibration)[0])
         | common.count_files(task.native)
         | common.count_tensors(stored, original, task.bits + 32 / task.group),

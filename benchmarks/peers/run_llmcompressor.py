@@ -61,7 +61,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     release = version("llmcompressor")
-    original = common.read_original(task.model)
+    original = common.read_tensors(task.model)
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype="auto")
     recipe = build_recipe(task)
     try:
@@ -69,16 +69,19 @@ def main() -> None:
     except ValueError as error:
         if not common.undivided(original, task.group):
             raise
-        return common.write_unsupported(task, PEER, release, str(error))
+        common.write_unsupported(task, PEER, release, str(error))
+        return
     start = time.perf_counter()
     model.save_pretrained(task.native, save_compressed=True)
     timing = {"seconds": seconds, "seconds_save": time.perf_counter() - start}
-    stored = common.read_native(task.native)
+    stored = common.read_tensors(task.native)
     dense = common.save_dense(task.out / "dense.safetensors", decode(stored, common.linear_names(original), task), original)
     dense_model = common.load_dense(AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32), dense)
     peer_model = AutoModelForCausalLM.from_pretrained(task.native, dtype=torch.float32).eval()
     common.write_result(
-        task, PEER, release,
+        task,
+        PEER,
+        release,
         timing
         | {"options": recipe.model_dump(mode="json", exclude_none=True, exclude={"config_groups"}), "config": common.read_config(task)}
         | common.compare_logits(dense_model, peer_model, common.read_windows(task.calibration)[0])

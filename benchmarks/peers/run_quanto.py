@@ -80,14 +80,15 @@ def main() -> None:
 
     release = version("optimum-quanto")
     if task.bits == 3:
-        return common.write_unsupported(task, PEER, release, "no 3-bit type: the peer has qint2, qint4 and qint8")
-    original = common.read_original(task.model)
+        common.write_unsupported(task, PEER, release, "no 3-bit type: the peer has qint2, qint4 and qint8")
+        return
+    original = common.read_tensors(task.model)
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype="auto")
     groups, seconds = compress(task, model)
     start = time.perf_counter()
     QuantizedModelForCausalLM(model).save_pretrained(str(task.native))
     timing = {"seconds": seconds, "seconds_save": time.perf_counter() - start}
-    stored = common.read_native(task.native)
+    stored = common.read_tensors(task.native)
     peer_model = reload(task, AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32), stored)
     dense = common.save_dense(task.out / "dense.safetensors", decode(peer_model), original)
     dense_model = common.load_dense(AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32), dense)

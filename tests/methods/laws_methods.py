@@ -119,7 +119,11 @@ def test_row_groups_with_inputs_of_their_own(method: Method) -> None:
     try:
         weight = run(method, site)
     except SchemeError as error:
-        assert "group" in str(error)
+        refusal = str(error)
+    else:
+        refusal = ""
+    if refusal:
+        assert "group" in refusal
         return
     assert torch.isfinite(weight()).all()
     assert weight.shape == (48, 64)

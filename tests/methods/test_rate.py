@@ -1,6 +1,7 @@
 """GPTQ at a rate: the stored bytes meet it, the error is what theory says, and one slope for all beats equal rates."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def test_the_stored_bytes_meet_the_rate(rate: float) -> None:
 def test_a_bit_more_is_six_decibels_less() -> None:
     site = make_site(rows=160, columns=256)
     errors = [output_error(site, GPTQ(rate=rate, over="matrix")(site)) for rate in (2.5, 3.5, 4.5)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert 5.0 < 10 * math.log10(coarse / fine) < 7.0
 
 

@@ -13,7 +13,22 @@ from torch.func import functional_call
 import laconic.weights as algebra
 from laconic.errors import CheckpointError
 from laconic.weights import (
-    Codebook, ColumnWeight, Dense, EntryWeight, LowRank, Permuted, Rotated, Scaled, Shared, Sparse, Sum, Uniform, View, Weight, install, unpack,
+    Codebook,
+    ColumnWeight,
+    Dense,
+    EntryWeight,
+    LowRank,
+    Permuted,
+    Rotated,
+    Scaled,
+    Shared,
+    Sparse,
+    Sum,
+    Uniform,
+    View,
+    Weight,
+    install,
+    unpack,
 )  # fmt: skip
 from laconic.weights.rotated import random_signs
 
@@ -82,7 +97,7 @@ EXAMPLES: dict[str, tuple[Weight, bool]] = {  # the weight, and whether projecti
     "rotated": (Rotated(Uniform(SHAPE, bits=4), row_signs=random_signs(24, SIGNS), column_signs=random_signs(32, SIGNS)), True),
     "rotated-inputs": (Rotated(Uniform(SHAPE, bits=4), column_signs=random_signs(32, SIGNS)), True),
 }
-for name, (example, _) in EXAMPLES.items():
+for example, _ in EXAMPLES.values():
     inner = getattr(example, "weight", None)
     if isinstance(inner, Uniform):  # the grids inside combinators are fitted to what they will hold
         inner.fit(example.rotate(W) if isinstance(example, Rotated) else W[:, example.order] if isinstance(example, Permuted) else W)
@@ -194,7 +209,7 @@ def test_compiles_without_a_graph_break(case: tuple[Weight, bool]) -> None:
 
 
 def test_installed_it_decodes_projects_and_stays_tied(case: tuple[Weight, bool]) -> None:
-    weight, exact = case
+    weight, _ = case
     pair = nn.ModuleList([nn.Linear(SHAPE[1], SHAPE[0], bias=False) for _ in range(2)])
     for layer in pair:
         install(layer, "weight", weight, View(SHAPE))

@@ -82,7 +82,12 @@ def test_a_coded_matrix_of_another_shape_is_refused_before_it_is_allocated(shape
 def test_damaged_streams_are_refused() -> None:
     values = np.rint(np.random.default_rng(0).normal(size=(64, 64)) * 2).astype(np.int32)
     coded = entropy.encode(values)
-    for name, damaged in (("codes", coded["codes"][:-1]), ("head", coded["head"][:-1]), ("head", coded["head"][:20]), ("codes", coded["codes"].float())):
+    for name, damaged in (
+        ("codes", coded["codes"][:-1]),
+        ("head", coded["head"][:-1]),
+        ("head", coded["head"][:20]),
+        ("codes", coded["codes"].float()),
+    ):
         with pytest.raises(CheckpointError):
             entropy.decode(coded | {name: damaged}, (64, 64))
 
