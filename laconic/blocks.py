@@ -38,8 +38,8 @@ class Residency(Protocol):
     model: nn.Module
     device: torch.device
 
-    def hold(self, path: str) -> Any:
-        """A context in which the module at `path` is in memory ("" stands for everything outside the chain)."""
+    def hold(self, path: str, *, head: bool = True) -> Any:
+        """A context in which the module at `path` is in memory ("" is everything outside the chain, with or without the output head)."""
 
 
 class InMemory:
@@ -49,7 +49,7 @@ class InMemory:
         self.model, self.device = model, next(model.parameters()).device
 
     @contextmanager
-    def hold(self, path: str) -> Iterator[None]:
+    def hold(self, path: str, *, head: bool = True) -> Iterator[None]:
         yield
 
 
@@ -159,11 +159,12 @@ class BlockModel:
 
     def capture(self, batches: Iterable[Batch]) -> list[Calls]:
         """How the model calls its blocks for each batch. Only what lies before the chain is computed, and block 0 once for its form."""
+        batches = list(batches)
         captured: list[Calls] = []
-        with self.residency.hold(""):
+        if batches:
+            self._rest = self._form(batches[0])
+        with self.residency.hold("", head=False):
             for batch in batches:
-                if not captured:
-                    self._rest = self._form(batch)
                 notes = self._watch(batch, len(self.blocks))
                 captured.append(Calls(notes[0][0][0].cpu(), [(args[1:], kwargs) for args, kwargs in notes]))
         return captured
@@ -171,7 +172,8 @@ class BlockModel:
     @torch.no_grad()
     def _form(self, batch: Batch) -> tuple[Any, ...] | None:
         """What block 0 returns beside the hidden state: None for a bare tensor, else the rest of its tuple."""
-        args, kwargs = self._watch(batch, 1)[0]
+        with self.residency.hold("", head=False):
+            args, kwargs = self._watch(batch, 1)[0]
         with self.residency.hold(self.block_path(0)):
             output = self.blocks[0](*args, **kwargs)
         return None if isinstance(output, Tensor) else tuple(output[1:])

@@ -95,15 +95,16 @@ def walk(
     yield from _alone(model, [slot for slot in early if slot.name not in done], needs)
     calls = model.capture(batches) if run else []
     start = max((i + 1 for i in range(len(model)) if model.block_path(i) in done), default=0)
-    hidden = _resume(shelf, start, calls) if run else []
+    reach = _reach(model, slots, needs)
+    hidden = _resume(shelf, start, calls) if run and start <= reach else []
     for i in range(start, len(model)):
         part = model.block_path(i)
         within = [slot for slot in slots if inside(slot, part)]
-        if not within and not run:
+        if not within and i >= reach:
             continue
         with model.residency.hold(part):
             yield from _block(model, i, part, hidden, calls, within, needs, true_sequential)
-            if run:
+            if i < reach:
                 hidden = _forward(model, i, hidden, calls)
                 shelf.put(f"hidden-{i + 1}", hidden)
             yield Stage(part, [], None)
@@ -119,6 +120,14 @@ def walk(
                 model.tail(h, batch)
         for slot in late:
             yield Stage(slot.name, [slot], statistics)
+
+
+def _reach(model: BlockModel, slots: Sequence[Slot], needs: Needs) -> int:
+    """The last block (or, for what comes after the chain, their number) whose sites need statistics: nothing has to run beyond its input."""
+    wanting = [slot for slot in slots if needs[slot] & ~GRADIENTS]
+    last = [i for i in range(len(model)) if any(inside(slot, model.block_path(i)) for slot in wanting)]
+    after = any(not inside(slot, model.path) and not (slot.role == "embedding" and len(slot.users) == 1) for slot in wanting)
+    return len(model) if after else max(last, default=0)
 
 
 def _alone(model: BlockModel, slots: list[Slot], needs: Needs) -> Iterator[Stage]:
@@ -143,7 +152,7 @@ def _block(
     if not slots:
         return
     groups = [slots]
-    if true_sequential and calls:
+    if true_sequential and any(needs[slot] & ~GRADIENTS for slot in slots):
         groups = _by_input(model, i, hidden[:1], calls[:1], slots)
     for group in groups:
         statistics = Statistics(parameters_of(model.model, group), needs)
@@ -185,10 +194,21 @@ def sampled_labels(output: Any, generator: torch.Generator) -> Tensor:
 
 
 def random_projection(output: Any, generator: torch.Generator) -> Tensor:
-    """<output, v> with v of independent standard normals: squared gradients average to the Gauss-Newton matrix of half the squared error."""
-    y = output if isinstance(output, Tensor) else output[0]
-    v = torch.randn(y.shape, generator=generator)
-    return (y * v.to(y)).sum()
+    """<output, v> with v of independent standard normals: squared gradients average to the Gauss-Newton matrix of half the squared error.
+
+    Of an output of several tensors (hidden states and a pooled one), all that depend on the weights are probed.
+    """
+    values = [output] if isinstance(output, Tensor) else list(output.values() if isinstance(output, dict) else output)
+    seen = [y for y in values if isinstance(y, Tensor) and y.requires_grad]
+    return torch.stack([(y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in seen]).sum()
+
+
+def default_loss(output: Any, generator: torch.Generator) -> Tensor:
+    """`sampled_labels` of an output that holds classes ([batch, classes], or `.logits`), else a random projection (of hidden states, say)."""
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, Tensor) and (logits.dim() == 2 or hasattr(output, "logits")):
+        return sampled_labels(output, generator)
+    return random_projection(output, generator)
 
 
 def survey(

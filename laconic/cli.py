@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from laconic.console import Terminal, terminal_console
@@ -32,15 +33,15 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 
 
-def _guard(work: Callable[[], None]) -> None:
-    """Turns errors a user can cause into one line and an exit code."""
+def _guard(work: Callable[[], None], interrupted: str = "") -> None:
+    """Turns errors a user can cause into one line and an exit code; `interrupted` says what is left after Ctrl-C."""
     try:
         work()
     except LaconicError as error:
-        err.print(f"[red]error[/] {error}", soft_wrap=True)
+        err.print(f"[red]error[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
-        err.print("interrupted; what is finished is kept: run the same command with --resume")
+        err.print(f"interrupted{interrupted}")
         raise typer.Exit(130) from error
 
 
@@ -97,9 +98,9 @@ def compress(
             _emit(report.as_dict())
         else:
             summarize(report.as_dict())
-            err.print(f"report: {out / 'report.html'}")
+            err.print(f"report: {out / 'report.html'}", markup=False)
 
-    _guard(work)
+    _guard(work, "; what is finished is kept: run the same command with --resume")
 
 
 def summarize(report: dict[str, Any]) -> None:
@@ -111,7 +112,9 @@ def summarize(report: dict[str, Any]) -> None:
     err.print(f"{report['matrix_bits']:.3f} in the compressed matrices")
     if "perplexity" in m:
         low, high = m["perplexity_interval"]
-        err.print(f"perplexity [bold]{m['perplexity']:.3f}[/] ({low:.2f} to {high:.2f}), original {m['reference_perplexity']:.3f}, on {m['data']}")
+        err.print(
+            f"perplexity [bold]{m['perplexity']:.3f}[/] ({low:.2f} to {high:.2f}), original {m['reference_perplexity']:.3f}, on {escape(m['data'])}"
+        )
         err.print(f"KL from the original {m['kl']:.5f} nats per token; same first token {100 * m['top1']:.2f} %")
     for name in ("cosine", "relative_error"):
         if name in m:
@@ -119,7 +122,7 @@ def summarize(report: dict[str, Any]) -> None:
     peak = report["peak_memory"]
     err.print(f"peak memory {human_bytes(peak['actual'])} (expected {human_bytes(peak['expected'])}), {report['seconds']:.0f} seconds")
     for note in report["notes"]:
-        err.print(f"[yellow]note[/] {note}")
+        err.print(f"[yellow]note[/] {escape(note)}")
 
 
 @app.command()
@@ -154,7 +157,7 @@ def evaluate(
         table.add_column("measure")
         table.add_column("value", justify="right")
         for name, value in _flat(result):
-            table.add_row(name, value)
+            table.add_row(name, escape(value))
         out_console.print(table)
 
     _guard(work)
@@ -191,7 +194,7 @@ def inspect(
         if as_json:
             _emit(found)
             return
-        table = Table(title=f"{path}: {found['scheme']}", title_justify="left", header_style="bold")
+        table = Table(title=escape(f"{path}: {found['scheme']}"), title_justify="left", header_style="bold")
         for name in ("weight", "kind"):
             table.add_column(name, overflow="fold")
         for name in ("shape", "bits", "bytes", "error"):
@@ -217,7 +220,7 @@ def list_methods(as_json: Json = False) -> None:
 
     from laconic.scheme import known_methods
 
-    found = {
+    found: dict[str, dict[str, Any]] = {
         name: {"does": (cls.__doc__ or "").strip().split("\n")[0], "arguments": [str(p) for p in python.signature(cls).parameters.values()]}
         for name, cls in known_methods().items()
     }
@@ -228,14 +231,14 @@ def list_methods(as_json: Json = False) -> None:
     table.add_column("method")
     table.add_column("what it does, and its arguments")
     for name, entry in found.items():
-        table.add_row(name, f"{entry['does']}\n[dim]{', '.join(entry['arguments'])}[/]")
+        table.add_row(name, f"{escape(entry['does'])}\n[dim]{escape(', '.join(entry['arguments']))}[/]")
     out_console.print(table)
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the compressed models and reports go.")] = Path("laconic-demo"),
-    samples: Annotated[int, typer.Option(min=8, help="Calibration windows.")] = 128,
+    samples: Annotated[int, typer.Option(min=8, help="Calibration windows.")] = 64,
     as_json: Json = False,
 ) -> None:
     """Compress the small language model that comes with the package at 4, 3 and 2 bits with three schemes, and compare."""
@@ -243,12 +246,37 @@ def demo(
     def work() -> None:
         from laconic.demo.run import run_demo
 
-        with Terminal(quiet=as_json) as terminal:
+        with Terminal(quiet=as_json, brief=True) as terminal:
             result = run_demo(out, samples, terminal)
         if as_json:
             _emit(result)
+            return
+        out_console.print(comparison(result))
+        err.print(f"page: {out / 'index.html'}")
 
-    _guard(work)
+    _guard(work, "; nothing to clean up: a new demo starts over")
+
+
+def comparison(result: dict[str, Any]) -> Table:
+    """The rows of a demo as a table; the best of each size in bold."""
+    from laconic.report import human_bytes
+
+    table = Table(header_style="bold", caption="KL from the original in nats per token; ranges: 95 % bootstrap; bold: the least KL at a size")
+    table.add_column("scheme", no_wrap=True)
+    for name in ("files", "bits/weight", "in matrices", "perplexity", "KL", "same first token", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    r = result["reference"]
+    table.add_row(r["name"], human_bytes(r["bytes"]), f"{r['bits_per_weight']:.3f}", "", f"{r['perplexity']:.3f}", "0", "100.0 %", "")
+    for row in result["rows"]:
+        if row["first"]:
+            table.add_section()
+        low, high = row["kl_interval"]
+        table.add_row(
+            row["scheme"], human_bytes(row["stored_bytes"]), f"{row['bits_per_weight']:.3f}", f"{row['matrix_bits']:.3f}",
+            f"{row['perplexity']:.3f}", f"{row['kl']:.4f} ({low:.4f} to {high:.4f})", f"{100 * row['top1']:.1f} %", f"{row['seconds']:.0f}",
+            style="bold" if row["best"] else None,
+        )  # fmt: skip
+    return table
 
 
 def main() -> None:

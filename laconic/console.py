@@ -4,6 +4,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -17,11 +18,11 @@ def terminal_console(stderr: bool = False) -> Console:
 
 
 class Terminal:
-    """Draws a run; with `quiet`, only warnings."""
+    """Draws a run; with `brief`, only a bar and warnings; with `quiet`, only warnings."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, brief: bool = False) -> None:
         self.console = terminal_console(stderr=True)
-        self.quiet = quiet
+        self.quiet = quiet or brief
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"))
         self.bar = Progress(*columns, *times, console=self.console, transient=True, disable=quiet)
@@ -42,7 +43,7 @@ class Terminal:
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         for (pattern, method, bits), sites in _grouped(preflight["sites"]).items():
             number, size = f"{len(sites)}", human_bytes(sum(s["bytes"] for s in sites))
-            table.add_row(pattern, number, method if not sites[0]["kept"] else "Keep(), as stored", f"{bits:.3f}", size)
+            table.add_row(escape(pattern), number, escape(method) if not sites[0]["kept"] else "Keep(), as stored", f"{bits:.3f}", size)
         self.console.print(table)
         before, after = preflight["original_bytes"], preflight["bytes"]
         self.console.print(
@@ -65,10 +66,10 @@ class Terminal:
                 f"{record['name']:<48} {record['bits_per_weight']:7.3f} bits   output error {record['error']:.3e}   {record['seconds']:.2f} s"
             )
         for note in record["notes"]:
-            self.console.print(f"[yellow]note[/] {note}")
+            self.console.print(f"[yellow]note[/] {escape(note)}")
 
     def say(self, message: str) -> None:
-        self.console.print(f"[yellow]note[/] {message}")
+        self.console.print(f"[yellow]note[/] {escape(message)}")
 
 
 def _grouped(sites: list[dict[str, Any]]) -> dict[tuple[str, str, float], list[dict[str, Any]]]:

@@ -1,8 +1,10 @@
 """Quality of what is stored: perplexity, distance from the original, error bars. Models run block by block, so size does not matter."""
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +12,14 @@ from torch import Tensor, nn
 
 from laconic.blocks import Batch, BlockModel, call, find_chain, to_device
 from laconic.data import Windows
+from laconic.errors import SchemeError
 from laconic.load import Checkpoint, CompressedCheckpoint
 from laconic.residence import Residence
 
 Source = Checkpoint | CompressedCheckpoint
 _RESAMPLES = 1000  # of the bootstrap over windows
 _TOKENS = 4096  # per forward pass
+_LOGITS = 1 << 24  # per forward pass
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,29 @@ def perplexity(
 ) -> Quality:
     """Likelihood of the windows under a model and, given a reference, its distance from that. Cost: one forward pass of each model."""
     device = device or torch.device("cpu")
-    batches = windows.batches(max(1, _TOKENS // windows.tokens.shape[1]))
-    own = outputs(source, batches, dtype, device)
-    other: Iterator[Any] = outputs(reference, batches, dtype, device) if reference is not None else iter([None] * len(batches))
+    batches = windows.batches(windows_at_once(source, windows))
+    own = (output.logits for output in outputs(source, batches, dtype, device))
+    if reference is None:
+        return compare(windows, own)
+    return compare(windows, own, (output.logits for output in outputs(reference, batches, dtype, device)))
+
+
+def windows_at_once(source: Source, windows: Windows) -> int:
+    """Windows per forward pass: at most 4096 tokens, and at most 2^24 logits, of which several copies are held."""
+    vocabulary = getattr(source.config.get_text_config(), "vocab_size", 1) or 1
+    return max(1, min(_TOKENS, _LOGITS // vocabulary) // windows.tokens.shape[1])
+
+
+def compare(windows: Windows, own: Iterable[Tensor], reference: Iterable[Tensor] | None = None) -> Quality:
+    """Likelihood and distance from a reference out of logits [windows, length, vocabulary] that come in batches, in the windows' order."""
     columns: list[Tensor] = []
-    for batch, output, original in zip(batches, own, other, strict=True):
-        p = output.logits[:, :-1].float().log_softmax(-1)
-        q = original.logits[:, :-1].float().log_softmax(-1) if original is not None else None
-        columns.append(_per_window(p, q, batch["input_ids"][:, 1:].to(device)).cpu())
+    start = 0
+    for logits, original in zip(own, reference, strict=True) if reference is not None else ((logits, None) for logits in own):
+        p = logits[:, :-1].float().log_softmax(-1)
+        q = original[:, :-1].float().log_softmax(-1) if original is not None else None
+        targets = windows.tokens[start : start + len(p), 1:].to(p.device)
+        start += len(p)
+        columns.append(_per_window(p, q, targets).cpu())
     table = torch.cat(columns).double()  # [windows, (nll, reference nll, kl, agreement)], means over positions
     return _summary(windows, table, reference is not None)
 
@@ -120,7 +139,7 @@ def _interval(values: Tensor) -> tuple[float, float]:
 
 def similarity(source: Source, reference: Source, windows: Windows, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """For models that predict no text: mean cosine and relative squared error of the output against a reference's."""
-    batches = [{"input_ids": batch["input_ids"]} for batch in windows.batches(max(1, _TOKENS // windows.tokens.shape[1]))]
+    batches = [{"input_ids": batch["input_ids"]} for batch in windows.batches(windows_at_once(source, windows))]
     cosine, left, total, count = 0.0, 0.0, 0.0, 0
     for own, other in zip(outputs(source, batches, dtype, device), outputs(reference, batches, dtype, device), strict=True):
         y, z = own[0].double().flatten(0, -2), other[0].double().flatten(0, -2)
@@ -130,13 +149,30 @@ def similarity(source: Source, reference: Source, windows: Windows, dtype: torch
 
 
 def run_tasks(model: nn.Module, tokenizer: Any, tasks: list[str], limit: int | None = None) -> dict[str, Any]:
-    """Scores of lm-eval tasks (names of its registry, or YAML files) by task and metric. Needs the 'eval' extra."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    """Scores of lm-eval tasks (names of its registry, or YAML files) by task and metric. Needs the 'eval' extra.
 
-    files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
-    manager = TaskManager(include_path=sorted({file.rsplit("/", 1)[0] if "/" in file else "." for file in files}) or None)
-    names = [task.rsplit("/", 1)[-1].rsplit(".", 1)[0] if task in files else task for task in tasks]
+    Raises: SchemeError for a task that lm-eval does not know, or when it is not installed.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise SchemeError("lm-eval tasks need the 'eval' extra: pip install 'laconic[eval]'") from error
+    files = {task: Path(task) for task in tasks if task.endswith(".yaml")}
+    names = [_task_name(files[task]) if task in files else task for task in tasks]
+    folders = sorted({str(file.parent) for file in files.values()})
+    manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(tasks))  # its own are thousands of files to read
+    for name in names:
+        if name not in manager.all_tasks:
+            raise SchemeError(f"{name}: lm-eval has no task of that name; a task of your own is given as a file that ends in .yaml")
     results = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=names, limit=limit, task_manager=manager)
     return {name: {k: v for k, v in scores.items() if isinstance(v, int | float)} for name, scores in results["results"].items()}
+
+
+def _task_name(file: Path) -> str:
+    """What a task's YAML file calls the task; the file may have functions in it, so it is searched and not parsed."""
+    found = re.search(r"^(?:group|task)[ \t]*:[ \t]*['\"]?([^\s'\"#]+)", file.read_text(), re.MULTILINE) if file.is_file() else None
+    if found is None:
+        raise SchemeError(f"{file}: expected the YAML file of an lm-eval task, with a line 'task: name'")
+    return found[1]

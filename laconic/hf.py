@@ -38,8 +38,15 @@ class LaconicQuantizer(HfQuantizer):  # type: ignore[misc]
         names = sorted(self._stored.weights)
         for slot in find_slots(model):
             if slot.parameter in self._stored.weights:
-                for path, parameter in slot.users:
-                    getattr(model.get_submodule(path), parameter)._is_hf_initialized = True
+                for path, _ in slot.users:
+                    model.get_submodule(path)._is_hf_initialized = True  # no random values, which would also move the user's generator
+
+        def tie_weights(missing_keys: set[str] | None = None, **options: Any) -> Any:
+            if missing_keys is not None:
+                missing_keys.difference_update(names)  # else a tie of which no end is stored as it is counts as damage
+            return type(model).tie_weights(model, missing_keys=missing_keys, **options)
+
+        model.tie_weights = tie_weights
         patterns = [f"^{name.replace('.', '[.]')}" for name in names]
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *(f"{p}[.]" for p in patterns)}
         model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *(f"{p}$" for p in patterns)}
@@ -48,6 +55,7 @@ class LaconicQuantizer(HfQuantizer):  # type: ignore[misc]
         stored = self._stored
         if stored is None:
             raise CheckpointError("laconic: the model was not prepared before its weights were loaded")
+        del model.tie_weights
         slots = {slot.parameter: slot for slot in find_slots(model)}
         with torch.no_grad():
             for name, spec in stored.weights.items():

@@ -1,5 +1,6 @@
 """Models on disk: what makes up each parameter of a configured model, and a skeleton of that model without its weights."""
 
+import copy
 import json
 from functools import cached_property
 from pathlib import Path
@@ -178,6 +179,7 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
 
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
     """The model class the config names, built without allocating its weights. Raises: CheckpointError for an unknown class."""
+    config = copy.deepcopy(config)  # building notes things in it, its float type among them
     names = getattr(config, "architectures", None) or []
     model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     with _MetaParameters():
@@ -267,6 +269,8 @@ def load(path: str | Path, *, dense: bool = True, dtype: torch.dtype | None = No
     dtype = dtype or getattr(checkpoint.config, "dtype", None) or torch.float32
     residence = Residence(model, checkpoint, None, dtype, torch.device("cpu"))
     residence.keep_all(skip=() if dense else checkpoint.slots)
+    if dense and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # `save_pretrained` writes what is there: an ordinary dense model
     if not dense:
         for name, slot in checkpoint.slots.items():
             if name == slot.parameter:

@@ -1,15 +1,16 @@
 """Any nn.Module in memory: compress it in place, save it, load it into a module of the same architecture."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from laconic.blocks import Batch, BlockModel, InMemory, find_chain
-from laconic.calibrate import GRADIENTS, Loss, Shelf, parameters_of, random_projection, sampled_labels
+from laconic.calibrate import GRADIENTS, Loss, Shelf, default_loss, parameters_of
 from laconic.errors import CheckpointError, DataError
 from laconic.methods.base import Keep
 from laconic.passes import (
@@ -54,36 +55,29 @@ def compress_module(
     `data`: batches the model can be called with (a tensor, a dict, or a tuple whose first entry is the input), as many as hold `samples`
     examples. `score(model)` is measured before and after. `loss(output, generator)` is the scalar whose gradients methods see that need
     them: by default cross-entropy against sampled labels for outputs [batch, classes] or `.logits`, else a random projection.
-    Returns the module and a report. Raises: SchemeError, DataError, CheckpointError (a weight that is not finite).
+    Returns the module and a report. Raises: SchemeError, DataError, CheckpointError (a weight that is not finite); the module is then as
+    it was, for which calibrated methods keep a copy of its matrices until the end.
     """
     progress, started = progress or Log(), time.time()
-    was_training = model.training
-    model.eval()
     slots = find_slots(model)
     chosen = resolve(scheme, slots)
     for name, parameter in model.named_parameters():
         if not is_finite(parameter.detach()):
             raise CheckpointError(f"{name}: holds NaN or infinity")
-    original = sum(t.nbytes for t in model.state_dict().values())
+    original = sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())
     count = sum(p.numel() for p in model.parameters())
-    before = score(model) if score is not None else None
     batches = _take(data, samples)
     if not batches and (any(needs_of(chosen).values()) or any(a.wants for a in allocations(chosen).values())):
         raise DataError(f"{describe(scheme)}: needs calibration data; pass data=, an iterable of batches")
-    frozen = {p: p.requires_grad for p in model.parameters()}
-    model.requires_grad_(False)
-    try:
+    with _at_rest(model):
+        before = score(model) if score is not None else None
         weights, records = _run(model, chosen, batches, loss, true_sequential, seed, progress)
-    finally:
-        for parameter, flag in frozen.items():
-            parameter.requires_grad_(flag)
-    for slot, weight in weights.items():
-        for path, name in slot.users:
-            install(model.get_submodule(path), name, weight, slot.view)
-    after = score(model) if score is not None else None
-    model.train(was_training)
+        for slot, weight in weights.items():
+            for path, name in slot.users:
+                install(model.get_submodule(path), name, weight, slot.view)
+        after = score(model) if score is not None else None
     stored = sum(record["bits"] for record in records) // 8
-    kept = original - sum(record["original_bytes"] * len(slot.users) for slot, record in zip(weights, records, strict=True))
+    kept = original - sum(record["original_bytes"] for record in records)
     report = Report(
         {
             "scheme": describe(scheme), "seed": seed, "sites": records, "parameters": count, "original_bytes": original,
@@ -92,6 +86,21 @@ def compress_module(
         }
     )  # fmt: skip
     return model, report
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and without gradients; every module's mode and every parameter's flag are put back."""
+    training, modes = model.training, {module: module.training for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        for module in model.modules():
+            module.training = modes.get(module, training)
 
 
 def _take(data: Iterable[Batch] | None, samples: int) -> list[Batch]:
@@ -122,7 +131,7 @@ def _run(
     needs = survey_needs(chosen, spread)
     extras = Extras()
     if spread or any(needs.values()):
-        stages = survey_stages(blocks, residence, batches, list(chosen), needs, seed, Shelf(), loss or _default_loss)
+        stages = survey_stages(blocks, residence, batches, list(chosen), needs, seed, Shelf(), loss or default_loss)
         chosen = allocate(stages, chosen, spread, extras, model, seed, progress)
     wanted = needs_of(chosen)
     running = any(w & ~GRADIENTS for w in wanted.values())
@@ -130,26 +139,23 @@ def _run(
     weights: dict[Slot, Weight] = {}
     records = []
     progress.start("compressing", sum(slot.entries * slot.columns for slot in slots))
-    for stage in compression_stages(blocks, residence, batches, slots, wanted, true_sequential, Shelf(), []):
-        for slot in stage.slots:
-            assert stage.statistics is not None
-            site = extras.given(stage.statistics.describe(slot, matrix_of(model, slot), seed))
-            stage.statistics.forget(slot)
-            weights[slot], record = compress_site(slot, chosen[slot], site)
-            record["original_bytes"] = slot.entries * parameters_of(model, [slot])[slot].element_size()
-            if running:
-                put_back(model, slot, weights[slot])
-            records.append(record)
-            progress.advance(slot.entries * slot.columns, slot.name)
-            progress.site(record)
+    with ExitStack() as undo:
+        for stage in compression_stages(blocks, residence, batches, slots, wanted, true_sequential, Shelf(), []):
+            for slot in stage.slots:
+                assert stage.statistics is not None
+                site = extras.given(stage.statistics.describe(slot, matrix_of(model, slot), seed))
+                stage.statistics.forget(slot)
+                weights[slot], record = compress_site(slot, chosen[slot], site)
+                parameter = parameters_of(model, [slot])[slot].detach()
+                record["original_bytes"] = parameter.nbytes
+                if running:
+                    undo.callback(parameter.copy_, parameter.clone())
+                    put_back(model, slot, weights[slot])
+                records.append(record)
+                progress.advance(slot.entries * slot.columns, slot.name)
+                progress.site(record)
+        undo.pop_all()
     return weights, records
-
-
-def _default_loss(output: Any, generator: torch.Generator) -> Tensor:
-    logits = getattr(output, "logits", output)
-    if isinstance(logits, Tensor) and (logits.dim() == 2 or hasattr(output, "logits")):
-        return sampled_labels(output, generator)
-    return random_projection(output, generator)
 
 
 def save(model: nn.Module, path: str | Path, **fields: Any) -> int:
@@ -203,5 +209,8 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
             found = next((n for n in names if n in plain), None)
             if found is None:
                 raise CheckpointError(f"{path}: does not store {names[0]}")
-            places[found].copy_(reader.get(found))
+            tensor = reader.get(found)
+            if tensor.shape != places[found].shape:
+                raise CheckpointError(f"{path}: stores {found} as {list(tensor.shape)}, the module has {list(places[found].shape)}")
+            places[found].copy_(tensor)
     return model

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from laconic.blocks import Batch, BlockModel, Residency
-from laconic.calibrate import GRADIENTS, Loss, Needs, Shelf, Stage, parameters_of, sampled_labels, survey, survey_whole, walk, walk_whole
+from laconic.calibrate import GRADIENTS, Loss, Needs, Shelf, Stage, default_loss, parameters_of, survey, survey_whole, walk, walk_whole
 from laconic.errors import SchemeError, VerificationError
 from laconic.load import Checkpoint, CompressedCheckpoint
 from laconic.methods.allocation import Allocation
@@ -27,6 +27,7 @@ from laconic.weights import Weight, unpack
 
 Chosen = dict[Slot, Method]
 _ROWS = 2048  # decoded at a time for a checksum
+_PART = 1 << 27  # bytes compared at a time
 
 
 class Overlay:
@@ -141,7 +142,7 @@ def data_free_stages(residence: Residency, slots: Sequence[Slot]) -> Iterator[St
 
 def survey_stages(
     blocks: BlockModel | None, residence: Residency, batches: Sequence[Batch], slots: Sequence[Slot], needs: Needs, seed: int, shelf: Shelf,
-    loss: Loss = sampled_labels,
+    loss: Loss = default_loss,
 ) -> Iterator[Stage]:  # fmt: skip
     """The stages of a survey of a chain, or of a whole model that has none."""
     if blocks is not None:
@@ -257,8 +258,12 @@ def verify(path: Path, checkpoint: Checkpoint, records: list[dict[str, Any]], ke
             raise VerificationError(f"{path}: {record['parameter']} does not decode to what was computed")
         progress.advance(1, record["name"])
     for name in kept:
-        if not same_tensor(stored.read([name])[name], checkpoint.read([name])[name]):
-            raise VerificationError(f"{path}: {name} differs from the original")
+        original = checkpoint.read([name])[name]
+        step = max(1, _PART // max(1, original[:1].nbytes)) if original.dim() else 1
+        for start in range(0, len(original) if original.dim() else 1, step):  # mapped anew for every part, so that both need not stay in memory
+            rows = slice(start, start + step) if original.dim() else ...
+            if not same_tensor(stored.read([name])[name][rows], original[rows]):
+                raise VerificationError(f"{path}: {name} differs from the original")
 
 
 def experts_without_tokens(records: list[dict[str, Any]]) -> list[str]:
@@ -289,6 +294,7 @@ def compress_parts(
             records.append(record)
             progress.advance(slot.entries * slot.columns, slot.name)
             progress.site(record)
+            del site, weight  # a tensor of the block that is left behind keeps its Hessian, or the pages of its whole file, in memory
         if stage.complete and (weights or stage.slots):
             tensors, specs = pack_weights(weights)
             run.commit(stage.part, tensors, {"specs": specs, "sites": records})

@@ -105,14 +105,14 @@ def compress_directory(
     Raises: SchemeError, CheckpointError, DataError, OutputError and VerificationError, each before or without losing earlier results.
     """
     options, progress, started = options or Options(), progress or Log(), time.time()
+    device, _ = pick_device(options.device), _dtype(options)
     checkpoint, chosen, plan = plan_directory(source, scheme, options, progress)
+    wanted = any(needs_of(chosen).values()) or bool(allocations(chosen))
     texts = _texts(options)
+    given = _given_windows(checkpoint, options, texts, wanted)
     progress.plan(plan)
     run = Run(Path(out), _fingerprint(checkpoint, chosen, options, texts), resume=options.resume, overwrite=options.overwrite)
-    if not run.parts() and (run.out / "laconic.json").exists():
-        raise DataError(f"{out}: this run is complete; there is nothing to resume")
-    device = pick_device(options.device)
-    windows, test = _windows(checkpoint, options, texts, run, progress, device, any(needs_of(chosen).values()) or bool(allocations(chosen)))
+    windows, test = _windows(checkpoint, options, given, run, progress, device, wanted)
 
     chosen = _allocated(checkpoint, chosen, windows, options, run, device, progress)
     _compress(checkpoint, chosen, windows, options, run, device, progress)
@@ -160,11 +160,8 @@ def _texts(options: Options) -> dict[str, str]:
     return texts
 
 
-def _windows(
-    checkpoint: Checkpoint, options: Options, texts: dict[str, str], run: Run, progress: Progress, device: torch.device, wanted: bool
-) -> tuple[Windows | None, Windows | None]:
-    """The calibration and test windows; what the model wrote itself is kept in the run, so that a resumed one goes on with the same."""
-    language = is_language_model(checkpoint.skeleton)
+def _given_windows(checkpoint: Checkpoint, options: Options, texts: dict[str, str], wanted: bool) -> tuple[Windows | None, Windows | None]:
+    """The calibration and test windows of the texts that were given. Raises: DataError, before anything is written."""
     tokenizer = load_tokenizer(checkpoint.path, options.trust_remote_code) if texts else None
     windows = test = None
     if "calibration" in texts and wanted:
@@ -172,11 +169,20 @@ def _windows(
     if "test" in texts and options.evaluate:
         source = options.test or f"the last tenth of {options.data}"
         test = evaluation_windows(texts["test"], tokenizer, options.length, options.test_tokens, source)
-    if not language and (windows is None and wanted):
+    if not is_language_model(checkpoint.skeleton) and (windows is None and wanted):
         raise DataError(f"{checkpoint.path}: this model writes no text, so it cannot calibrate itself; give a text with --data")
+    return windows, test
+
+
+def _windows(
+    checkpoint: Checkpoint, options: Options, given: tuple[Windows | None, Windows | None], run: Run, progress: Progress, device: torch.device,
+    wanted: bool,
+) -> tuple[Windows | None, Windows | None]:  # fmt: skip
+    """The calibration and test windows; what the model wrote itself is kept in the run, so that a resumed one goes on with the same."""
+    windows, test = given
     if windows is None and wanted:
         windows = _own_text(checkpoint, run, "calibration", options.samples, options.length, options.seed, progress, device)
-    if test is None and language and options.evaluate:
+    if test is None and is_language_model(checkpoint.skeleton) and options.evaluate:
         count = max(1, min(options.test_tokens, 16384) // options.length)
         test = _own_text(checkpoint, run, "test", count, options.length, options.seed + 1, progress, device)
     return windows, test
@@ -274,14 +280,23 @@ def _fingerprint(checkpoint: Checkpoint, chosen: Chosen, options: Options, texts
 
 
 def _dtype(options: Options) -> torch.dtype:
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.dtype]
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if options.dtype not in known:
+        raise SchemeError(f"dtype {options.dtype!r}: expected {', '.join(known)}")
+    return known[options.dtype]
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a name stands for; "auto" is a CUDA device if there is one. Raises: ValueError from torch for an unknown name."""
+    """The device a name stands for; "auto" is a CUDA device if there is one. Raises: SchemeError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise SchemeError(f"device {name!r}: {reason}") from error
+    return device
 
 
 def parameters(model: nn.Module) -> int:

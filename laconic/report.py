@@ -139,7 +139,7 @@ def _plot(sites: list[dict[str, Any]]) -> str:
     bits, error = figure.subplots(2, 1, sharex=True)
     for kind in kinds:
         at = [i for i, site in enumerate(sites) if _layer_kind(site["name"]) == kind]
-        bits.bar(at, [sites[i]["bits_per_weight"] for i in at], color=colours[kind], label=kind, width=0.8)
+        bits.bar(at, [sites[i]["bits_per_weight"] for i in at], color=colours[kind], label=kind.replace("$", r"\$"), width=0.8)
         error.plot(at, [max(sites[i]["error"], 1e-12) for i in at], "o", color=colours[kind], markersize=4)
     bits.set_ylabel("bits per weight")
     error.set_ylabel("relative output error")

@@ -51,10 +51,13 @@ class Residence:
             module._parameters[name] = tensor
 
     @contextmanager
-    def hold(self, path: str) -> Iterator[None]:
-        """The parameters below `path` ("" for all outside the chain) are in memory inside this context; it nests."""
+    def hold(self, path: str, *, head: bool = True) -> Iterator[None]:
+        """The parameters below `path` ("" for all outside the chain) are in memory inside this context; it nests.
+
+        `head=False` leaves out the output head, unless it is tied: it can be the largest tensor, and nothing before the chain reads it.
+        """
         if not self._held.get(path):
-            self._load(path)
+            self._load(path, () if head else self._untied_head())
         self._held[path] = self._held.get(path, 0) + 1
         try:
             yield
@@ -64,6 +67,11 @@ class Residence:
                 for users in self._ties:
                     if self._inside(users[0][2], path):
                         self._put(users, self._meta[users[0][2]])
+
+    def _untied_head(self) -> set[str]:
+        find = getattr(self.model, "get_output_embeddings", None)
+        head = find() if callable(find) else None
+        return {users[0][2] for users in self._ties if len(users) == 1 and users[0][0] is head}
 
     def keep_all(self, skip: Collection[str] = ()) -> None:
         """Bring everything into memory for good, but for the parameters named in `skip`."""

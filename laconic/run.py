@@ -21,6 +21,7 @@ from laconic.weights.base import Spec
 
 _WORK = ".laconic"
 _SHARD = 4 << 30  # bytes per file of weights
+_DONE = ".laconic-done"  # the folder of a complete run, on its way out
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")  # config, tokenizer and, where trusted, code
 
 
@@ -43,7 +44,9 @@ class Run:
                 raise OutputError(f"{out}: holds {what}; pass --resume to go on with it or --overwrite to replace it")
             if started.exists():
                 _same(json.loads(started.read_text())["fingerprint"], fingerprint, out)
-            elif not (out / MANIFEST).exists():
+            elif (out / MANIFEST).exists():
+                raise OutputError(f"{out}: this run is complete, there is nothing to resume; pass --overwrite to replace it")
+            else:
                 raise OutputError(f"{out}: nothing to resume, and the directory holds other files; pass --overwrite to replace them")
         with disk_errors(out):
             self.work.mkdir(parents=True, exist_ok=True)
@@ -86,16 +89,21 @@ class Run:
         """Turn the parts into a model directory: shards, their index, config, tokenizer, and the manifest last."""
         with disk_errors(self.out):
             _assemble(sorted(self.work.glob("part-*.safetensors")), self.out)
-            for pattern in _COPIED if source is not None else ():
-                for file in sorted(source.glob(pattern)) if source is not None else ():
-                    if file.name not in ("config.json", INDEX, MANIFEST, "report.json"):
-                        shutil.copyfile(file, self.out / file.name)
+            ours = ("config.json", INDEX, MANIFEST, "report.json")
+            found = [file for pattern in _COPIED for file in source.glob(pattern) if file.name not in ours] if source is not None else []
+            copied = sorted(file.name for file in found)
+            self.note(copied=copied)
+            for file in found:
+                shutil.copyfile(file, self.out / file.name)
             write_json(self.out / "config.json", config, indent=2)
-            write_json(self.out / MANIFEST, manifest)
+            write_json(self.out / MANIFEST, manifest | {"copied": copied})
 
     def close(self) -> None:
-        """The run is complete: only the model and its report stay."""
-        shutil.rmtree(self.work, ignore_errors=True)
+        """The run is complete: only the model and its report stay. The folder is renamed first: half of one must never look like a run."""
+        done = self.out / _DONE
+        shutil.rmtree(done, ignore_errors=True)
+        self.work.rename(done)
+        shutil.rmtree(done, ignore_errors=True)
 
 
 @contextmanager
@@ -130,16 +138,29 @@ def _settle(temporary: Path, file: Path) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Remove what a run of ours may have left; anything else in the directory is somebody's, and stays."""
-    shutil.rmtree(out / _WORK, ignore_errors=True)
-    ours = {MANIFEST, INDEX, "report.json", "report.html", "config.json", "model.safetensors"}
-    if (out / MANIFEST).exists() or not any((out / name).exists() for name in ("config.json", "model.safetensors")):
-        for file in out.iterdir():
-            known = file.name in ours or (file.name.startswith("model-") and file.suffix == ".safetensors")
-            if file.is_file() and (known or any(file.match(pattern) for pattern in _COPIED)):
+    """Remove what a run of ours left, by the names it noted; anything else in the directory is somebody's, and stays."""
+    ours = {"report.json", "report.html", "config.json", MANIFEST, INDEX}
+    began = (out / _WORK / "run.json").is_file()
+    if began or (out / MANIFEST).is_file():
+        for record in (out / _WORK / "notes.json", out / MANIFEST):
+            ours |= set(_copied(record))
+        for file in list(out.iterdir()):
+            weights = file.suffix == ".safetensors" and (file.stem == "model" or file.stem.startswith("model-"))
+            if file.is_file() and (weights or file.name in ours or file.name.removesuffix(".tmp") in ours):
                 file.unlink()
+    shutil.rmtree(out / _WORK, ignore_errors=True)
+    shutil.rmtree(out / _DONE, ignore_errors=True)
     if any(out.iterdir()):
         raise OutputError(f"{out}: holds files that no run of laconic wrote ({next(out.iterdir()).name}); choose another directory")
+
+
+def _copied(record: Path) -> list[str]:
+    """The names of the files a run copied beside its model; none from a record that cannot be read."""
+    try:
+        names = json.loads(record.read_text()).get("copied", [])
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [name for name in names if isinstance(name, str) and name == Path(name).name]
 
 
 def _same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:

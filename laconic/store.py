@@ -84,7 +84,7 @@ def _check_spec(spec: Any, shape: Any, where: str) -> None:
 
 
 def pack_weights(weights: dict[str, Weight]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
-    """Stored tensors and specs of some weights by parameter name; a plain Dense is stored under the parameter's own name, without a spec."""
+    """Stored tensors (`parameter.name within the weight`) and specs of some weights by parameter name."""
     tensors: dict[str, Tensor] = {}
     specs: dict[str, Spec] = {}
     for name, weight in weights.items():

@@ -267,8 +267,44 @@ def test_an_unfinished_run_is_continued_by_itself_only(tiny: Path, text: Path, t
     with pytest.raises(OutputError, match="seed: 0 then, 1 now"):
         run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False, resume=True, seed=1)
     run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False, resume=True)
-    with pytest.raises(DataError, match="nothing to resume"):
+    with pytest.raises(OutputError, match="nothing to resume"):
         run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False, resume=True)
+    assert not (out / ".laconic").exists(), "a refusal leaves nothing behind"
+
+
+def test_overwriting_removes_only_what_a_run_wrote(tiny: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("main.py", "notes.txt", "data.json"):
+        (out / name).write_text("mine")
+    with pytest.raises(OutputError, match="no run of laconic wrote"):
+        run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False, overwrite=True)
+    assert sorted(file.name for file in out.iterdir()) == ["data.json", "main.py", "notes.txt"]
+    for file in out.iterdir():
+        file.unlink()
+    run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"no run of laconic wrote \(notes.txt\)"):
+        run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False, overwrite=True)
+    assert [file.name for file in out.iterdir()] == ["notes.txt"]
+    (out / "notes.txt").unlink()
+    run(tiny, "RTN(bits=3, group=32)", out, data=str(text), evaluate=False, overwrite=True)
+    run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False, overwrite=True)
+    assert lc.load(out) is not None
+
+
+def test_a_kill_while_the_work_folder_goes_leaves_the_model_whole(tiny: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False)
+    model = (out / "model.safetensors").read_bytes()
+    (out / ".laconic-done").mkdir()  # what a kill inside Run.close leaves
+    (out / ".laconic-done" / "part-0.safetensors").write_bytes(b"half of one")
+    with pytest.raises(OutputError, match="nothing to resume"):
+        run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False, resume=True)
+    assert (out / "model.safetensors").read_bytes() == model
+    run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == model
+    assert not (out / ".laconic-done").exists()
 
 
 def broken(tiny: Path, tmp_path: Path) -> Path:

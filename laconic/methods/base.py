@@ -81,6 +81,12 @@ class Then(Method):
     first: Method
     second: Method
 
+    def __post_init__(self) -> None:
+        if getattr(self.first, "density", None) is not None and getattr(self.second, "rate", None) is not None:
+            raise SchemeError(
+                f"{self!r}: a rate counts every entry, but only the survivors of {self.first!r} are stored; give {type(self.second).__name__} bits"
+            )
+
     @property
     def wants(self) -> Stats:
         return self.first.wants | self.second.wants

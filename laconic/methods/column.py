@@ -60,34 +60,34 @@ def factor(H: Tensor, order: Tensor, damping: float, name: str, notes: list[str]
     mean of the diagonal, first in float32, then in float64; if that fails too, or no input was seen, L is diagonal, which is plain
     rounding, and `notes` says so.
     """
+    if len(H) == 1:  # without another copy of what can be the largest tensor there is
+        return _factor_one(H[0], order, damping, name, notes).unsqueeze(0)
     L = torch.empty_like(H)
     for g in range(len(H)):
-        _factor_one(H[g], order, damping, f"group {g} of {name}" if len(H) > 1 else name, notes, L[g])
+        L[g] = _factor_one(H[g], order, damping, f"group {g} of {name}", notes)
     return L
 
 
-def _factor_one(H: Tensor, order: Tensor, damping: float, where: str, notes: list[str], out: Tensor) -> None:
+def _factor_one(H: Tensor, order: Tensor, damping: float, where: str, notes: list[str]) -> Tensor:
     diagonal = H.diagonal()[order]
     mean = float(diagonal.mean())
     if not 0 < mean < float("inf"):
         notes.append(f"{where}: {'no input was seen' if mean == 0 else 'input statistics are not finite'}; rounded to nearest")
-        out.copy_(torch.eye(len(H)))
-        return
+        return torch.eye(len(H), dtype=H.dtype, device=H.device)
     steps = [damping, *(damping * 10**k for k in range(1, 40) if damping * 10 ** (k - 1) < 1)]
     for dtype in (torch.float32, torch.float64):
         for step in steps:
-            work = H[order[:, None], order].to(dtype)
+            work = H[order[:, None], order].to(dtype).mT  # symmetric, so the same matrix; stored by columns, LAPACK works in place
             added = work.diagonal()
             added += torch.where(added == 0, mean, step * mean)
             info = torch.empty((), dtype=torch.int32, device=H.device)
             torch.linalg.cholesky_ex(work, out=(work, info))
             if int(info) == 0 and bool((work.diagonal() > 0).all()) and bool(torch.isfinite(work[-1]).all()):
-                out.copy_(work)
                 if step > damping or dtype == torch.float64:
                     notes.append(f"{where}: Hessian not positive definite; solved with damping {step:g} in {dtype}")
-                return
+                return work.to(H.dtype)
     notes.append(f"{where}: Hessian not positive definite at any damping; rounded to nearest, weighted by its diagonal")
-    out.copy_(torch.diag(diagonal.clamp(min=1e-3 * mean).sqrt()))
+    return torch.diag(diagonal.clamp(min=1e-3 * mean).sqrt())
 
 
 def layout(weight: ColumnSet, H: Tensor, act_order: bool) -> Tensor:
@@ -135,7 +135,7 @@ def _sweep(weight: ColumnSet, W: Tensor, L: Tensor, order: Tensor, block: int, s
         for k in range(stop - unit, start - 1, -unit):
             done = slice(k + unit, stop)
             if span is not None and fit is not None and (n - k - unit) % span == 0:
-                _fit_span(Q, E, L, left, slice(start, stop), k + unit - span, span, columns[k], fit)
+                _fit_span(Q, E, L, left, slice(start, stop), slice(max(k + unit - span, 0), k + unit), columns[k], fit)
             here = slice(k, k + unit)
             v = left[:, k - start : k - start + unit]
             if k + unit < stop:
@@ -156,14 +156,14 @@ def _sweep(weight: ColumnSet, W: Tensor, L: Tensor, order: Tensor, block: int, s
     return solved
 
 
-def _fit_span(Q: Tensor, E: Tensor, L: Tensor, left: Tensor, block: slice, low: int, span: int, j: int, fit: Fit) -> None:
-    """Fit the span in layout positions low : low + span (its first column is j) to its live values.
+def _fit_span(Q: Tensor, E: Tensor, L: Tensor, left: Tensor, block: slice, here: slice, j: int, fit: Fit) -> None:
+    """Fit the span in layout positions `here` (its first column is j; the matrix's last span may be shorter) to its live values.
 
     With V = sum over finished columns E_i L_i,span, the errors still to come must cancel V: the best completion is W_span + V L_span^-1.
     """
-    here, done = slice(low, low + span), slice(low + span, block.stop)
-    V = left[:, low - block.start : low - block.start + span]
-    if low + span < block.stop:
+    done = slice(here.stop, block.stop)
+    V = left[:, here.start - block.start : here.stop - block.start]
+    if here.stop < block.stop:
         V = V + L[:, done, here].transpose(1, 2) @ E[:, done]
     shift = torch.linalg.solve_triangular(L[:, here, here], V.transpose(1, 2), upper=False, left=False)
     live = (Q[:, here].transpose(1, 2) + shift).flip(2)  # the layout runs backwards, sets count forwards

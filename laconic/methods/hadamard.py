@@ -1,7 +1,11 @@
 """Any method in a rotated basis."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from torch import Tensor
+
+from laconic.errors import SchemeError
+from laconic.methods.allocation import Allocation
 from laconic.methods.base import Method
 from laconic.sites import Site, Stats
 from laconic.weights import Rotated, Weight
@@ -21,6 +25,10 @@ class Hadamard(Method):
     inputs: bool = True
     outputs: bool = True
 
+    def __post_init__(self) -> None:
+        if self.method.wants & (Stats.SQUARES | Stats.FISHER):
+            raise SchemeError(f"Hadamard: {self.method!r} weighs single entries, and their weights are not known in a rotated basis")
+
     @property
     def wants(self) -> Stats:
         return self.method.wants
@@ -28,7 +36,16 @@ class Hadamard(Method):
     def expected_bits(self, shape: tuple[int, int]) -> float:
         return self.method.expected_bits(shape) + self.outputs * shape[0] + self.inputs * shape[1]
 
+    def allocation(self) -> Allocation | None:
+        inner = self.method.allocation()
+        return _Turned(self, inner) if inner is not None else None
+
     def __call__(self, site: Site) -> Weight:
+        turned, row_signs, column_signs = self._turned(site)
+        return Rotated(self.method(turned), row_signs=row_signs, column_signs=column_signs)
+
+    def _turned(self, site: Site) -> tuple[Site, Tensor | None, Tensor | None]:
+        """The site in the rotated basis, and the signs that make it; what is known per row becomes its mean."""
         generator = site.generator()
         out, columns = site.W.shape
         row_signs = random_signs(out, generator) if self.outputs and site.groups == 1 else None
@@ -36,9 +53,27 @@ class Hadamard(Method):
         W = rotate_columns(site.W.float(), column_signs)
         if row_signs is not None:
             W = rotate_columns(W.t(), row_signs).t().contiguous()
-        turned = site.having(W=W, squares=None, fisher=None, mask=None, output=None)
+        output = site.output.mean().expand(out) if site.output is not None and row_signs is not None else site.output
+        turned = site.having(W=W, squares=None, fisher=None, mask=None, output=output)
         if site.hessian is not None and column_signs is not None:
             signs = column_signs.to(site.hessian)
             left = hadamard(site.hessian * signs)
             turned = turned.having(hessian=hadamard(left.transpose(1, 2) * signs))
-        return Rotated(self.method(turned), row_signs=row_signs, column_signs=column_signs)
+        return turned, row_signs, column_signs
+
+
+@dataclass
+class _Turned(Allocation):
+    """The inner method's allocation, which sees every site in its rotated basis."""
+
+    whole: Hadamard
+    inner: Allocation
+
+    def __post_init__(self) -> None:
+        self.wants = self.inner.wants
+
+    def observe(self, site: Site) -> None:
+        self.inner.observe(self.whole._turned(site)[0])
+
+    def resolve(self) -> dict[str, Method]:
+        return {name: replace(self.whole, method=method) for name, method in self.inner.resolve().items()}

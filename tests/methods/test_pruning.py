@@ -108,3 +108,17 @@ def test_after_a_method_that_prunes_nothing_the_result_is_encoded_again() -> Non
     rank = torch.linalg.matrix_rank(weight().detach(), rtol=0.02)
     assert rank <= 8
     assert torch.allclose(weight(), LowRank(4)(site)(), atol=0.01)
+
+
+@pytest.mark.parametrize("columns", [129, 192, 200, 704])
+def test_sparsegpt_where_spans_do_not_divide_the_columns(columns: int) -> None:
+    site = make_site(rows=24, columns=columns)
+    weight = SparseGPT(0.5)(site)
+    assert abs(float(weight.mask.float().mean()) - 0.5) < 0.01  # type: ignore[attr-defined]
+    assert output_error(site, weight) < output_error(site, Magnitude(0.5)(site))
+
+
+def test_a_rate_is_not_for_survivors_alone() -> None:
+    with pytest.raises(SchemeError, match="a rate counts every entry"):
+        SparseGPT(0.5) >> GPTQ(rate=2.0)
+    assert LowRank(4) >> GPTQ(rate=2.0), "of a method that prunes nothing every entry is coded"

@@ -10,8 +10,10 @@ from laconic.methods.base import output_error
 from laconic.methods.cast import Cast
 from laconic.methods.gptq import GPTQ
 from laconic.methods.hadamard import Hadamard
+from laconic.methods.kmeans import KMeans
 from laconic.methods.rtn import RTN
 from laconic.methods.spqr import SpQR
+from laconic.methods.wanda import Wanda
 from laconic.sites import Site
 from laconic.weights import Rotated, Sum, Uniform
 from tests.conftest import make_site, output_loss
@@ -134,3 +136,21 @@ def test_cast_is_exact_for_what_the_type_holds() -> None:
         Cast("float16")(site.having(W=site.W * 1e7))
     with pytest.raises(SchemeError, match="dtype"):
         Cast("int8")(site)
+
+
+def test_hadamard_spreads_a_rate_over_the_model_too() -> None:
+    method = Hadamard(GPTQ(rate=2.5))
+    sites = [make_site(seed=i).having(name=f"site{i}", output=torch.full((48,), 4.0**i)) for i in range(3)]
+    allocation = method.allocation()
+    assert allocation is not None
+    for site in sites:
+        allocation.observe(site)
+    rates = [chosen.method.rate for chosen in allocation.resolve().values()]  # type: ignore[attr-defined]
+    assert sum(rates) / 3 == pytest.approx(2.5, abs=1e-3)
+    assert rates[0] < rates[1] < rates[2], "what moves the output more gets more bits"
+
+
+def test_hadamard_refuses_what_weighs_single_entries() -> None:
+    for method in (Wanda(0.5), KMeans(bits=3, weights="fisher")):
+        with pytest.raises(SchemeError, match="not known in a rotated basis"):
+            Hadamard(method)
