@@ -50,7 +50,8 @@ class Judge:
         row: dict[str, float] = {}
         for name, windows in self.windows.items():
             quality = compare(windows, self._logits(source, windows), self.logits[name])
-            assert quality.kl is not None and quality.kl_interval is not None
+            assert quality.kl is not None
+            assert quality.kl_interval is not None
             row |= {f"{name} ppl": quality.perplexity, f"{name} KL": quality.kl}
             row |= {f"{name} KL low": quality.kl_interval[0], f"{name} KL high": quality.kl_interval[1]}
         decoded = source.read([slot.parameter for slot in self.slots])
@@ -77,7 +78,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
         points = sorted((row for row in rows if row["family"] == family), key=lambda row: row["matrix bits"])
         bits = [row["matrix bits"] for row in points]
         style = {"color": f"C{i % 10}", "marker": "os^Dv*PXh<>"[i % 11], "markersize": 5, "linewidth": 1.2}
-        own = family.startswith("GPTQ(rate")
+        own = family.removeprefix("laconic ").startswith("GPTQ(rate")
         style |= {"linewidth": 2.4, "zorder": 5} if own else {}
         quality.plot(bits, [row["dracula KL"] for row in points], label=family, **style)
         error.plot(bits, [row["weight error"] for row in points], **style)
