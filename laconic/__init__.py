@@ -7,10 +7,11 @@ from typing import Any
 
 from laconic import hf as _hf  # noqa: F401 - importing it registers compressed directories with transformers
 from laconic.errors import CheckpointError, DataError, LaconicError, OutputError, SchemeError, VerificationError
+from laconic.evaluate import evaluate_source
 from laconic.load import load
 from laconic.memory import load_into, save
 from laconic.methods.base import Keep, Method
-from laconic.pipeline import Options, compress, evaluate_source
+from laconic.pipeline import Options, compress
 from laconic.report import Report
 from laconic.scheme import known_methods, parse
 from laconic.version import __version__

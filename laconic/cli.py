@@ -142,7 +142,7 @@ def evaluate(
     """Measure a model: perplexity with error bars, distance from the original, lm-eval tasks."""
 
     def work() -> None:
-        from laconic.pipeline import evaluate_source
+        from laconic.evaluate import evaluate_source
 
         if data is None and tasks is None:
             raise SchemeError("nothing to measure: give --data, --tasks or both")

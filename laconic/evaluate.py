@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from laconic.blocks import Batch, BlockModel, call, find_chain, to_device
-from laconic.data import Windows
-from laconic.errors import SchemeError
-from laconic.load import Checkpoint, CompressedCheckpoint
+from laconic.data import Windows, evaluation_windows, read_text
+from laconic.errors import DataError, SchemeError
+from laconic.load import Checkpoint, CompressedCheckpoint, load, load_tokenizer, open_source
+from laconic.machine import pick_device, pick_dtype
 from laconic.residence import Residence
+from laconic.store import stored_bytes
 
 Source = Checkpoint | CompressedCheckpoint
 _RESAMPLES = 1000  # of the bootstrap over windows
 _TOKENS = 4096  # per forward pass
-_LOGITS = 1 << 24  # per forward pass
+LOGITS = 1 << 24  # per forward pass
+COMPARED = 1 << 22  # logits compared at a time
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def perplexity(
 def windows_at_once(source: Source, windows: Windows) -> int:
     """Windows per forward pass: at most 4096 tokens, and at most 2^24 logits, of which several copies are held."""
     vocabulary = getattr(source.config.get_text_config(), "vocab_size", 1) or 1
-    return max(1, min(_TOKENS, _LOGITS // vocabulary) // windows.tokens.shape[1])
+    return max(1, min(_TOKENS, LOGITS // vocabulary) // windows.tokens.shape[1])
 
 
 def compare(windows: Windows, own: Iterable[Tensor], reference: Iterable[Tensor] | None = None) -> Quality:
@@ -99,23 +102,28 @@ def compare(windows: Windows, own: Iterable[Tensor], reference: Iterable[Tensor]
     columns: list[Tensor] = []
     start = 0
     for logits, original in zip(own, reference, strict=True) if reference is not None else ((logits, None) for logits in own):
-        p = logits[:, :-1].float().log_softmax(-1)
-        q = original[:, :-1].float().log_softmax(-1) if original is not None else None
-        targets = windows.tokens[start : start + len(p), 1:].to(p.device)
-        start += len(p)
-        columns.append(_per_window(p, q, targets).cpu())
-    table = torch.cat(columns).double()  # [windows, (nll, reference nll, kl, agreement)], means over positions
+        targets = windows.tokens[start : start + len(logits), 1:].to(logits.device)
+        start += len(logits)
+        for i, target in enumerate(targets):
+            columns.append(_of_window(logits[i, :-1], original[i, :-1] if original is not None else None, target).cpu())
+    table = torch.stack(columns).double()  # [windows, (nll, reference nll, kl, agreement)], means over positions
     return _summary(windows, table, reference is not None)
 
 
-def _per_window(p: Tensor, q: Tensor | None, targets: Tensor) -> Tensor:
-    nll = -p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    if q is None:
-        return nll.mean(1, keepdim=True)
-    reference = -q.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    kl = (q.exp() * (q - p)).sum(-1)
-    agree = (p.argmax(-1) == q.argmax(-1)).float()
-    return torch.stack([x.mean(1) for x in (nll, reference, kl, agree)], 1)
+def _of_window(logits: Tensor, original: Tensor | None, targets: Tensor) -> Tensor:
+    """Means over the positions of one window, a few positions at a time: there are several tensors as large as the logits."""
+    total = torch.zeros(4 if original is not None else 1, dtype=torch.float64, device=logits.device)
+    step = max(1, COMPARED // logits.shape[-1])
+    for start in range(0, len(targets), step):
+        here = slice(start, start + step)
+        p, target = logits[here].float().log_softmax(-1), targets[here].unsqueeze(-1)
+        total[0] -= p.gather(-1, target).sum(dtype=torch.float64)
+        if original is not None:
+            q = original[here].float().log_softmax(-1)
+            total[1] -= q.gather(-1, target).sum(dtype=torch.float64)
+            total[2] += (q.exp() * (q - p)).sum(-1).sum(dtype=torch.float64)
+            total[3] += (p.argmax(-1) == q.argmax(-1)).sum()
+    return total / len(targets)
 
 
 def _summary(windows: Windows, table: Tensor, compared: bool) -> Quality:
@@ -176,3 +184,47 @@ def _task_name(file: Path) -> str:
     if found is None:
         raise SchemeError(f"{file}: expected the YAML file of an lm-eval task, with a line 'task: name'")
     return found[1]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Distinct parameters, ties counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def evaluate_source(
+    source: str | Path,
+    *,
+    reference: str | Path | None = None,
+    data: str | None = None,
+    length: int = 256,
+    tokens: int | None = None,
+    tasks: list[str] | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Measure a compressed or an original model: size, likelihood of a text, distance from a reference, lm-eval tasks.
+
+    Raises: CheckpointError, DataError.
+    """
+    opened = open_source(source, trust_remote_code=trust_remote_code)
+    result: dict[str, Any] = {"source": str(source), "stored_bytes": stored_bytes(opened.path)}
+    result["bits_per_weight"] = 8 * result["stored_bytes"] / count_parameters(opened.skeleton)
+    if data is not None:
+        windows = evaluation_windows(read_text(data), load_tokenizer(opened.path, trust_remote_code), length, tokens, data)
+        other = open_source(reference, trust_remote_code=trust_remote_code) if reference is not None else None
+        if is_language_model(opened.skeleton):
+            result |= perplexity(opened, windows, reference=other, dtype=pick_dtype(dtype), device=pick_device(device)).as_dict()
+        elif other is not None:
+            result |= similarity(opened, other, windows, pick_dtype(dtype), pick_device(device))
+        else:
+            raise DataError(f"{source}: this model predicts no text; give the original as --reference to compare their outputs")
+    if tasks:
+        if isinstance(opened, CompressedCheckpoint):
+            model = load(opened.path, dtype=pick_dtype(dtype), trust_remote_code=trust_remote_code)
+        else:
+            Residence(opened.skeleton, opened, None, pick_dtype(dtype), torch.device("cpu")).keep_all()
+            model = opened.skeleton
+        result["tasks"] = run_tasks(model.to(pick_device(device)), load_tokenizer(opened.path, trust_remote_code), tasks, limit)
+    return result

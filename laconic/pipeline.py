@@ -1,11 +1,9 @@
 """The order of things: load, plan, survey, compress, pack, verify, evaluate, report. Nothing else knows it."""
 
 import hashlib
-import platform
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,8 +15,9 @@ from laconic.blocks import Batch, BlockModel, find_chain
 from laconic.calibrate import GRADIENTS, Shelf
 from laconic.data import Windows, calibration_windows, evaluation_windows, read_text, sample_windows, split_text
 from laconic.errors import CheckpointError, DataError, SchemeError
-from laconic.evaluate import is_language_model, open_blocks, perplexity, run_tasks, similarity
-from laconic.load import Checkpoint, CompressedCheckpoint, load, load_tokenizer, open_source
+from laconic.evaluate import count_parameters, is_language_model, open_blocks, perplexity, similarity
+from laconic.load import Checkpoint, CompressedCheckpoint, load_tokenizer, open_source
+from laconic.machine import machine, pick_device, pick_dtype, versions
 from laconic.memory import compress_module
 from laconic.methods.base import Keep
 from laconic.passes import (
@@ -38,8 +37,8 @@ from laconic.passes import (
     verify,
 )  # fmt: skip
 from laconic.preflight import Load, preflight
-from laconic.progress import Log, Progress, peak_memory
-from laconic.report import Report, generation_samples, original_file_bytes, write_report
+from laconic.progress import Log, Progress, peak_memory, resident_memory
+from laconic.report import Report, generation_samples, original_file_bytes, samples_fit, write_report
 from laconic.residence import Residence
 from laconic.run import Run
 from laconic.scheme import Scheme, describe, parse, resolve
@@ -93,7 +92,13 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
     spread = allocations(chosen)
     passes = bool(any(w & ~GRADIENTS for w in wants)) * 2 + bool(spread) * 3
     width = getattr(checkpoint.config.get_text_config(), "hidden_size", 0)
-    load = Load(options.samples, options.length, passes, width) if passes or any(wants) else Load()
+    calibrated = bool(passes or any(wants))
+    language = is_language_model(checkpoint.skeleton)
+    load = Load(
+        samples=options.samples if calibrated else 0, length=options.length, passes=passes, width=width,
+        vocabulary=getattr(checkpoint.config.get_text_config(), "vocab_size", 0) if language else 0,
+        test_tokens=options.test_tokens if options.evaluate else 0, generates=options.evaluate and language and samples_fit(checkpoint),
+    )  # fmt: skip
     return checkpoint, chosen, preflight(checkpoint, chosen, load, find_chain(checkpoint.skeleton))
 
 
@@ -105,13 +110,17 @@ def compress_directory(
     Raises: SchemeError, CheckpointError, DataError, OutputError and VerificationError, each before or without losing earlier results.
     """
     options, progress, started = options or Options(), progress or Log(), time.time()
-    device, _ = pick_device(options.device), _dtype(options)
+    device, _ = pick_device(options.device), pick_dtype(options.dtype)
     checkpoint, chosen, plan = plan_directory(source, scheme, options, progress)
+    before = resident_memory()
     wanted = any(needs_of(chosen).values()) or bool(allocations(chosen))
     texts = _texts(options)
     given = _given_windows(checkpoint, options, texts, wanted)
+    fingerprint = _fingerprint(checkpoint, chosen, options, texts)
+    del texts  # it can be larger than the model
+    plan["peak_memory"] = max(plan["peak_memory"] + max(resident_memory() - before, 0), peak_memory())
     progress.plan(plan)
-    run = Run(Path(out), _fingerprint(checkpoint, chosen, options, texts), resume=options.resume, overwrite=options.overwrite)
+    run = Run(Path(out), fingerprint, resume=options.resume, overwrite=options.overwrite)
     windows, test = _windows(checkpoint, options, given, run, progress, device, wanted)
 
     chosen = _allocated(checkpoint, chosen, windows, options, run, device, progress)
@@ -122,7 +131,7 @@ def compress_directory(
     records.sort(key=lambda site: order[site["name"]])
     manifest = manifest_of(
         list(run.parts().values()), scheme=describe(scheme), seed=options.seed, versions=versions(),
-        source={"name": Path(str(source)).name, "parameters": parameters(checkpoint.skeleton)},
+        source={"name": Path(str(source)).name, "parameters": count_parameters(checkpoint.skeleton)},
         data={"source": windows.source, "sha256": windows.hash, "windows": list(windows.tokens.shape)} if windows else None,
     )  # fmt: skip
     config = checkpoint.config.to_dict() | {"quantization_config": {"quant_method": "laconic", "schema": manifest["schema"]}}
@@ -142,7 +151,8 @@ def compress_directory(
             "seconds": time.time() - started, "versions": versions(), "machine": machine(),
         }
     )  # fmt: skip
-    samples = generation_samples(checkpoint, run.out, test.tokens, device) if test is not None and options.evaluate else []
+    sampled = test is not None and options.evaluate and samples_fit(checkpoint)
+    samples = generation_samples(checkpoint, run.out, test.tokens, device) if test is not None and sampled else []
     write_report(run.out, report, samples)
     run.close()
     return report
@@ -222,7 +232,7 @@ def _allocated(
     progress.start("surveying the original model", sum(slot.entries for slot in concerned))
     extras = Extras(run.work)
     if any(needs.values()) and windows is not None:
-        blocks, residence = open_blocks(checkpoint, _dtype(options), device)
+        blocks, residence = open_blocks(checkpoint, pick_dtype(options.dtype), device)
         batches = Windows(windows.tokens[:SURVEY_SAMPLES], windows.source).batches(1)
         stages = survey_stages(blocks, residence, batches, concerned, needs, options.seed, Shelf(run.work))
     else:
@@ -239,7 +249,7 @@ def _compress(
     needs = needs_of(chosen)
     slots = list(needs)
     calibrated = any(wanted & ~GRADIENTS for wanted in needs.values())
-    dtype = _dtype(options) if calibrated else None
+    dtype = pick_dtype(options.dtype) if calibrated else None
     overlay = Overlay(checkpoint, run, slots)
     chain = find_chain(checkpoint.skeleton)
     residence = Residence(checkpoint.skeleton, overlay, chain, dtype, device)
@@ -258,8 +268,8 @@ def _quality(out: Path, checkpoint: Checkpoint, test: Windows, options: Options,
     progress.start("evaluating what was stored", 1)
     stored = CompressedCheckpoint(out, trust_remote_code=options.trust_remote_code)
     if not is_language_model(checkpoint.skeleton):
-        return similarity(stored, checkpoint, test, _dtype(options), device)
-    return perplexity(stored, test, reference=checkpoint, dtype=_dtype(options), device=device).as_dict()
+        return similarity(stored, checkpoint, test, pick_dtype(options.dtype), device)
+    return perplexity(stored, test, reference=checkpoint, dtype=pick_dtype(options.dtype), device=device).as_dict()
 
 
 def _kept(checkpoint: Checkpoint, names: list[str]) -> list[dict[str, Any]]:
@@ -277,88 +287,6 @@ def _fingerprint(checkpoint: Checkpoint, chosen: Chosen, options: Options, texts
         **{name: getattr(options, name) for name in ("samples", "length", "seed", "dtype", "true_sequential")},
         "laconic": versions()["laconic"],
     }
-
-
-def _dtype(options: Options) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if options.dtype not in known:
-        raise SchemeError(f"dtype {options.dtype!r}: expected {', '.join(known)}")
-    return known[options.dtype]
-
-
-def pick_device(name: str) -> torch.device:
-    """The device a name stands for; "auto" is a CUDA device if there is one. Raises: SchemeError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch built without CUDA asserts
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise SchemeError(f"device {name!r}: {reason}") from error
-    return device
-
-
-def parameters(model: nn.Module) -> int:
-    """Distinct parameters, ties counted once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def versions() -> dict[str, str]:
-    """The versions a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("laconic", "torch", "transformers", "safetensors", "constriction", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "source tree"
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """What the run was made on."""
-    return {"system": platform.system(), "processor": platform.machine(), "threads": torch.get_num_threads()}
-
-
-def evaluate_source(
-    source: str | Path,
-    *,
-    reference: str | Path | None = None,
-    data: str | None = None,
-    length: int = 256,
-    tokens: int | None = None,
-    tasks: list[str] | None = None,
-    limit: int | None = None,
-    device: str = "auto",
-    dtype: str = "float32",
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Measure a compressed or an original model: size, likelihood of a text, distance from a reference, lm-eval tasks.
-
-    Raises: CheckpointError, DataError.
-    """
-    opened = open_source(source, trust_remote_code=trust_remote_code)
-    result: dict[str, Any] = {"source": str(source), "stored_bytes": stored_bytes(opened.path)}
-    count = parameters(opened.skeleton)
-    result["bits_per_weight"] = 8 * result["stored_bytes"] / count
-    options = Options(device=device, dtype=dtype)
-    if data is not None:
-        windows = evaluation_windows(read_text(data), load_tokenizer(opened.path, trust_remote_code), length, tokens, data)
-        other = open_source(reference, trust_remote_code=trust_remote_code) if reference is not None else None
-        if is_language_model(opened.skeleton):
-            result |= perplexity(opened, windows, reference=other, dtype=_dtype(options), device=pick_device(device)).as_dict()
-        elif other is not None:
-            result |= similarity(opened, other, windows, _dtype(options), pick_device(device))
-        else:
-            raise DataError(f"{source}: this model predicts no text; give the original as --reference to compare their outputs")
-    if tasks:
-        if isinstance(opened, CompressedCheckpoint):
-            model = load(opened.path, dtype=_dtype(options), trust_remote_code=trust_remote_code)
-        else:
-            Residence(opened.skeleton, opened, None, _dtype(options), torch.device("cpu")).keep_all()
-            model = opened.skeleton
-        result["tasks"] = run_tasks(model.to(pick_device(device)), load_tokenizer(opened.path, trust_remote_code), tasks, limit)
-    return result
 
 
 @overload

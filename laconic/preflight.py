@@ -6,22 +6,30 @@ from typing import Any
 
 import torch
 
+from laconic.evaluate import COMPARED, LOGITS
 from laconic.load import Checkpoint
 from laconic.methods.base import Keep, Method
 from laconic.progress import resident_memory
 from laconic.sites import Slot, Stats
 
 _FLOAT = 4  # bytes of the computing precision
+_LIBRARIES = 120_000_000  # bytes: what is imported later (plots, kernels), and the allocator's slack
 
 
 @dataclass(frozen=True)
 class Load:
-    """The calibration load of a run: windows, tokens per window, and how often the chain is run over them."""
+    """What is run through the model: calibration windows, their length, how often the chain is run over them; tokens evaluated at the end.
+
+    `width` is the hidden size, `vocabulary` the logits per token (0 for a model without), `generates` whether samples of text are made.
+    """
 
     samples: int = 0
     length: int = 0
     passes: int = 0
     width: int = 0
+    vocabulary: int = 0
+    test_tokens: int = 0
+    generates: bool = False
 
 
 def preflight(source: Checkpoint, chosen: dict[Slot, Method], load: Load, chain: str | None) -> dict[str, Any]:
@@ -41,13 +49,18 @@ def preflight(source: Checkpoint, chosen: dict[Slot, Method], load: Load, chain:
         "sites": sites,
         "bytes": round(sum(site["bytes"] for site in sites) + rest),
         "original_bytes": total,
-        "peak_memory": _peak(source, chosen, load, chain),
+        "peak_memory": resident_memory() + _work(source, chosen, load, chain),
         "seconds": _seconds(chosen, load),
     }
 
 
-def _peak(source: Checkpoint, chosen: dict[Slot, Method], load: Load, chain: str | None) -> int:
-    """Bytes: what the process takes already + the hidden states + the largest part with its statistics and its solver's workspace."""
+def _work(source: Checkpoint, chosen: dict[Slot, Method], load: Load, chain: str | None) -> int:
+    """Bytes beyond what the process takes already, of the stage that takes most: compression, evaluation, or writing samples of text."""
+    return _LIBRARIES + max(_compression(source, chosen, load, chain), _evaluation(source, load, chain), _generation(source, load))
+
+
+def _compression(source: Checkpoint, chosen: dict[Slot, Method], load: Load, chain: str | None) -> int:
+    """The hidden states, and the largest part with its statistics and its solver's workspace."""
     parts: dict[str, list[Slot]] = {}
     for slot in chosen:
         path = slot.users[0][0]
@@ -63,9 +76,32 @@ def _peak(source: Checkpoint, chosen: dict[Slot, Method], load: Load, chain: str
         solver = max((_workspace(slot, chosen[slot], wanted[slot]) for slot in slots), default=0)
         packed = sum(chosen[slot].expected_bits(slot.shape) / 8 for slot in slots if not isinstance(chosen[slot], Keep))
         largest = max(largest, round(weights + hessians + solver + packed))
+    if not load.samples:
+        return largest
     hidden = 2 * _FLOAT * load.samples * load.length * load.width
-    activations = 12 * _FLOAT * 4096 * load.width if load.samples else 0
-    return resident_memory() + largest + hidden + activations
+    return largest + hidden + 12 * _FLOAT * 4096 * load.width
+
+
+def _evaluation(source: Checkpoint, load: Load, chain: str | None) -> int:
+    """Both models: what lies outside the chain in float32, a block and its decoding, hidden states, and one batch of logits each."""
+    if not load.test_tokens:
+        return 0
+    blocks: dict[str, int] = {}
+    for name, parameter in source.skeleton.named_parameters():
+        inside = chain is not None and name.startswith(chain + ".")
+        part = ".".join(name.split(".")[: len((chain or "").split(".")) + 1]) if inside else ""
+        blocks[part] = blocks.get(part, 0) + parameter.numel()
+    outside = blocks.pop("", 0)
+    tokens = max(load.length, min(4096, LOGITS // max(load.vocabulary, 1)))
+    logits = 3 * tokens * load.vocabulary + 6 * COMPARED  # some models widen theirs, which takes a copy
+    states = 2 * load.test_tokens * load.width + 12 * tokens * load.width
+    return _FLOAT * (2 * outside + 2 * max(blocks.values(), default=0) + logits + states)
+
+
+def _generation(source: Checkpoint, load: Load) -> int:
+    """The model as a whole, once in float32, with its largest tensor a second time while that is decoded."""
+    sizes = [parameter.numel() for parameter in source.skeleton.parameters()]
+    return _FLOAT * (sum(sizes) + max(sizes)) if load.generates else 0
 
 
 def _workspace(slot: Slot, method: Method, wanted: Stats) -> int:

@@ -171,11 +171,14 @@ def _block_starts(sites: list[dict[str, Any]]) -> Iterator[int]:
         block = number
 
 
-def generation_samples(checkpoint: Checkpoint, out: Path, tokens: torch.Tensor, device: torch.device) -> list[dict[str, str]]:
-    """What the original and the stored model write after the same prompt, greedily; empty when they do not fit into free memory twice."""
+def samples_fit(checkpoint: Checkpoint) -> bool:
+    """Whether the model writes text, and takes no more than a quarter of the free memory as a whole in float32."""
     size = sum(p.numel() for p in checkpoint.skeleton.parameters()) * 4
-    if size * 2 > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") or not hasattr(checkpoint.skeleton, "generate"):
-        return []
+    return hasattr(checkpoint.skeleton, "generate") and size * 4 <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def generation_samples(checkpoint: Checkpoint, out: Path, tokens: torch.Tensor, device: torch.device) -> list[dict[str, str]]:
+    """What the original and the stored model write after the same prompt, greedily, each as a whole in memory in its turn."""
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
     prompt = tokens[:1, :_PROMPT].to(device)
     samples = [{"model": "prompt", "text": tokenizer.decode(prompt[0])}]

@@ -79,10 +79,8 @@ class Residence:
 
     def _load(self, path: str, skip: Collection[str] = ()) -> None:
         wanted = [users for users in self._ties if self._inside(users[0][2], path) and not any(name in skip for _, _, name in users)]
-        names = [name for users in wanted for _, _, name in users]
-        buffers = {n: b for n, b in self.model.named_buffers() if self._inside(n, path)}
-        found = self.provider.read(names + list(buffers))
-        for users in wanted:
+        for users in wanted:  # one at a time: a decoded tensor and its copy in the computing type need not stand beside all others
+            found = self.provider.read([name for _, _, name in users])
             name = next((name for _, _, name in users if name in found), None)
             if name is None:
                 raise CheckpointError(f"{users[0][2]}: not stored")
@@ -91,9 +89,11 @@ class Residence:
                 raise CheckpointError(f"{name}: stored with shape {tuple(tensor.shape)}, the config asks for {expected}")
             held = tensor.to(self.device) if self.dtype is None else tensor.to(self.device, self.dtype, copy=True)
             self._put(users, nn.Parameter(held, requires_grad=False))
+        buffers = {n: b for n, b in self.model.named_buffers() if self._inside(n, path)}
+        stored = self.provider.read(list(buffers)) if buffers else {}
         for name, buffer in buffers.items():
-            if name in found:
-                buffer.data.copy_(found[name])
+            if name in stored:
+                buffer.data.copy_(stored[name])
 
 
 def _as_meta(users: list[tuple[nn.Module, str, str]]) -> Tensor:

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 import laconic as lc
 from laconic.data import Windows, evaluation_windows
-from laconic.evaluate import Quality, perplexity, run_tasks, similarity
+from laconic.evaluate import Quality, evaluate_source, perplexity, run_tasks, similarity
 from laconic.load import open_source
-from laconic.pipeline import evaluate_source
 
 LENGTH, TOKENS = 32, 1024
 

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 import laconic as lc
 from laconic.errors import CheckpointError, DataError, OutputError, SchemeError, VerificationError
-from laconic.pipeline import Options, compress_directory, evaluate_source
+from laconic.evaluate import evaluate_source
+from laconic.pipeline import Options, compress_directory
 from laconic.scheme import parse
 from laconic.store import MANIFEST, Compressed
 from tests.conftest import tiny_config

@@ -9,7 +9,8 @@ from typing import Any
 from laconic.compare import row_of, write_comparison
 from laconic.demo.corpus import HELD_OUT, held_out_text, training_text
 from laconic.errors import CheckpointError
-from laconic.pipeline import Options, compress_directory, machine, versions
+from laconic.machine import machine, versions
+from laconic.pipeline import Options, compress_directory
 from laconic.progress import Progress
 from laconic.report import Report
 from laconic.run import write_json
@@ -85,7 +86,7 @@ def _write(out: Path, rows: list[dict[str, Any]], report: Report) -> dict[str, A
     words = [
         f"At {bits} bits and equal bytes, {families[2]} has {by_bits[bits, families[2]]['kl'] / by_bits[bits, families[1]]['kl']:.2f} of the KL of "
         f"{families[1]} and {by_bits[bits, families[2]]['kl'] / by_bits[bits, families[0]]['kl']:.3f} of that of {families[0]}."
-        for bits in (4, 3, 2)
+        for bits in dict.fromkeys(row["bits"] for row in rows)
     ]
     write_comparison(out / "index.html", "Three schemes at 4, 3 and 2 bits", facts, reference, rows, words)
     result = {"reference": reference, "rows": rows, "facts": facts}

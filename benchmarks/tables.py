@@ -1,0 +1,76 @@
+"""Writes the tables of README.md and docs/benchmarks.md from the results beside this file: `python benchmarks/tables.py [--check]`.
+
+A table stands between `<!-- table FILE[#KEY]: column | column as heading | ... -->` and `<!-- end -->`; FILE is a result without its .json,
+KEY a list in it other than `rows`. With --check nothing is written, and the exit code is 1 where a page differs from the results.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/benchmarks.md")
+BLOCK = re.compile(r"(<!-- table (?P<file>[\w-]+)(#(?P<key>\w+))?: (?P<columns>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    arguments.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
+    check = arguments.parse_args().check
+    stale = []
+    for name in PAGES:
+        page = ROOT / name
+        before = page.read_text(encoding="utf-8")
+        after = BLOCK.sub(_block, before)
+        if after != before:
+            stale.append(name)
+            if not check:
+                page.write_text(after, encoding="utf-8")
+    print(f"{'stale' if check else 'written'}: {', '.join(stale) or 'nothing'}")
+    sys.exit(1 if check and stale else 0)
+
+
+def _block(match: re.Match[str]) -> str:
+    content = json.loads((ROOT / "benchmarks" / "results" / f"{match['file']}.json").read_text())
+    rows = [row for row in content[match["key"] or "rows"] if "failed" not in row]
+    return match[1] + table(rows, match["columns"]) + "\n" + source(content) + "\n" + match[5]
+
+
+def table(rows: list[dict[str, Any]], columns: str) -> str:
+    """Rows as a Markdown table; `name as heading` renames a column. Columns of numbers go to the right."""
+    pairs = [part.strip().split(" as ") for part in columns.split("|")]
+    names, headings = [pair[0] for pair in pairs], [pair[-1] for pair in pairs]
+    numeric = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
+    lines = [headings, ["---:" if right else "---" for right in numeric]]
+    lines += [[cell(row.get(name)) for name in names] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(value: Any) -> str:
+    """A value as people read it: thousands separated, floats to four significant digits, schemes as code."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4f}" if 1e-4 <= abs(value) < 1 else f"{value:.4g}"
+    text = str(value).replace("|", "\\|")
+    return f"`{text}`" if re.match(r"(laconic )?[A-Z\[][\w']*\(|\[\(", text) else text
+
+
+def source(content: dict[str, Any]) -> str:
+    """Where the figures come from, in a line."""
+    machine, versions = content["machine"], content["versions"]
+    return (
+        f"\n`{content['command']}`: {content['date'][:10]}, {machine['cpu']}, {machine['cores']} cores ({machine['threads']} used), "
+        f"Python {versions['python']}, torch {versions['torch']}, seed {content['seed']}.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
