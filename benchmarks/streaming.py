@@ -41,17 +41,18 @@ def main() -> None:
         write_checkpoint(source, args.layers, args.seed)
         return
     try:
-        rows = run_all(args, folder, source)
+        rows = []
+        for kind, row in run_all(args, folder, source):  # written at once: each takes a while, and the other may fail
+            rows.append(row)
+            print(f"wrote {record(f'streaming-{args.layers}-{kind}', [row], args, checkpoint_bytes=bytes_of(source)).name}", flush=True)
         show(f"Streaming, {args.layers} layers of Llama-3-8B's shape", rows, [key for key in rows[0] if key not in ("timeline", "scheme")])
-        name = "streaming" if args.layers == 32 and args.only is None else f"streaming-{args.layers}-{args.only or 'both'}"
-        print(f"wrote {record(name, rows, args, checkpoint_bytes=bytes_of(source)).name}")
     finally:
         if not args.keep:
             shutil.rmtree(folder if args.dir is None else source, ignore_errors=True)
 
 
-def run_all(args: Namespace, folder: Path, source: Path) -> list[dict[str, Any]]:
-    """A row for RTN of all layers, one for GPTQ of the first blocks with the rest kept as it is."""
+def run_all(args: Namespace, folder: Path, source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(kind, row) for RTN of all layers, and for GPTQ of the first blocks with the rest kept as it is."""
     if not (source / "config.json").exists():
         needed, free = 1.5 * (HIDDEN * VOCABULARY * 4 + args.layers * block_entries() * 2), shutil.disk_usage(folder).free
         if free < needed:
@@ -60,17 +61,15 @@ def run_all(args: Namespace, folder: Path, source: Path) -> list[dict[str, Any]]
         command = [sys.executable, __file__, "--write-only", "--layers", str(args.layers), "--dir", str(folder), "--seed", str(args.seed)]
         if peak_rss_of(command).code:
             raise SystemExit("the checkpoint could not be written")
-    rows = []
     if args.only != "gptq":
-        rows.append(measure("RTN, all blocks", "RTN(bits=4, group=128)", source, folder / "out", [], RTN_TARGET))
+        yield "rtn", measure("RTN, all blocks", "RTN(bits=4, group=128)", source, folder / "out-rtn", [], RTN_TARGET)
     if args.only != "rtn":
         text = folder / "calibration.txt"
         text.write_text(python_manual())
         rules = ", ".join(f"('model.layers.{i}.*', GPTQ(bits=4, group=128))" for i in range(args.blocks))
         extra = ["--data", str(text), "--samples", str(args.samples), "--length", str(args.length)]
         target = GPTQ_FACTOR * (4 * block_entries() + hessian_bytes())
-        rows.append(measure(f"GPTQ, first {args.blocks} blocks", f"[{rules}, ('*', Keep())]", source, folder / "out", extra, target))
-    return rows
+        yield "gptq", measure(f"GPTQ, first {args.blocks} blocks", f"[{rules}, ('*', Keep())]", source, folder / "out-gptq", extra, target)
 
 
 def measure(name: str, scheme: str, source: Path, out: Path, extra: list[str], target: float) -> dict[str, Any]:

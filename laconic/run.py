@@ -138,20 +138,30 @@ def _settle(temporary: Path, file: Path) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Remove what a run of ours left, by the names it noted; anything else in the directory is somebody's, and stays."""
-    ours = {"report.json", "report.html", "config.json", MANIFEST, INDEX}
-    began = (out / _WORK / "run.json").is_file()
-    if began or (out / MANIFEST).is_file():
-        for record in (out / _WORK / "notes.json", out / MANIFEST):
-            ours |= set(_copied(record))
-        for file in list(out.iterdir()):
-            weights = file.suffix == ".safetensors" and (file.stem == "model" or file.stem.startswith("model-"))
-            if file.is_file() and (weights or file.name in ours or file.name.removesuffix(".tmp") in ours):
-                file.unlink()
-    shutil.rmtree(out / _WORK, ignore_errors=True)
-    shutil.rmtree(out / _DONE, ignore_errors=True)
-    if any(out.iterdir()):
-        raise OutputError(f"{out}: holds files that no run of laconic wrote ({next(out.iterdir()).name}); choose another directory")
+    """Remove what a run of ours left, by the names it noted. Raises: OutputError, removing nothing, where anything else is in the directory."""
+    ours = {"report.json", "report.html", "config.json", MANIFEST, INDEX} if _is_ours(out) else set()
+    for record in (out / _WORK / "notes.json", out / MANIFEST):
+        ours |= set(_copied(record))
+
+    def is_ours(file: Path) -> bool:
+        if file.is_dir():
+            return file.name in (_WORK, _DONE)
+        name = file.name.removesuffix(".tmp")
+        return name in ours or (_is_ours(out) and name.endswith(".safetensors") and (name == "model.safetensors" or name.startswith("model-")))
+
+    files = sorted(out.iterdir())
+    others = [file.name for file in files if not is_ours(file)]
+    if others:
+        raise OutputError(f"{out}: holds files that no run of laconic wrote ({others[0]}); choose another directory")
+    for file in files:
+        if file.is_dir():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
+
+
+def _is_ours(out: Path) -> bool:
+    return (out / _WORK / "run.json").is_file() or (out / MANIFEST).is_file()
 
 
 def _copied(record: Path) -> list[str]:

@@ -287,7 +287,7 @@ def test_overwriting_removes_only_what_a_run_wrote(tiny: Path, text: Path, tmp_p
     (out / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"no run of laconic wrote \(notes.txt\)"):
         run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False, overwrite=True)
-    assert [file.name for file in out.iterdir()] == ["notes.txt"]
+    assert lc.load(out) is not None, "a refusal loses nothing"
     (out / "notes.txt").unlink()
     run(tiny, "RTN(bits=3, group=32)", out, data=str(text), evaluate=False, overwrite=True)
     run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False, overwrite=True)

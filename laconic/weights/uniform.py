@@ -106,7 +106,7 @@ class Uniform(EntryWeight):
         for start in range(0, w.shape[0], step):
             part = w[start : start + step].detach().float()
             grouped = part.reshape(1, 1, -1) if per_tensor else part.unflatten(1, (-1, self.width))
-            weights = importance[start : start + step] if importance is not None and importance.dim() == 2 else importance
+            weights = importance[start : start + step] if importance is not None and len(importance) > 1 else importance
             if weights is not None:
                 weights = weights.expand_as(part).reshape(grouped.shape)
             found.append(fit_grid(grouped, self.bit_width, symmetric=self.symmetric, integer=self._integer, importance=weights, clip=clip))
