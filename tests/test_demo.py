@@ -1,6 +1,8 @@
 """The embedded default: a model small enough to ship, text that keeps its held-out modules out, and the demo's comparison."""
 
 import json
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -109,3 +111,14 @@ def test_an_installation_without_the_model_says_so(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(run, "MODEL", tmp_path / "absent")
     with pytest.raises(CheckpointError, match="embedded model is missing"):
         run.run_demo(tmp_path / "out", 16, Log())
+
+
+def test_peak_memory_is_predicted(tmp_path: Path) -> None:
+    """In a process of its own, whose peak nothing else has raised."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(corpus.training_text()[:200]), encoding="utf-8")
+    command = [sys.executable, "-m", "laconic", "compress", str(run.MODEL), "--scheme", "GPTQ(rate=3.0, over='matrix')", "--data", str(text)]
+    command += ["--samples", "32", "--test-tokens", "8192", "--out", str(tmp_path / "out"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak = json.loads(done.stdout)["peak_memory"]
+    assert 0.75 < peak["expected"] / peak["actual"] < 1.5
