@@ -1,6 +1,6 @@
 """Trains the small Llama-architecture language model that the package carries for `laconic demo`.
 
-    python tools/train_reference.py --out laconic/demo/model            # 3.7M parameters, about an hour on one CPU core
+    python tools/train_reference.py --out laconic/demo/model            # 3.7M parameters, about 85 minutes on one CPU core
 
 The text is the standard library of the running Python without the held-out modules (`laconic.demo.corpus`). The recipe and the loss
 curve are written beside the weights as `training.json`.

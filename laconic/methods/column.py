@@ -151,9 +151,8 @@ def _sweep(weight: ColumnSet, W: Tensor, L: Tensor, order: Tensor, block: int, s
             chosen = q.reshape(groups, -1, unit).transpose(1, 2)
             E[:, here] = Q[:, here] - chosen
             Q[:, here] = chosen
-    solved = torch.empty_like(W)
-    solved[:, order] = Q.transpose(1, 2).reshape(rows, n)
-    return solved
+    del E, left  # together with L and H this is the most that a sweep holds
+    return Q[:, order.argsort()].transpose(1, 2).reshape(rows, n)
 
 
 def _fit_span(Q: Tensor, E: Tensor, L: Tensor, left: Tensor, block: slice, here: slice, j: int, fit: Fit) -> None:
