@@ -67,13 +67,15 @@ def peer_row(peer: str, method: str, bits: int, python: Path, work: Path, args: 
     } | judge.measure(dense)  # fmt: skip
 
 
-def own_row(family: str, scheme: str, bits: int, work: Path, args: argparse.Namespace, judge: Judge, layers: int) -> dict[str, Any]:
+def own_row(
+    family: str, scheme: str, bits: int, work: Path, args: argparse.Namespace, judge: Judge, layers: int, dtype: str = "float32"
+) -> dict[str, Any]:  # fmt: skip
     """One row of ours, by the same judge; the seconds are those of the whole run, reading, verifying and reporting included."""
     model, data = shared(args, "models/books-llama-7m"), shared(args, "data/books-train.txt")
     out = work / "laconic"
-    report = lc.compress(model, scheme, str(data), out=out, samples=args.samples, seed=args.seed, evaluate=False, overwrite=True)
+    report = lc.compress(model, scheme, str(data), out=out, samples=args.samples, seed=args.seed, evaluate=False, overwrite=True, dtype=dtype)
     return {
-        "family": family, "scheme": f"laconic {scheme}", "bits": bits, "peer": None, "matrix bits": report.matrix_bits,
+        "family": family, "scheme": f"laconic {scheme}" + (f", {dtype} passes" if dtype != "float32" else ""), "bits": bits, "peer": None, "matrix bits": report.matrix_bits,
         "file bytes": report.stored_bytes, "seconds": report["seconds"], "seconds per layer": report["seconds"] / layers,
     } | judge.measure(out)  # fmt: skip
 
@@ -97,7 +99,8 @@ def targets(rows: list[dict[str, Any]], bits: int) -> list[dict[str, Any]]:
                 ratio = own[key] / min(row[key] for row in others)
                 found.append({"bits": bits, "what": name, "on": text, "ratio": ratio, "target": limit, "met": ratio <= limit})
     slow = [row["seconds per layer"] for row in gptq if row["peer"] == "llmcompressor"]
-    for name, own in (("GPTQ g64", plain), ("GPTQ(rate)", rate)):
+    half = next(row for row in here if row["family"] == "laconic GPTQ g64 bf16")
+    for name, own in (("GPTQ g64", plain), ("GPTQ g64, bfloat16 passes like the peer's", half), ("GPTQ(rate)", rate)):
         if slow:
             ratio = own["seconds per layer"] / min(slow)
             what = f"{name} / llm-compressor's GPTQ"
@@ -137,6 +140,9 @@ def main() -> None:
             layers = done[0]["layers"]
             mine.append(own_row("laconic RTN g64", f"RTN(bits={bits}, group={args.group})", bits, work, args, judge, layers))
             mine.append(own_row("laconic GPTQ g64", f"GPTQ(bits={bits}, group={args.group})", bits, work, args, judge, layers))
+            mine.append(
+                own_row("laconic GPTQ g64 bf16", f"GPTQ(bits={bits}, group={args.group})", bits, work, args, judge, layers, "bfloat16")
+            )  # fmt: skip
             rate = int(min(row["matrix bits"] for row in done) * 1e4) / 1e4
             mine.append(own_row("laconic GPTQ(rate)", f"GPTQ(rate={rate})", bits, work, args, judge, layers))
             rows += mine

@@ -154,3 +154,16 @@ def test_hadamard_refuses_what_weighs_single_entries() -> None:
     for method in (Wanda(0.5), KMeans(bits=3, weights="fisher")):
         with pytest.raises(SchemeError, match="not known in a rotated basis"):
             Hadamard(method)
+
+
+def test_large_matrices_are_fitted_in_parts_alike() -> None:
+    """Above 4 million entries a grid is fitted some rows at a time; an importance that all rows share stays whole."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(8300, 512, generator=generator)
+    importance = torch.rand(1, 512, generator=generator)
+    large, small = Uniform((8300, 512), bits=3, group=128), Uniform((100, 512), bits=3, group=128)
+    large.fit(W, 0, importance, clip="mse")
+    large.right_inverse(W)
+    small.fit(W[-100:], 0, importance, clip="mse")
+    small.right_inverse(W[-100:])
+    assert torch.equal(large()[-100:], small())
