@@ -74,8 +74,9 @@ def own_row(
     model, data = shared(args, "models/books-llama-7m"), shared(args, "data/books-train.txt")
     out = work / "laconic"
     report = lc.compress(model, scheme, str(data), out=out, samples=args.samples, seed=args.seed, evaluate=False, overwrite=True, dtype=dtype)
+    name = f"laconic {scheme}" + (f", {dtype} passes" if dtype != "float32" else "")
     return {
-        "family": family, "scheme": f"laconic {scheme}" + (f", {dtype} passes" if dtype != "float32" else ""), "bits": bits, "peer": None, "matrix bits": report.matrix_bits,
+        "family": family, "scheme": name, "bits": bits, "peer": None, "matrix bits": report.matrix_bits,
         "file bytes": report.stored_bytes, "seconds": report["seconds"], "seconds per layer": report["seconds"] / layers,
     } | judge.measure(out)  # fmt: skip
 
