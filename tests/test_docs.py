@@ -5,6 +5,8 @@ import inspect
 import json
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -176,3 +178,9 @@ def test_the_template_of_a_method_works() -> None:
     weight = method(site)
     assert weight.bits() == method.expected_bits((48, 64))
     assert (weight() - site.W).norm() < 0.2 * site.W.norm()
+
+
+def test_tables_are_those_of_the_results() -> None:
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, str(root / "benchmarks" / "tables.py"), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
