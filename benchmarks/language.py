@@ -21,7 +21,7 @@ def grouped(method: str, group: int, **arguments: Any) -> str:
     """The scheme `method(group=..., ...)`; with groups of 128 the matrices of 704 columns take groups of 64, as a plan."""
     text = "".join(f", {name}={value!r}" for name, value in arguments.items())
     if group == 128:
-        return f"[('{ODD}', {method}(group=64{text})), ('*', {method}(group=128{text}))]"
+        return f"[('*embed*', Keep()), ('{ODD}', {method}(group=64{text})), ('*', {method}(group=128{text}))]"
     return f"{method}(group={group}{text})"
 
 
@@ -71,7 +71,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """KL and weight error against stored bits per weight, a line per family, as SVG; beside the error the bound 2^-2R of a Gaussian source."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
+    figure = Figure(figsize=(14, 5.2), layout="constrained")
     quality, error = figure.subplots(1, 2, sharex=True)
     families = list(dict.fromkeys(row["family"] for row in rows))
     for i, family in enumerate(families):
@@ -93,7 +93,7 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
         axes.grid(color="0.88", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    quality.legend(frameon=False, fontsize=8)
+    figure.legend(*quality.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,7 +1,7 @@
 """Every family of schemes on books-llama-7m: perplexity and KL on two held-out texts, stored bytes and seconds, side by side in one run.
 
     python benchmarks/lm_quality.py                      # all rows, about 20 minutes on 2 CPU cores
-    python benchmarks/lm_quality.py --only rate --tokens 8192
+    python benchmarks/lm_quality.py --only g128
 
 Every figure is of the stored files: the run's directory is opened again and decoded. All matrices but the tied embedding are compressed.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, record, shared, show
+from common import RESULTS, parser, record, shared, show
 from language import TEXTS, Judge, grouped, plot
 
 import laconic as lc
@@ -53,9 +53,8 @@ def main() -> None:
     args_parser = parser(__doc__)
     args_parser.add_argument("--tokens", type=int, default=24576, help="of each text, in windows of 256")
     args_parser.add_argument("--samples", type=int, default=128, help="calibration windows of 256 tokens")
-    args_parser.add_argument("--only", default="", help="only families whose name contains this")
+    args_parser.add_argument("--only", default="", help="only families whose name contains this; recorded apart")
     args_parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args_parser.add_argument("--plot", type=Path, default=Path(__file__).resolve().parent / "results" / "lm_quality.svg")
     args = args_parser.parse_args()
     torch.set_num_threads(args.threads)
     model = shared(args, "models/books-llama-7m")
@@ -69,9 +68,9 @@ def main() -> None:
             show(f"{len(rows) - 1} of {len(schemes())}", rows[-1:], COLUMNS)
             write_json(Path(folder) / "rows.json", rows)
     show("books-llama-7m", rows, COLUMNS)
-    if not args.only:
-        record("lm_quality", rows, args)
-        plot(rows[1:], args.plot)
+    name = f"lm_quality-{args.only}" if args.only else "lm_quality"
+    record(name, rows, args)
+    plot(rows[1:], RESULTS / f"{name}.svg")
 
 
 if __name__ == "__main__":
