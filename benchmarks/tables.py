@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/benchmarks.md")
-BLOCK = re.compile(r"(<!-- table (?P<file>[\w-]+)(#(?P<key>\w+))?: (?P<columns>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table (?P<file>[\w-]+)(#(?P<key>\w+))?: (?P<columns>[^>]*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
 def _block(match: re.Match[str]) -> str:
     content = json.loads((ROOT / "benchmarks" / "results" / f"{match['file']}.json").read_text())
     rows = [row for row in content[match["key"] or "rows"] if "failed" not in row]
-    return match[1] + table(rows, match["columns"]) + "\n" + source(content) + "\n" + match[5]
+    return match[1] + table(rows, match["columns"]) + "\n" + source(content) + "\n" + match["end"]
 
 
 def table(rows: list[dict[str, Any]], columns: str) -> str:
@@ -60,7 +60,7 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4f}" if 1e-4 <= abs(value) < 1 else f"{value:.4g}"
     text = str(value).replace("|", "\\|")
-    return f"`{text}`" if re.match(r"(laconic )?[A-Z\[][\w']*\(|\[\(", text) else text
+    return f"`{text}`" if re.match(r"(laconic )?([A-Z]\w*\(|\[\()", text) and text.endswith((")", "]", "passes")) else text
 
 
 def source(content: dict[str, Any]) -> str:
