@@ -40,8 +40,10 @@ class Run:
             _clear(out)
         if started.exists() or (out.exists() and any(file != self.work for file in out.iterdir())):
             if not resume:
-                what = "an unfinished run" if started.exists() else "another model" if (out / MANIFEST).exists() else "other files"
-                raise OutputError(f"{out}: holds {what}; pass --resume to go on with it or --overwrite to replace it")
+                if started.exists():
+                    raise OutputError(f"{out}: holds an unfinished run; pass --resume to go on with it or --overwrite to replace it")
+                what = "another model; pass --overwrite to replace it" if (out / MANIFEST).exists() else "other files; choose another directory"
+                raise OutputError(f"{out}: holds {what}")
             if started.exists():
                 _same(json.loads(started.read_text())["fingerprint"], fingerprint, out)
             elif (out / MANIFEST).exists():

@@ -234,7 +234,7 @@ def test_another_runs_directory_is_left_alone(compressed: tuple[Path, lc.Report]
     out = tmp_path / "out"
     shutil.copytree(compressed[0], out)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(OutputError, match="holds another model; pass --resume .* or --overwrite"):
+    with pytest.raises(OutputError, match="holds another model; pass --overwrite"):
         run(tiny, "RTN(bits=4, group=32)", out, data=str(text))
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     run(tiny, "RTN(bits=4, group=32)", out, data=str(text), overwrite=True)
