@@ -16,7 +16,6 @@ from common import RESULTS, parser, record, shared, show
 from language import TEXTS, Judge, grouped, plot
 
 import laconic as lc
-from laconic.run import write_json
 
 COLUMNS = ("scheme", "matrix bits", "file bytes", "dracula ppl", "wikitext2 ppl", "dracula KL", "wikitext2 KL", "weight error", "seconds")
 
@@ -66,7 +65,6 @@ def main() -> None:
                 continue
             rows.append({"family": family, "scheme": scheme} | run(model, scheme, Path(folder) / "out", args) | judge.measure(Path(folder) / "out"))
             show(f"{len(rows) - 1} of {len(schemes())}", rows[-1:], COLUMNS)
-            write_json(Path(folder) / "rows.json", rows)
     show("books-llama-7m", rows, COLUMNS)
     name = f"lm_quality-{args.only}" if args.only else "lm_quality"
     record(name, rows, args)

@@ -8,10 +8,10 @@ import argparse
 import json
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import RESULTS, ROOT, text
+
 PAGES = ("README.md", "docs/benchmarks.md")
 BLOCK = re.compile(r"(<!-- table (?P<file>[\w-]+)(#(?P<key>\w+))?: (?P<columns>[^>]*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def _block(match: re.Match[str]) -> str:
-    content = json.loads((ROOT / "benchmarks" / "results" / f"{match['file']}.json").read_text())
+    content = json.loads((RESULTS / f"{match['file']}.json").read_text())
     rows = [row for row in content[match["key"] or "rows"] if "failed" not in row]
     return match[1] + table(rows, match["columns"]) + "\n" + source(content) + "\n" + match["end"]
 
@@ -50,17 +50,12 @@ def table(rows: list[dict[str, Any]], columns: str) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as people read it: thousands separated, floats to four significant digits, schemes as code."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4f}" if 1e-4 <= abs(value) < 1 else f"{value:.4g}"
-    text = str(value).replace("|", "\\|")
-    return f"`{text}`" if re.match(r"(laconic )?([A-Z]\w*\(|\[\()", text) and text.endswith((")", "]", "passes")) else text
+    """A value as the benchmarks print it, but floats below one to four decimals, and schemes as code."""
+    if isinstance(value, float) and 1e-4 <= abs(value) < 1:
+        return f"{value:.4f}"
+    shown = text(value).replace("|", "\\|")
+    scheme = re.match(r"(laconic )?([A-Z]\w*\(|\[\()", shown) and shown.endswith((")", "]", "passes"))
+    return f"`{shown}`" if scheme else shown
 
 
 def source(content: dict[str, Any]) -> str:

@@ -1,15 +1,13 @@
 """Several compressed models of one original side by side: a table and a plot, as one self-contained HTML page."""
 
-import io
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from laconic.report import Report, human_bytes
+from laconic.report import Report, fill_page, inline_svg
+from laconic.run import write_text
 
 
 def row_of(report: Report, family: str, link: str = "") -> dict[str, Any]:
@@ -37,19 +35,12 @@ def quality_plot(rows: Sequence[dict[str, Any]], x: str = "matrix_bits", y: str 
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return stream.getvalue()[stream.getvalue().index("<svg") :]
+    return inline_svg(figure)
 
 
 def write_comparison(
     file: Path, title: str, facts: dict[str, str], reference: dict[str, Any], rows: Sequence[dict[str, Any]], words: list[str]
 ) -> None:
     """Write the page. `facts` are shown as a small table (model, data, command, versions), `words` as paragraphs before the table."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"bytes": human_bytes, "g": lambda value: f"{value:.3g}"}
-    template = environment.from_string((resources.files("laconic") / "templates" / "comparison.html.j2").read_text(encoding="utf-8"))
-    text = template.render(title=title, facts=facts, reference=reference, rows=rows, words=words, plot=quality_plot(rows))
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    values = {"title": title, "facts": facts, "reference": reference, "rows": rows, "words": words, "plot": quality_plot(rows)}
+    write_text(file, fill_page("comparison.html.j2", **values))

@@ -63,9 +63,7 @@ def _compression(source: Checkpoint, chosen: dict[Slot, Method], load: Load, cha
     """The hidden states, and the largest part with its statistics and its solver's workspace."""
     parts: dict[str, list[Slot]] = {}
     for slot in chosen:
-        path = slot.users[0][0]
-        inside = chain is not None and path.startswith(chain + ".")
-        parts.setdefault(".".join(path.split(".")[: len((chain or "").split(".")) + 1]) if inside else slot.name, []).append(slot)
+        parts.setdefault(_block_of(slot.users[0][0], chain) or slot.name, []).append(slot)
     largest = 0
     for slots in parts.values():
         wanted = {slot: chosen[slot].wants if not isinstance(chosen[slot], Keep) else Stats(0) for slot in slots}
@@ -82,14 +80,20 @@ def _compression(source: Checkpoint, chosen: dict[Slot, Method], load: Load, cha
     return largest + hidden + 12 * _FLOAT * 4096 * load.width
 
 
+def _block_of(name: str, chain: str | None) -> str:
+    """The path of the block that a module or parameter lies in; empty outside the chain."""
+    if chain is None or not name.startswith(chain + "."):
+        return ""
+    return ".".join(name.split(".")[: len(chain.split(".")) + 1])
+
+
 def _evaluation(source: Checkpoint, load: Load, chain: str | None) -> int:
     """Both models: what lies outside the chain in float32, a block and its decoding, hidden states, and one batch of logits each."""
     if not load.test_tokens:
         return 0
     blocks: dict[str, int] = {}
     for name, parameter in source.skeleton.named_parameters():
-        inside = chain is not None and name.startswith(chain + ".")
-        part = ".".join(name.split(".")[: len((chain or "").split(".")) + 1]) if inside else ""
+        part = _block_of(name, chain)
         blocks[part] = blocks.get(part, 0) + parameter.numel()
     outside = blocks.pop("", 0)
     tokens = max(load.length, min(4096, LOGITS // max(load.vocabulary, 1)))

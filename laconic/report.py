@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from laconic.load import Checkpoint, load, load_tokenizer
 from laconic.residence import Residence
-from laconic.run import write_json
+from laconic.run import write_json, write_text
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 _PROMPT, _ANSWER = 24, 60  # tokens of the generation sample
@@ -99,19 +99,29 @@ def write_report(out: Path, report: Report, samples: list[dict[str, str]]) -> No
     """Write report.json and report.html into the model's directory."""
     values = report.as_dict() | {"samples": samples}
     write_json(out / REPORT_JSON, values, indent=1)
-    temporary = out / (REPORT_HTML + ".tmp")
-    temporary.write_text(render(Report(report.values | {"samples": samples})), encoding="utf-8")
-    temporary.replace(out / REPORT_HTML)
+    write_text(out / REPORT_HTML, render(Report(report.values | {"samples": samples})))
 
 
 def render(report: Report) -> str:
     """The report as one self-contained HTML page."""
+    return fill_page(
+        "report.html.j2", r=report, v=report.values, m=report.metrics, classes=by_class(report), plot=_plot(report.sites),
+        experts=_experts(report), notes=report.notes,
+    )  # fmt: skip
+
+
+def fill_page(template: str, **values: Any) -> str:
+    """One of the package's templates as an HTML page; every value is escaped unless the template calls it safe."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"bytes": human_bytes, "g": lambda x: f"{x:.4g}", "count": lambda x: f"{x:,}"}
-    template = environment.from_string((resources.files("laconic") / "templates" / "report.html.j2").read_text(encoding="utf-8"))
-    return template.render(
-        r=report, v=report.values, m=report.metrics, classes=by_class(report), plot=_plot(report.sites), experts=_experts(report), notes=report.notes
-    )  # fmt: skip
+    return environment.from_string((resources.files("laconic") / "templates" / template).read_text(encoding="utf-8")).render(**values)
+
+
+def inline_svg(figure: Figure) -> str:
+    """A figure as an SVG element to stand in a page, the same bytes at any time."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return stream.getvalue()[stream.getvalue().index("<svg") :]
 
 
 def human_bytes(n: float) -> str:
@@ -153,9 +163,7 @@ def _plot(sites: list[dict[str, Any]]) -> str:
             axes.axvline(i - 0.5, color="0.8", linewidth=0.6, zorder=0)
     if len(kinds) <= 14:
         figure.legend(loc="outside upper center", ncols=min(len(kinds), 7), frameon=False)
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return stream.getvalue()[stream.getvalue().index("<svg") :]
+    return inline_svg(figure)
 
 
 def _layer_kind(name: str) -> str:

@@ -121,8 +121,13 @@ def disk_errors(out: Path) -> Iterator[None]:
 
 def write_json(file: Path, value: Any, indent: int | None = None) -> None:
     """Write a JSON file under a temporary name and rename it."""
+    write_text(file, json.dumps(value, indent=indent, separators=(",", ":") if indent is None else None) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it."""
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=indent, separators=(",", ":") if indent is None else None) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     _settle(temporary, file)
 
 

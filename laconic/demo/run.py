@@ -21,16 +21,16 @@ GROUP = 64
 _TEST_TOKENS = 16384
 
 
-def schemes() -> Iterator[tuple[int, str, str]]:
-    """(bits, family, scheme) of every run: rounding, GPTQ on the same grid, and GPTQ at the rate that takes exactly as many bytes.
+def schemes() -> Iterator[tuple[int, str, str, str]]:
+    """(bits, folder, family, scheme) of every run: rounding, GPTQ on the same grid, and GPTQ at the rate that takes exactly as many bytes.
 
     A group of 64 codes of b bits carries a 16-bit scale and a b-bit zero point: b + (16 + b) / 64 bits per weight.
     """
     for bits in (4, 3, 2):
         rate = bits + (16 + bits) / GROUP
-        yield bits, "rounding to nearest", f"RTN(bits={bits}, group={GROUP})"
-        yield bits, "GPTQ, groups of 64", f"GPTQ(bits={bits}, group={GROUP})"
-        yield bits, "GPTQ at a rate, entropy coded", f"GPTQ(rate={rate:.4f})"
+        yield bits, f"{bits}-bits-rtn", "rounding to nearest", f"RTN(bits={bits}, group={GROUP})"
+        yield bits, f"{bits}-bits-gptq", "GPTQ, groups of 64", f"GPTQ(bits={bits}, group={GROUP})"
+        yield bits, f"{bits}-bits-rate", "GPTQ at a rate, entropy coded", f"GPTQ(rate={rate:.4f})"
 
 
 def run_demo(out: Path, samples: int, progress: Progress) -> dict[str, Any]:
@@ -47,8 +47,7 @@ def run_demo(out: Path, samples: int, progress: Progress) -> dict[str, Any]:
     test.write_text("\n".join(held_out_text()), encoding="utf-8")
     rows: list[dict[str, Any]] = []
     report: Report | None = None
-    for bits, family, scheme in schemes():
-        name = f"{bits}-bits-{('rtn', 'gptq', 'rate')[len(rows) % 3]}"
+    for bits, name, family, scheme in schemes():
         options = Options(
             data=str(calibration), test=str(test), samples=samples, test_tokens=_TEST_TOKENS, overwrite=True,
             command=shlex.join(["laconic", "compress", str(MODEL), "--scheme", scheme, "--data", str(calibration), "--test", str(test),
