@@ -68,12 +68,18 @@ def resnet(layers: int) -> ResNet:
     return ResNet((layers - 2) // 6).eval()
 
 
-def images(file: Path, count: int | None) -> tuple[Tensor, Tensor]:
-    """The first images [n, 3, 32, 32], normalised (channels last in memory, which convolutions like), and labels."""
+def pixels(file: Path, count: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The first images as decoded, uint8 [n, 32, 32, 3], and their labels [n]."""
     stored = np.load(file)
     data, offsets, labels = stored["jpeg"].tobytes(), stored["offsets"], stored["labels"][:count]
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(data[offsets[i] : offsets[i + 1]])).convert("RGB")) for i in range(len(labels))])
-    x = torch.from_numpy(pixels).float().div_(255).sub_(MEAN).div_(STD).permute(0, 3, 1, 2)
+    decoded = [np.asarray(Image.open(io.BytesIO(data[offsets[i] : offsets[i + 1]])).convert("RGB")) for i in range(len(labels))]
+    return np.stack(decoded), labels
+
+
+def images(file: Path, count: int | None) -> tuple[Tensor, Tensor]:
+    """The first images [n, 3, 32, 32], normalised (channels last in memory, which convolutions like), and labels."""
+    decoded, labels = pixels(file, count)
+    x = torch.from_numpy(decoded).float().div_(255).sub_(MEAN).div_(STD).permute(0, 3, 1, 2)
     return x, torch.from_numpy(labels.astype(np.int64))
 
 

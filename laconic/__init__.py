@@ -6,19 +6,63 @@ Besides the names below, every method of `laconic.methods` is an attribute of th
 from typing import Any
 
 from laconic import hf as _hf  # noqa: F401 - importing it registers compressed directories with transformers
-from laconic.errors import CheckpointError, DataError, LaconicError, OutputError, SchemeError, VerificationError
+from laconic.errors import (
+    CheckpointError,
+    DataError,
+    LaconicError,
+    OutputError,
+    RecoveryError,
+    SchemeError,
+    SearchError,
+    SurgeryError,
+    VerificationError,
+)  # fmt: skip
 from laconic.evaluate import evaluate_source
 from laconic.load import load
 from laconic.memory import load_into, save
 from laconic.methods.base import Keep, Method
+from laconic.methods.free import Free
+from laconic.objectives import Maximize, Minimize, at_least, within
 from laconic.pipeline import Options, compress
+from laconic.recover import LC, Direct, FineTune, Steps, Task, recover
 from laconic.report import Report
 from laconic.scheme import known_methods, parse
+from laconic.search import search
 from laconic.version import __version__
 
 __all__ = [
-    "CheckpointError", "DataError", "Keep", "LaconicError", "Method", "Options", "OutputError", "Report", "SchemeError",
-    "VerificationError", "__version__", "compress", "evaluate_source", "load", "load_into", "parse", "save",
+    "LC",
+    "CheckpointError",
+    "DataError",
+    "Direct",
+    "FineTune",
+    "Free",
+    "Keep",
+    "LaconicError",
+    "Maximize",
+    "Method",
+    "Minimize",
+    "Options",
+    "OutputError",
+    "RecoveryError",
+    "Report",
+    "SchemeError",
+    "SearchError",
+    "Steps",
+    "SurgeryError",
+    "Task",
+    "VerificationError",
+    "__version__",
+    "at_least",
+    "compress",
+    "evaluate_source",
+    "load",
+    "load_into",
+    "parse",
+    "recover",
+    "save",
+    "search",
+    "within",
 ]  # fmt: skip
 
 

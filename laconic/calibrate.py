@@ -1,6 +1,7 @@
 """The two loops over a model: `walk` forwards, each part seeing the compressed prefix; `survey` backwards, with gradients, nothing changed."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from laconic.sites import NONE, Slot, Stats
 from laconic.statistics import Statistics
 
 GRADIENTS = Stats.FISHER | Stats.OUTPUT
+INPUTS = Stats.HESSIAN | Stats.SQUARES
+MEASURED = GRADIENTS | INPUTS  # what a model has to be run for
 Needs = dict[Slot, Stats]
 
 
@@ -91,7 +94,7 @@ def walk(
     shelf = shelf or Shelf()
     outside = [slot for slot in slots if not inside(slot, model.path)]
     early = [slot for slot in outside if slot.role == "embedding" and (len(slot.users) == 1 or not needs[slot])]
-    run = any(needs[slot] & ~GRADIENTS for slot in slots)
+    run = any(needs[slot] & INPUTS for slot in slots)
     yield from _alone(model, [slot for slot in early if slot.name not in done], needs)
     calls = model.capture(batches) if run else []
     start = max((i + 1 for i in range(len(model)) if model.block_path(i) in done), default=0)
@@ -110,7 +113,7 @@ def walk(
             yield Stage(part, [], None)
             shelf.drop(f"hidden-{i}")
     late = [slot for slot in outside if slot not in early and slot.name not in done]
-    if not any(needs[slot] & ~GRADIENTS for slot in late):
+    if not any(needs[slot] & INPUTS for slot in late):
         yield from _alone(model, late, needs)
         return
     with model.residency.hold(""):
@@ -124,7 +127,7 @@ def walk(
 
 def _reach(model: BlockModel, slots: Sequence[Slot], needs: Needs) -> int:
     """The last block (or, for what comes after the chain, their number) whose sites need statistics: nothing has to run beyond its input."""
-    wanting = [slot for slot in slots if needs[slot] & ~GRADIENTS]
+    wanting = [slot for slot in slots if needs[slot] & INPUTS]
     last = [i for i in range(len(model)) if any(inside(slot, model.block_path(i)) for slot in wanting)]
     after = any(not inside(slot, model.path) and not (slot.role == "embedding" and len(slot.users) == 1) for slot in wanting)
     return len(model) if after else max(last, default=0)
@@ -152,11 +155,11 @@ def _block(
     if not slots:
         return
     groups = [slots]
-    if true_sequential and any(needs[slot] & ~GRADIENTS for slot in slots):
+    if true_sequential and any(needs[slot] & INPUTS for slot in slots):
         groups = _by_input(model, i, hidden[:1], calls[:1], slots)
     for group in groups:
         statistics = Statistics(parameters_of(model.model, group), needs)
-        if any(needs[slot] & ~GRADIENTS for slot in group):
+        if any(needs[slot] & INPUTS for slot in group):
             with statistics.watch():
                 _forward(model, i, hidden, calls)
         yield Stage(part, group, statistics, complete=False)
@@ -272,7 +275,7 @@ def walk_whole(
         if part in done:
             continue
         statistics = Statistics(parameters_of(model, group), needs)
-        if any(needs[slot] & ~GRADIENTS for slot in group):
+        if any(needs[slot] & INPUTS for slot in group):
             with torch.no_grad(), statistics.watch():
                 for batch in batches:
                     call(model, to_device(batch, device))
@@ -285,7 +288,7 @@ def survey_whole(
     """`survey` for a model that is no chain of blocks: one forward and backward pass over the whole of it."""
     generator = torch.Generator().manual_seed(seed)
     statistics = Statistics(parameters_of(model, slots), dict(needs))
-    with statistics.watch():
+    with statistics.watch(), _embeddings_with_gradient(model):
         for batch in batches:
             inputs = _with_gradient(to_device(batch, device))
             output = call(model, inputs)
@@ -296,6 +299,21 @@ def survey_whole(
             statistics.tokens += main.shape[:-1].numel()
             statistics.sequences += main.shape[0]
     return Stage("model", list(slots), statistics)
+
+
+@contextmanager
+def _embeddings_with_gradient(model: nn.Module) -> Iterator[None]:
+    """Embeddings require a gradient inside this context, so that a graph exists although the inputs are integers; it is not kept."""
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    frozen = [w for w in tables if isinstance(w, nn.Parameter) and not w.requires_grad]
+    for w in frozen:
+        w.requires_grad_()
+    try:
+        yield
+    finally:
+        for w in frozen:
+            w.requires_grad_(False)
+            w.grad = None
 
 
 def _with_gradient(batch: Batch) -> Batch:

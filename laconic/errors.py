@@ -31,6 +31,24 @@ class OutputError(LaconicError, OSError):
     exit_code = 5
 
 
+class SurgeryError(LaconicError, ValueError):
+    """A network that cannot be cut: no graph can be traced through it, or cutting would change what it computes."""
+
+    exit_code = 7
+
+
+class SearchError(LaconicError, ValueError):
+    """A search that cannot be carried out: nothing to search, a floor that nothing reaches, a storage that does not answer."""
+
+    exit_code = 8
+
+
+class RecoveryError(LaconicError):
+    """Training that diverged, or a recovery that cannot be carried out."""
+
+    exit_code = 9
+
+
 class VerificationError(LaconicError):
     """What was read back from the disk is not what was computed."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from laconic.blocks import Batch, BlockModel, InMemory, find_chain
-from laconic.calibrate import GRADIENTS, Loss, Shelf, default_loss, parameters_of
+from laconic.calibrate import INPUTS, Loss, Shelf, default_loss, parameters_of
 from laconic.errors import CheckpointError, DataError
 from laconic.methods.base import Keep
 from laconic.passes import (
@@ -20,9 +20,12 @@ from laconic.passes import (
     allocations,
     compress_site,
     compression_stages,
+    data_free_stages,
     matrix_of,
+    needs_data,
     needs_of,
     put_back,
+    refuse_structures,
     survey_needs,
     survey_stages,
 )  # fmt: skip
@@ -32,6 +35,7 @@ from laconic.run import atomically, write_json
 from laconic.scheme import Scheme, describe, resolve
 from laconic.sites import Slot, find_slots
 from laconic.store import MANIFEST, Compressed, manifest_of, pack_weights, stored_bytes
+from laconic.surgery.reshape import Shapes, rebuild
 from laconic.tensors import is_finite
 from laconic.weights import Weight, install, installed
 
@@ -61,13 +65,14 @@ def compress_module(
     progress, started = progress or Log(), time.time()
     slots = find_slots(model)
     chosen = resolve(scheme, slots)
+    refuse_structures(chosen)
     for name, parameter in model.named_parameters():
         if not is_finite(parameter.detach()):
             raise CheckpointError(f"{name}: holds NaN or infinity")
     original = sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())
     count = sum(p.numel() for p in model.parameters())
     batches = _take(data, samples)
-    if not batches and (any(needs_of(chosen).values()) or any(a.wants for a in allocations(chosen).values())):
+    if not batches and needs_data(chosen):
         raise DataError(f"{describe(scheme)}: needs calibration data; pass data=, an iterable of batches")
     with _at_rest(model):
         before = score(model) if score is not None else None
@@ -131,10 +136,12 @@ def _run(
     needs = survey_needs(chosen, spread)
     extras = Extras()
     if spread or any(needs.values()):
-        stages = survey_stages(blocks, residence, batches, list(chosen), needs, seed, Shelf(), loss or default_loss)
+        stages = data_free_stages(residence, list(chosen))
+        if any(needs.values()):
+            stages = survey_stages(blocks, residence, batches, list(chosen), needs, seed, Shelf(), loss or default_loss)
         chosen = allocate(stages, chosen, spread, extras, model, seed, progress)
     wanted = needs_of(chosen)
-    running = any(w & ~GRADIENTS for w in wanted.values())
+    running = any(w & INPUTS for w in wanted.values())
     slots = [slot for slot, method in chosen.items() if not isinstance(method, Keep)]
     weights: dict[Slot, Weight] = {}
     records = []
@@ -158,11 +165,14 @@ def _run(
     return weights, records
 
 
-def save(model: nn.Module, path: str | Path, **fields: Any) -> int:
+def save(model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, **fields: Any) -> int:
     """Write a module with installed Weights to a directory (safetensors and one JSON); returns the bytes of its files.
 
-    Every tie is stored once. What is not compressed is stored as the state dict has it. `fields` go into the manifest.
+    Every tie is stored once. What is not compressed is stored as the state dict has it. `shapes`: for a thinned module, how it differs
+    from the original architecture (`surgery.shapes(thinned, original)`). `fields` go into the manifest.
     """
+    if shapes:
+        fields["shapes"] = shapes
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     weights = installed(model)
@@ -184,9 +194,11 @@ def save(model: nn.Module, path: str | Path, **fields: Any) -> int:
 def load_into(model: nn.Module, path: str | Path) -> nn.Module:
     """Install a saved directory's Weights and tensors into a freshly built module of the same architecture.
 
+    A thinned module's directory says its shapes: the module, built as the original was, is brought to them first.
     Raises: CheckpointError when a stored tensor has no place in the module, or a place in the module has no tensor.
     """
     stored = Compressed(Path(path))
+    rebuild(model, stored.manifest.get("shapes", {}))
     slots = {".".join(part for part in user if part): slot for slot in find_slots(model) for user in slot.users}
     for name, spec in stored.weights.items():
         if name not in slots or tuple(spec["shape"]) != slots[name].shape:

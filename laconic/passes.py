@@ -13,11 +13,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from laconic.blocks import Batch, BlockModel, Residency
-from laconic.calibrate import GRADIENTS, Loss, Needs, Shelf, Stage, default_loss, parameters_of, survey, survey_whole, walk, walk_whole
+from laconic.calibrate import (
+    GRADIENTS,
+    MEASURED,
+    Loss,
+    Needs,
+    Shelf,
+    Stage,
+    default_loss,
+    parameters_of,
+    survey,
+    survey_whole,
+    walk,
+    walk_whole,
+)  # fmt: skip
 from laconic.errors import SchemeError, VerificationError
 from laconic.load import Checkpoint, CompressedCheckpoint
 from laconic.methods.allocation import Allocation
 from laconic.methods.base import Keep, Method, output_error
+from laconic.methods.channels import MODULES_ONLY
 from laconic.progress import Progress
 from laconic.run import Run
 from laconic.sites import NONE, Site, Slot, Stats
@@ -70,11 +84,25 @@ def allocations(chosen: Chosen) -> dict[Method, Allocation]:
     return found
 
 
+def needs_data(chosen: Chosen) -> bool:
+    """Whether any method or allocation reads what only a run of the model shows."""
+    wanted = [*needs_of(chosen).values(), *(allocation.wants for allocation in allocations(chosen).values())]
+    return any(need & MEASURED for need in wanted)
+
+
+def refuse_structures(chosen: Chosen) -> None:
+    """Raises SchemeError if a method has to know which rows are one channel of the network, where nobody can tell it."""
+    for slot, method in chosen.items():
+        allocation = method.allocation()
+        if (method.wants | (allocation.wants if allocation is not None else NONE)) & Stats.CHANNELS:
+            raise SchemeError(f"{slot.name}: {method!r} has to know which rows are one channel; {MODULES_ONLY}")
+
+
 def survey_needs(chosen: Chosen, spread: dict[Method, Allocation]) -> Needs:
     """What the survey must provide: for allocations everything they want, for single methods their gradients."""
     needs = {}
     for slot, method in chosen.items():
-        wanted = spread[method].wants if method in spread else NONE
+        wanted = spread[method].wants & MEASURED if method in spread else NONE
         if not isinstance(method, Keep):
             wanted |= method.wants & GRADIENTS
         needs[slot] = wanted

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from laconic.blocks import Batch, BlockModel, find_chain
-from laconic.calibrate import GRADIENTS, Shelf
+from laconic.calibrate import INPUTS, Shelf
 from laconic.data import Windows, calibration_windows, evaluation_windows, read_text, sample_windows, split_text
 from laconic.errors import CheckpointError, DataError, SchemeError
 from laconic.evaluate import count_parameters, is_language_model, open_blocks, perplexity, similarity
@@ -31,7 +31,9 @@ from laconic.passes import (
     compression_stages,
     data_free_stages,
     experts_without_tokens,
+    needs_data,
     needs_of,
+    refuse_structures,
     survey_needs,
     survey_stages,
     verify,
@@ -79,6 +81,7 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
     if isinstance(checkpoint, CompressedCheckpoint):
         raise CheckpointError(f"{source}: already compressed by laconic; start from the original weights")
     chosen = resolve(scheme, find_slots(checkpoint.skeleton))
+    refuse_structures(chosen)
     progress.start("checking that all weights are finite", 1)
     bad = set(checkpoint.non_finite())
     named = sorted(bad)
@@ -90,7 +93,7 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
             progress.say(f"{slot.name}: left as it is, it holds NaN or infinity")
     wants = [method.wants for method in chosen.values() if not isinstance(method, Keep)]
     spread = allocations(chosen)
-    passes = bool(any(w & ~GRADIENTS for w in wants)) * 2 + bool(spread) * 3
+    passes = bool(any(w & INPUTS for w in wants)) * 2 + any(allocation.wants for allocation in spread.values()) * 3
     width = getattr(checkpoint.config.get_text_config(), "hidden_size", 0)
     calibrated = bool(passes or any(wants))
     language = is_language_model(checkpoint.skeleton)
@@ -113,7 +116,7 @@ def compress_directory(
     device, _ = pick_device(options.device), pick_dtype(options.dtype)
     checkpoint, chosen, plan = plan_directory(source, scheme, options, progress)
     before = resident_memory()
-    wanted = any(needs_of(chosen).values()) or bool(allocations(chosen))
+    wanted = needs_data(chosen)
     texts = _texts(options)
     given = _given_windows(checkpoint, options, texts, wanted)
     fingerprint = _fingerprint(checkpoint, chosen, options, texts)
@@ -248,7 +251,7 @@ def _compress(
 ) -> None:
     needs = needs_of(chosen)
     slots = list(needs)
-    calibrated = any(wanted & ~GRADIENTS for wanted in needs.values())
+    calibrated = any(wanted & INPUTS for wanted in needs.values())
     dtype = pick_dtype(options.dtype) if calibrated else None
     overlay = Overlay(checkpoint, run, slots)
     chain = find_chain(checkpoint.skeleton)

@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import laconic.methods
 from laconic.errors import SchemeError
 from laconic.methods.base import Keep, Method
+from laconic.methods.free import Free
 from laconic.sites import Slot
 
+T = TypeVar("T")
 Predicate = Callable[[Slot], bool]
 Rule = tuple[str | Predicate, Method]
 Scheme = Method | Sequence[Rule] | Callable[[Slot], Method]
@@ -154,7 +156,12 @@ def _build(node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.k
     known = known_methods()
     if name not in known:
         raise SchemeError(f"scheme: unknown method {name!r} in {_where(node)}{_nearest(name, list(known))}")
-    parameters = list(inspect.signature(known[name]).parameters)
+    return _call(node, known[name], args, keywords)
+
+
+def _call(node: ast.expr, cls: type[T], args: list[ast.expr], keywords: list[ast.keyword]) -> T:
+    """The instance of a known class that an expression describes."""
+    name, parameters = cls.__name__, list(inspect.signature(cls).parameters)
     if len(args) > len(parameters):
         raise SchemeError(f"scheme: {name} takes {len(parameters)} arguments, got {len(args)} in {_where(node)}")
     values = {parameter: _value(arg) for parameter, arg in zip(parameters, args, strict=False)}
@@ -165,13 +172,17 @@ def _build(node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.k
             raise SchemeError(f"scheme: {name} got {keyword.arg!r} twice in {_where(node)}")
         values[keyword.arg] = _value(keyword.value)
     try:
-        return known[name](**values)
+        return cls(**values)
     except TypeError as error:
         raise SchemeError(f"scheme: {_where(node)}: {error}") from error
 
 
 def _value(node: ast.expr) -> Any:
-    """A literal, a float('inf'), or a method given to a method."""
+    """A literal, a float('inf'), a Free, a method given to a method, or a tuple of these."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Free":
+        return _call(node, Free, node.args, node.keywords)
+    if isinstance(node, ast.Tuple):
+        return tuple(_value(item) for item in node.elts)
     if isinstance(node, ast.Call | ast.Name) or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift | ast.Add)):
         if ast.unparse(node) in ("inf", "float('inf')"):
             return float("inf")

@@ -22,6 +22,8 @@ class Stats(enum.Flag):
     """E[(dL / dW)^2] over sequences, entry by entry."""
     OUTPUT = enum.auto()
     """E[(dL / dy)^2] over tokens, per row of W: how much the loss minds an error of that output."""
+    CHANNELS = enum.auto()
+    """Which rows are one channel of the network, across sites; known to modules in memory only (`surgery.couple`)."""
 
 
 NONE = Stats(0)
@@ -77,7 +79,9 @@ class Site:
     """What a method sees: W [out, in] and the statistics it asked for. Methods may not change W; `notes` collects what the user must hear.
 
     `hessian` [groups, in, in], `squares` [groups, in], `tokens` [groups], `fisher` [out, in], `output` [out]; None where not asked for.
-    `mask` [out, in] says which entries an earlier method kept.
+    `mask` [out, in] says which entries an earlier method kept. `dims` is the parameter's own shape (four numbers for a 2-D convolution);
+    empty where only the matrix is known. `channels` [out] int64: rows of any site with the same number are one channel of the network and
+    are cut together; -1 may not be cut. `role` is that of the slot: "embedding", "head" or "body".
     """
 
     name: str
@@ -89,6 +93,9 @@ class Site:
     fisher: Tensor | None = None
     output: Tensor | None = None
     mask: Tensor | None = None
+    dims: tuple[int, ...] = ()
+    channels: Tensor | None = None
+    role: str = "body"
     seed: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -120,8 +127,9 @@ def site_name(path: str, parameter: str) -> str:
 def find_slots(model: nn.Module) -> list[Slot]:
     """The compressible tensors of a model in module order, tensors on the meta device included; ties are found by identity.
 
-    Linear, Conv1d, Conv2d, GPT-2's Conv1D and Embedding weights, and packed experts: three-dimensional parameters held by any other
-    module. A parametrized tensor is not a slot.
+    Linear, Conv1d, Conv2d, GPT-2's Conv1D and Embedding weights, those of recurrent layers (a gate's rows below the other's) and the input
+    projections of MultiheadAttention, and packed experts: three-dimensional parameters held by any other module. A parametrized tensor is
+    not a slot.
     """
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
@@ -160,6 +168,10 @@ def _see(module: nn.Module, parameter: str, tensor: Tensor) -> tuple[View, int] 
         return (View(shape), 1) if parameter == "weight" else None
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return (View(shape), module.groups) if parameter == "weight" else None
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return (View(shape), 1) if parameter.startswith("weight_") else None
+    if isinstance(module, nn.MultiheadAttention):
+        return (View(shape), 1) if parameter.endswith("proj_weight") else None
     if isinstance(module, Conv1D):
         return (View(shape, transposed=True), 1) if parameter == "weight" else None
     if tensor.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd | nn.modules.conv._ConvTransposeNd) and min(shape[1:]) > 1:

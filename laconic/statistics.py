@@ -4,7 +4,7 @@ One normalisation everywhere: a Hessian is X^T X / n over the n tokens (or image
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from laconic.sites import Site, Slot, Stats
+from laconic.errors import SchemeError
+from laconic.sites import NONE, Site, Slot, Stats
 
 _STRIPS = 4  # more of them save little more (1/2 at most) and make the products thinner
 
@@ -65,17 +66,35 @@ class Gram:
 
 Seen = Callable[[Slot, Tensor, int | None, Tensor, bool], None]
 """Called with a slot, its input [groups, tokens, in], the group (None for all), the product's output, and whether that is channels-first."""
+Fused = Callable[[Slot, Tensor], Tensor]
+"""Called with a slot and its parameter where that goes into a fused call; what it returns goes there instead."""
 
 
 class Tap(TorchFunctionMode):
-    """Sees every matrix product or convolution with a watched parameter: found by the parameter's storage, so no layer is known by name."""
+    """Sees every matrix product or convolution with a watched parameter: found by the parameter's storage, so no layer is known by name.
 
-    def __init__(self, watched: dict[Slot, nn.Parameter], seen: Seen) -> None:
+    Of a fused call (a recurrent layer, multi-head attention) only the parameters are seen, not what they are multiplied with.
+    """
+
+    def __init__(self, watched: dict[Slot, nn.Parameter], seen: Seen, fused: Fused) -> None:
         super().__init__()
         self._slots = {tensor.untyped_storage().data_ptr(): (slot, tensor) for slot, tensor in watched.items()}
-        self._seen = seen
+        self._places = {tensor.data_ptr(): slot for slot, tensor in watched.items()}  # a recurrent layer's weights may share one storage
+        self._seen, self._fused = seen, fused
+
+    def _replaced(self, value: Any) -> Any:
+        """The arguments of a fused call with what stands for the watched parameters in them."""
+        if isinstance(value, list | tuple):
+            return type(value)(self._replaced(item) for item in value)
+        slot = self._places.get(value.data_ptr()) if isinstance(value, Tensor) and value.device.type != "meta" else None
+        return value if slot is None else self._fused(slot, value)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FUSED:
+            named = {key: self._replaced(value) for key, value in (kwargs or {}).items()}
+            # cuDNN's recurrent layers have gradients in training mode only
+            with torch.backends.cudnn.flags(enabled=False) if torch.is_grad_enabled() and torch.cuda.is_available() else nullcontext():
+                return func(*self._replaced(args), **named)
         output = func(*args, **(kwargs or {}))
         product = _PRODUCTS.get(func)
         if product is not None:
@@ -114,6 +133,11 @@ def _lookup(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, 
 _PRODUCTS: dict[Any, Callable[..., tuple[Tensor, Tensor, Any]]] = {
     F.linear: _linear, torch.addmm: _addmm, torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, torch.bmm: _matmul,
     torch.mm: _matmul, F.conv1d: _conv, F.conv2d: _conv, torch.conv1d: _conv, torch.conv2d: _conv, F.embedding: _lookup,
+}  # fmt: skip
+
+_FUSED = {
+    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
+    F.multi_head_attention_forward,
 }  # fmt: skip
 
 
@@ -162,12 +186,13 @@ class Statistics:
         self.output: dict[Slot, Tensor] = {}
         self.tokens = self.sequences = 0
         self.order: list[Slot] = []
+        self.fused: set[Slot] = set()
         self._last: tuple[Tensor, Gram] | None = None
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Inputs (and, in a backward pass, gradients) are summed inside this context."""
-        with Tap(self.watched, self._seen):
+        with Tap(self.watched, self._seen, self._inside):
             yield
         self._last = None
 
@@ -178,6 +203,18 @@ class Statistics:
             self._sum_inputs(slot, x, group)
         if self.needs[slot] & (Stats.FISHER | Stats.OUTPUT) and output.requires_grad:
             output.register_hook(lambda g: self._sum_gradients(slot, x, group, g.detach().movedim(1, -1) if channels_first else g.detach()))
+
+    def _inside(self, slot: Slot, w: Tensor) -> Tensor:
+        """A leaf in the place of a parameter in a fused call, so that its gradient is seen whether or not it is trained."""
+        self.fused.add(slot)
+        if not (self.needs[slot] & Stats.FISHER and torch.is_grad_enabled()):
+            return w
+        leaf = w.detach().requires_grad_()
+        leaf.register_hook(lambda g: self._fisher(slot).add_(slot.view.matrix(g.detach()).square()))
+        return leaf
+
+    def _fisher(self, slot: Slot) -> Tensor:
+        return self.fisher.setdefault(slot, torch.zeros(slot.shape, device=self.watched[slot].device))
 
     def _sum_inputs(self, slot: Slot, x: Tensor, group: int | None) -> None:
         if x.shape[2] == 0:
@@ -206,7 +243,7 @@ class Statistics:
         total = self.output.setdefault(slot, torch.zeros(slot.shape[0], device=g.device))
         total[start : start + len(per_row)] += per_row
         if self.needs[slot] & Stats.FISHER and x.shape[2]:
-            squared = self.fisher.setdefault(slot, torch.zeros(slot.shape, device=g.device))
+            squared = self._fisher(slot)
             grouped = g.unflatten(1, (x.shape[0], -1)).permute(1, 2, 0)  # [groups, rows, tokens]
             squared[start : start + len(per_row)] += (grouped @ x).flatten(0, 1).square()
 
@@ -216,8 +253,17 @@ class Statistics:
             kept.pop(slot, None)
 
     def describe(self, slot: Slot, W: Tensor, seed: int) -> Site:
-        """The site a method is given: its values and everything that was summed for it. Nothing can be added afterwards."""
-        site = Site(slot.name, W, slot.groups, seed=seed)
+        """The site a method is given: its values and everything that was summed for it. Nothing can be added afterwards.
+
+        Raises: SchemeError for a site inside a fused call, of whose inputs or outputs something was asked for.
+        """
+        hidden = self.needs.get(slot, NONE) & (Stats.HESSIAN | Stats.SQUARES | Stats.OUTPUT)
+        if slot in self.fused and hidden:
+            raise SchemeError(
+                f"{slot.name}: is multiplied inside a fused call (a recurrent layer, multi-head attention), where its inputs cannot be seen; "
+                "use a method that needs no data, or gradients of the weights only (Fisher)"
+            )
+        site = Site(slot.name, W, slot.groups, dims=slot.view.shape, role=slot.role, seed=seed)
         gram = self.grams.get(slot)
         if gram is not None:
             mean = gram.mean()

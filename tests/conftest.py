@@ -83,7 +83,7 @@ def make_site(rows: int = 48, columns: int = 64, seed: int = 0, groups: int = 1,
     W = 0.05 * torch.randn(rows, columns, generator=generator)
     return Site(
         "block.0.layer", W, groups, hessian=torch.stack(hessians), squares=torch.stack(squares), tokens=torch.full((groups,), 512),
-        fisher=torch.rand(rows, columns, generator=generator), output=torch.rand(rows, generator=generator) + 0.1,
+        fisher=torch.rand(rows, columns, generator=generator), output=torch.rand(rows, generator=generator) + 0.1, channels=torch.arange(rows),
     )  # fmt: skip
 
 

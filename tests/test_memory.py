@@ -70,7 +70,8 @@ SCHEMES = {
     "RTN(4, 'channel')": True, "GPTQ(bits=4, group='channel')": True, "Magnitude(0.4) >> KMeans(bits=4)": False,
     "Magnitude(0.4, scope='model') >> KMeans(bits=4, weights='fisher')": True, "SparseGPT(0.4)": True, "Wanda(0.3)": True, "LowRank(0.5)": False,
     "LowRank(0.5, weighted=True) if rows != 32 else RTN(4, 'channel')": True, "GPTQ(rate=4.0)": True, "GPTQ(rate=4.0, over='matrix')": True,
-    "Cast('float16')": False, "RTN(3, 'channel') + LowRank(2)": False,
+    "Cast('float16')": False, "RTN(3, 'channel') + LowRank(2)": False, "Magnitude(0.4, scope='model') >> RTN(4, 'channel')": False,
+    "BlockPrune(0.4, block=3) >> Cast('float16')": False, "BlockPrune(0.4, block=(2, 3), criterion='taylor')": True,
 }  # fmt: skip
 """The scheme and whether it is given data."""
 
@@ -245,6 +246,8 @@ def test_the_loss_of_the_user_decides_which_outputs_matter(net: Net) -> None:
         ("LowRank(0.5, weighted=True)", [images(8)], SchemeError, "grouped: weighted low rank needs one Hessian"),
         ("GPTQ(bits=4, group='channel')", [images(8)[:, :1]], RuntimeError, "channels"),
         ("RTM(4)", None, SchemeError, "did you mean 'RTN'"),
+        ("Magnitude(Free(0, 1))", None, SchemeError, "stem.0: .*sparsity is still free"),
+        ("Magnitude(0.5, criterion='taylor')", None, DataError, "needs calibration data"),
     ],
 )  # fmt: skip
 def test_bad_inputs_change_nothing(scheme: str, data: Any, error: type[Exception], message: str, net: Net) -> None:

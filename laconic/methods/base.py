@@ -1,13 +1,16 @@
 """A method: frozen hyper-parameters and a call from a site to a weight; `>>` and `+` compose methods."""
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from laconic.errors import SchemeError
+from laconic.methods.free import free_within
 from laconic.sites import NONE, Site, Stats
 from laconic.weights import EntryWeight, Sparse, Sum, Weight
 
@@ -15,14 +18,47 @@ if TYPE_CHECKING:
     from laconic.methods.allocation import Allocation
 
 
+def _skipped(check: Callable[..., None]) -> Callable[..., None]:
+    """A check of hyper-parameters that waits until all of them have values."""
+
+    @functools.wraps(check)
+    def guarded(self: "Method") -> None:
+        if not free_within(self):
+            check(self)
+
+    return guarded
+
+
+def _refused(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """A computation that needs a value for every hyper-parameter."""
+
+    @functools.wraps(compute)
+    def guarded(self: "Method", *arguments: Any, **named: Any) -> Any:
+        for parameter, _ in free_within(self):
+            raise SchemeError(f"{self!r}: {parameter} is still free: search for it with lc.search, or give a number")
+        return compute(self, *arguments, **named)
+
+    return guarded
+
+
+_GUARDS = {"__post_init__": _skipped, "__call__": _refused, "expected_bits": _refused, "allocation": _refused}
+
+
 class Method(ABC):
     """Chooses the point of a set of weights for one site: `method(site) -> Weight`.
 
     A method is a frozen dataclass of its hyper-parameters; it may not change the site's tensors, and takes randomness from
     `site.generator()` only. `needs` names the statistics it reads; empty means that it works without data.
+    Any hyper-parameter may be a `Free`, to be found by a search; until it has a value nothing is checked and nothing can be computed.
     """
 
     needs: ClassVar[Stats] = NONE
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        for name, guard in _GUARDS.items():
+            if name in vars(cls):
+                setattr(cls, name, guard(vars(cls)[name]))
 
     @abstractmethod
     def __call__(self, site: Site) -> Weight:
@@ -59,6 +95,24 @@ class Method(ABC):
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
 
 
+class Pruning(Method):
+    """A method that sets entries to zero and stores the others, which `>>` can encode anew."""
+
+    kept: ClassVar[int] = 16
+    """Bits of a surviving entry that nothing encodes anew."""
+
+    @abstractmethod
+    def survivors(self, shape: tuple[int, int]) -> float:
+        """The share of a matrix's entries that is kept (about, where a threshold over the network decides)."""
+
+    @abstractmethod
+    def mask_bits(self, shape: tuple[int, int]) -> float:
+        """Bits that say which entries these are. Raises: SchemeError as `expected_bits` does."""
+
+    def expected_bits(self, shape: tuple[int, int]) -> float:
+        return self.kept * self.survivors(shape) * shape[0] * shape[1] + self.mask_bits(shape)
+
+
 @dataclass(frozen=True, repr=False)
 class Keep(Method):
     """Leaves a tensor as the checkpoint has it, in its own type, byte for byte."""
@@ -82,10 +136,17 @@ class Then(Method):
     second: Method
 
     def __post_init__(self) -> None:
-        if getattr(self.first, "density", None) is not None and getattr(self.second, "rate", None) is not None:
+        if self._pruning() is not None and getattr(self.second, "rate", None) is not None:
             raise SchemeError(
                 f"{self!r}: a rate counts every entry, but only the survivors of {self.first!r} are stored; give {type(self.second).__name__} bits"
             )
+
+    def _pruning(self) -> Pruning | None:
+        """The method at the head of the chain, if it prunes."""
+        head = self.first
+        while isinstance(head, Then):
+            head = head.first
+        return head if isinstance(head, Pruning) else None
 
     @property
     def wants(self) -> Stats:
@@ -104,12 +165,9 @@ class Then(Method):
         return sparse
 
     def expected_bits(self, shape: tuple[int, int]) -> float:
-        first, second = self.first.expected_bits(shape), self.second.expected_bits(shape)
-        density = getattr(self.first, "density", None)
-        if density is None:
-            return second
-        values = 16 * density * shape[0] * shape[1]  # what pruning methods keep their survivors in, which `second` encodes anew
-        return first - values + density * second
+        self.first.expected_bits(shape)  # which checks that the first method can treat the shape
+        head, bits = self._pruning(), self.second.expected_bits(shape)
+        return bits if head is None else head.mask_bits(shape) + head.survivors(shape) * bits
 
     def allocation(self) -> "Allocation | None":
         from laconic.methods.allocation import composed

@@ -2,16 +2,14 @@
 
 from dataclasses import dataclass
 
-from laconic.methods.base import Method
 from laconic.methods.column import Sweep, solve
-from laconic.methods.magnitude import check_sparsity, sparse
+from laconic.methods.patterned import Patterned, sparse
 from laconic.sites import Site, Stats
 from laconic.weights import Weight
-from laconic.weights.masks import Pattern, density_of, expected_mask_bits
 
 
 @dataclass(frozen=True, repr=False)
-class SparseGPT(Method):
+class SparseGPT(Patterned):
     """Prunes column after column, the weights still to come making up for what was lost.
 
     The mask of every 128 columns (or of every n:m group, or block) is chosen when the sweep reaches them, by w^2 / [H^-1]_jj of the live
@@ -20,22 +18,9 @@ class SparseGPT(Method):
     Source: Frantar & Alistarh 2023, algorithm 1. Cost: that of GPTQ.
     """
 
-    sparsity: float = 0.5
-    pattern: Pattern = "unstructured"
     damping: float = 0.01
 
     needs = Stats.HESSIAN
-
-    def __post_init__(self) -> None:
-        check_sparsity(self, self.sparsity)
-
-    @property
-    def density(self) -> float:
-        """The share of entries that survive."""
-        return density_of(self.pattern, self.sparsity)
-
-    def expected_bits(self, shape: tuple[int, int]) -> float:
-        return 16 * self.density * shape[0] * shape[1] + expected_mask_bits(shape, self.pattern, self.sparsity)
 
     def __call__(self, site: Site) -> Weight:
         weight = sparse(site, self.pattern, self.sparsity)

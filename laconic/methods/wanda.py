@@ -5,36 +5,21 @@ from dataclasses import dataclass
 import torch
 
 from laconic.errors import SchemeError
-from laconic.methods.base import Method
-from laconic.methods.magnitude import check_sparsity, sparse
+from laconic.methods.patterned import Patterned, sparse
 from laconic.sites import Site, Stats
 from laconic.weights import Weight
-from laconic.weights.masks import Pattern, choose, density_of, expected_mask_bits
+from laconic.weights.masks import choose
 
 
 @dataclass(frozen=True, repr=False)
-class Wanda(Method):
+class Wanda(Patterned):
     """Sets weights with the smallest |w_rj| |x_j| to zero, compared within each row; the others stay as they are.
 
     `pattern`: "unstructured" (the share `sparsity` of every row), "n:m", or a block. Bits: 16 x density + the mask.
     Raises: SchemeError when the pattern does not tile the matrix. Source: Sun et al. 2024, eq. 1 and section 3. Cost: one sort of the rows.
     """
 
-    sparsity: float = 0.5
-    pattern: Pattern = "unstructured"
-
     needs = Stats.SQUARES
-
-    def __post_init__(self) -> None:
-        check_sparsity(self, self.sparsity)
-
-    @property
-    def density(self) -> float:
-        """The share of entries that survive."""
-        return density_of(self.pattern, self.sparsity)
-
-    def expected_bits(self, shape: tuple[int, int]) -> float:
-        return 16 * self.density * shape[0] * shape[1] + expected_mask_bits(shape, self.pattern, self.sparsity)
 
     def __call__(self, site: Site) -> Weight:
         if site.importance is None:

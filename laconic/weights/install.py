@@ -85,6 +85,8 @@ def bake(module: nn.Module) -> None:
     for child in list(module.modules()):
         if not isinstance(getattr(child, "parametrizations", None), nn.ModuleDict):
             continue
+        own = type(child)  # torch makes a class per parametrized module; a deep copy shares it, and removal would take the original's property
+        child.__class__ = type(own.__name__, own.__bases__, dict(vars(own)))
         chains: Any = child.parametrizations
         for name, chain in list(chains.items()):
             if isinstance(chain[0], Installed):

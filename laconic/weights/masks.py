@@ -1,4 +1,4 @@
-"""Which entries survive, on disk: a bit per entry, per block, the index of a combination per n:m group, or column indices per row."""
+"""Which entries survive, on disk: a bit per entry or block, a combination's index per n:m group, column indices, or whole rows and columns."""
 
 from functools import cache
 from itertools import combinations
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from laconic.errors import CheckpointError, SchemeError
+from laconic.weights.blocks import Blocks
 from laconic.weights.codes import dense_bytes, pack_dense, unpack_dense
 
-Pattern = str | tuple[int, int]
-"""'unstructured', 'n:m' with n kept of every m neighbouring columns, or a block (rows, columns) kept or dropped whole."""
+Pattern = str | tuple[int, int] | Blocks
+"""'unstructured', 'n:m' with n kept of every m neighbouring columns, or blocks kept or dropped whole: (rows, columns) that tile the matrix,
+or any `Blocks` of the tensor the matrix is a view of."""
 
 
 def n_of_m(pattern: Pattern) -> tuple[int, int] | None:
@@ -28,6 +30,10 @@ def n_of_m(pattern: Pattern) -> tuple[int, int] | None:
 
 def check_pattern(pattern: Pattern, shape: tuple[int, int]) -> None:
     """Raises SchemeError unless the pattern tiles a matrix of this shape."""
+    if isinstance(pattern, Blocks):
+        if not pattern.fits(shape):
+            raise SchemeError(f"blocks of a tensor of shape {pattern.dims} do not fit {shape[0]} x {shape[1]} entries")
+        return
     group = n_of_m(pattern)
     rows, columns = (1, group[1]) if group else (1, 1) if isinstance(pattern, str) else pattern
     if rows < 1 or columns < 1 or shape[0] % rows or shape[1] % columns:
@@ -41,12 +47,20 @@ def choose(score: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
         n, m = group
         order = score.unflatten(1, (-1, m)).argsort(dim=-1, descending=True, stable=True)
         return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :n], True).flatten(1)
-    rows, columns = (1, 1) if isinstance(pattern, str) else pattern
-    units = score.unflatten(0, (-1, rows)).unflatten(-1, (-1, columns)).sum((1, 3))
+    shape = (score.shape[0], score.shape[1])
+    blocks = blocks_of(pattern, shape)
+    units = blocks.reduce(score, torch.sum)
     drop = round(sparsity * units.numel())
     keep = torch.ones(units.numel(), dtype=torch.bool, device=score.device)
     keep[units.reshape(-1).argsort(dim=0, stable=True)[:drop]] = False
-    return keep.view_as(units).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return blocks.spread(keep.view_as(units), shape)
+
+
+def blocks_of(pattern: Pattern, shape: tuple[int, int]) -> Blocks:
+    """The blocks that a pattern keeps or drops whole, of a matrix of this shape; single entries if it is unstructured."""
+    if isinstance(pattern, Blocks):
+        return pattern
+    return Blocks(shape, (1, 1) if isinstance(pattern, str) else pattern)
 
 
 @cache
@@ -67,14 +81,26 @@ def _index_bytes(mask: Tensor) -> int:
     return _count_dtype(columns).itemsize * rows + dense_bytes(int(mask.sum()), max(1, (columns - 1).bit_length()))
 
 
+def _cross(mask: Tensor) -> Tensor | None:
+    """Which rows and then which columns survive, if every entry where they cross does."""
+    rows, columns = mask.any(1), mask.any(0)
+    return torch.cat([rows, columns]) if int(rows.sum()) * int(columns.sum()) == int(mask.sum()) else None
+
+
+def _codings(mask: Tensor) -> dict[str, int]:
+    """The bytes that every coding of an unstructured mask would take, the one to prefer first among equals."""
+    found = {"bitmap": dense_bytes(mask.numel(), 1), "index": _index_bytes(mask)}
+    return found if _cross(mask) is None else {"cross": dense_bytes(sum(mask.shape), 1), **found}
+
+
 def mask_bytes(mask: Tensor, pattern: Pattern) -> int:
     """Bytes of the tensors `store_mask` would write."""
     group = n_of_m(pattern)
     if group:
         return dense_bytes(mask.numel() // group[1], (comb(group[1], group[0]) - 1).bit_length())
     if not isinstance(pattern, str):
-        return dense_bytes(mask.numel() // (pattern[0] * pattern[1]), 1)
-    return min(dense_bytes(mask.numel(), 1), _index_bytes(mask))
+        return dense_bytes(blocks_of(pattern, (mask.shape[0], mask.shape[1])).count, 1)
+    return min(_codings(mask).values())
 
 
 def density_of(pattern: Pattern, sparsity: float) -> float:
@@ -91,13 +117,13 @@ def expected_mask_bits(shape: tuple[int, int], pattern: Pattern, sparsity: float
     if group:
         return 8 * dense_bytes(entries // group[1], (comb(group[1], group[0]) - 1).bit_length())
     if not isinstance(pattern, str):
-        return 8 * dense_bytes(entries // (pattern[0] * pattern[1]), 1)
+        return 8 * dense_bytes(blocks_of(pattern, shape).count, 1)
     index = 8 * _count_dtype(shape[1]).itemsize * shape[0] + (1 - sparsity) * entries * max(1, (shape[1] - 1).bit_length())
     return min(8 * dense_bytes(entries, 1), index)
 
 
 def store_mask(mask: Tensor, pattern: Pattern) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The mask [out, in] as (spec, tensors); unstructured masks take the cheaper of a bit map and column indices."""
+    """The mask [out, in] as (spec, tensors); unstructured masks take the cheapest of three codings."""
     mask = mask.cpu()
     group = n_of_m(pattern)
     if group:
@@ -106,8 +132,12 @@ def store_mask(mask: Tensor, pattern: Pattern) -> tuple[dict[str, Any], dict[str
         ranks = torch.from_numpy(_ranks(n, m)[1])[sets]
         return {"coding": "nm"}, {"mask": pack_dense(ranks, (comb(m, n) - 1).bit_length())}
     if not isinstance(pattern, str):
-        return {"coding": "block"}, {"mask": pack_dense(mask[:: pattern[0], :: pattern[1]].int(), 1)}
-    if dense_bytes(mask.numel(), 1) <= _index_bytes(mask):
+        return {"coding": "block"}, {"mask": pack_dense(blocks_of(pattern, (mask.shape[0], mask.shape[1])).corners(mask).int(), 1)}
+    sizes = _codings(mask)
+    coding, cross = min(sizes, key=lambda name: sizes[name]), _cross(mask)
+    if coding == "cross" and cross is not None:
+        return {"coding": "cross"}, {"mask": pack_dense(cross.int(), 1)}
+    if coding == "bitmap":
         return {"coding": "bitmap"}, {"mask": pack_dense(mask.int(), 1)}
     columns = mask.nonzero()[:, 1].int()
     width = max(1, (mask.shape[1] - 1).bit_length())
@@ -133,10 +163,13 @@ def restore_mask(spec: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[
         sets = torch.from_numpy(_ranks(n, m)[0])[ranks.long()]
         return ((sets.unsqueeze(1) >> torch.arange(m)) & 1).bool().reshape(shape)
     if coding == "block" and not isinstance(pattern, str):
-        rows, columns = pattern
-        _expect_bytes(data, entries // (rows * columns), 1)
-        kept = unpack_dense(data, 1, entries // (rows * columns)).bool().view(shape[0] // rows, -1)
-        return kept.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        blocks = blocks_of(pattern, shape)
+        _expect_bytes(data, blocks.count, 1)
+        return blocks.spread(unpack_dense(data, 1, blocks.count).bool().view(blocks.grid), shape)
+    if coding == "cross" and pattern == "unstructured":
+        _expect_bytes(data, sum(shape), 1)
+        kept = unpack_dense(data, 1, sum(shape)).bool()
+        return kept[: shape[0], None] & kept[shape[0] :]
     if coding == "bitmap" and pattern == "unstructured":
         _expect_bytes(data, entries, 1)
         return unpack_dense(data, 1, entries).bool().view(shape)

@@ -1,12 +1,13 @@
 """Matrices with zeros: a mask, and a Weight of any entry-wise kind for what survives."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from laconic.errors import CheckpointError, SchemeError
 from laconic.weights.base import ColumnWeight, EntryWeight, Spec, check_matrix, nested, prefixed, shape_of, unpack
+from laconic.weights.blocks import Blocks
 from laconic.weights.masks import Pattern, check_pattern, choose, mask_bytes, n_of_m, restore_mask, store_mask
 
 _BLOCK = 128  # columns whose mask is chosen together in a sweep; SparseGPT's blocksize B_s
@@ -15,9 +16,9 @@ _BLOCK = 128  # columns whose mask is chosen together in a sweep; SparseGPT's bl
 class Sparse(ColumnWeight):
     """W = mask * values: zero outside the mask, and `values` (a Weight that stores a code per entry) inside it.
 
-    `pattern`: 'unstructured', 'n:m' (n kept of m neighbours) or a block (rows, columns). `sparsity` is the share of zeros that `fit`
-    aims at; the mask says what it is. Bits: those of the surviving values + the mask (the cheaper of a bit map and column indices for
-    unstructured masks, log2 of the number of combinations per n:m group, one bit per block).
+    `pattern`: 'unstructured', 'n:m' (n kept of m neighbours), a block (rows, columns) or n-D `Blocks`. `sparsity` is the share of zeros that
+    `fit` aims at; the mask says what it is. Bits: those of the surviving values + the mask (the cheaper of a bit map and column indices for
+    unstructured masks, or a bit per row and column where whole ones were cut; log2 of the number of combinations per n:m group; one per block).
     """
 
     kind = "sparse"
@@ -32,7 +33,7 @@ class Sparse(ColumnWeight):
         self.shape, self.pattern, self.values = values.shape, pattern, values
         group = n_of_m(pattern)
         self.sparsity = 1 - group[0] / group[1] if group else sparsity
-        width = group[1] if group else 1 if isinstance(pattern, str) else pattern[1]
+        width = group[1] if group else 1 if isinstance(pattern, str) else self.shape[1] if isinstance(pattern, Blocks) else pattern[1]
         self.span = width if group else min(-(-_BLOCK // width) * width, self.shape[1])
         self.register_buffer("mask", torch.ones(self.shape, dtype=torch.bool))
 
@@ -51,6 +52,8 @@ class Sparse(ColumnWeight):
 
     def fit(self, w: Tensor, j: int = 0, importance: Tensor | None = None) -> None:
         """Choose the mask of columns j : j + k: keep the largest importance x w**2; then fit the values' side information to what is kept."""
+        if isinstance(self.pattern, Blocks) and w.shape[1] != self.shape[1]:
+            raise SchemeError(f"Sparse: n-D blocks are chosen over all {self.shape[1]} columns at once, not {w.shape[1]} of them")
         score = w.detach().square()
         kept = choose(score * importance if importance is not None else score, self.pattern, self.sparsity)
         self.set_mask(kept, j)
@@ -71,15 +74,14 @@ class Sparse(ColumnWeight):
     def pack(self) -> tuple[Spec, dict[str, Tensor]]:
         mask_spec, mask = store_mask(self.mask, self.pattern)
         values_spec, values = self.values.pack(self.mask.cpu())
-        pattern = self.pattern if isinstance(self.pattern, str) else list(self.pattern)
-        spec = {"kind": self.kind, "shape": list(self.shape), "pattern": pattern, "mask": mask_spec, "values": values_spec}
+        spec = {"kind": self.kind, "shape": list(self.shape), "pattern": _written(self.pattern), "mask": mask_spec, "values": values_spec}
         return spec, mask | prefixed("values", values)
 
     @classmethod
     def unpack(cls, spec: Spec, tensors: dict[str, Tensor]) -> Self:
         shape = shape_of(spec)
         try:
-            pattern = spec["pattern"] if isinstance(spec["pattern"], str) else (int(spec["pattern"][0]), int(spec["pattern"][1]))
+            pattern = _read(spec["pattern"])
             mask = restore_mask(spec["mask"], tensors, shape, pattern)
             values = unpack(spec["values"], nested(tensors, "values"), mask)
             self = cls(values, pattern=pattern, sparsity=1 - float(mask.float().mean()))
@@ -92,3 +94,17 @@ class Sparse(ColumnWeight):
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]} x {self.shape[1]}, pattern={self.pattern}"
+
+
+def _written(pattern: Pattern) -> Any:
+    """A pattern as JSON: a string, [rows, columns], or {"dims": ..., "block": ...}."""
+    if isinstance(pattern, Blocks):
+        return {"dims": list(pattern.dims), "block": list(pattern.block)}
+    return pattern if isinstance(pattern, str) else list(pattern)
+
+
+def _read(pattern: Any) -> Pattern:
+    """The inverse of `_written`."""
+    if isinstance(pattern, dict):
+        return Blocks(tuple(pattern["dims"]), tuple(pattern["block"]))
+    return pattern if isinstance(pattern, str) else (int(pattern[0]), int(pattern[1]))

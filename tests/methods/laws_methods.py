@@ -23,7 +23,11 @@ VARIANTS = [
     parse("Wanda(pattern='2:4')"), parse("SparseGPT(pattern='2:4')"), parse("Magnitude(0.5, pattern=(4, 4))"), parse("LowRank(8, weighted=True)"),
     parse("LowRank(8, factors=RTN(8, group='channel'))"), parse("SpQR(bits=3, outliers=float('inf'))"),
     parse("GPTQ(bits=2) + EoRA(rank=4)"), parse("Magnitude(0.5) >> KMeans(bits=3)"), parse("SparseGPT(0.5) >> GPTQ(bits=3)"),
-    parse("Hadamard(RTN(bits=3), outputs=False)"),
+    parse("Hadamard(RTN(bits=3), outputs=False)"), parse("Magnitude(0.5, (4, 4), criterion='linf', scope='model', scale='layer')"),
+    parse("Magnitude(0.5, criterion='hessian')"), parse("NeuronPrune(0.25, criterion='taylor', align=8) >> Cast('float16')"),
+    parse("StructurePrune(0.5, 'mean') >> RTN(4, 'channel')"), parse("BlockPrune(0.4, block=(8, 16), criterion='taylor')"),
+    parse("BlockPrune(0.6, 7, scope='layer') >> KMeans(bits=4) >> Cast('bfloat16')"), parse("Cut(rows=(3, 5), columns=(0, 63), dtype='bfloat16')"),
+    parse("Cut(columns=(1, 2, 3)) >> GPTQ(bits=4, group=16)"), parse("Hadamard(BlockPrune(0.5, (3, 3)))"),
 ]  # fmt: skip
 
 
@@ -49,6 +53,7 @@ def only(site: Site, wanted: Stats) -> Site:
         squares=site.squares if wanted & Stats.SQUARES else None,
         fisher=site.fisher if wanted & Stats.FISHER else None,
         output=site.output if wanted & Stats.OUTPUT else None,
+        channels=site.channels if wanted & Stats.CHANNELS else None,
     )
 
 

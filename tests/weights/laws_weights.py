@@ -30,6 +30,7 @@ from laconic.weights import (
     install,
     unpack,
 )  # fmt: skip
+from laconic.weights.blocks import Blocks
 from laconic.weights.rotated import random_signs
 
 SHAPE = (24, 32)
@@ -89,6 +90,9 @@ EXAMPLES: dict[str, tuple[Weight, bool]] = {  # the weight, and whether projecti
     "sparse-indexed": (Sparse(Dense(SHAPE), sparsity=0.97), True),
     "sparse-nm": (Sparse(Uniform(SHAPE, bits=4, group=8), pattern="2:4"), True),
     "sparse-block": (Sparse(table(bits=4), pattern=(4, 8), sparsity=0.5), True),
+    "sparse-n-d": (Sparse(Dense(SHAPE), pattern=Blocks((24, 8, 2, 2), (5, 3, 2, 1)), sparsity=0.5), True),
+    "sparse-ragged": (Sparse(Uniform(SHAPE, bits=4), pattern=Blocks((2, 12, 32), (1, 5, 7)), sparsity=0.6), True),
+    "sparse-rows": (Sparse(Dense(SHAPE, dtype="float32"), pattern=(1, SHAPE[1]), sparsity=0.5), True),
     "sparse-ans": (Sparse(Uniform(SHAPE, bits=3, group="tensor", codec="ans"), sparsity=0.5), True),
     "lowrank": (low_rank(), False),
     "sum": (Sum(Uniform(SHAPE, bits=2, group=8), low_rank()), False),

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laconic.errors import CheckpointError, SchemeError
-from laconic.weights import codes, entropy, masks
+from laconic.weights import Dense, Sparse, codes, entropy, masks, unpack
+from laconic.weights.blocks import Blocks
 from laconic.weights.grid import fit_grid
 from laconic.weights.rotated import hadamard
 
@@ -116,6 +117,57 @@ def test_a_sparse_mask_takes_the_cheaper_coding() -> None:
     score = torch.rand(64, 1024, generator=torch.Generator().manual_seed(0))
     assert masks.store_mask(masks.choose(score, "unstructured", 0.5), "unstructured")[0] == {"coding": "bitmap"}
     assert masks.store_mask(masks.choose(score, "unstructured", 0.97), "unstructured")[0] == {"coding": "index"}
+
+
+def test_whole_rows_and_columns_take_a_bit_each() -> None:
+    mask = torch.ones(50, 70, dtype=torch.bool)
+    for rows, columns in (([], []), ([3, 49], []), ([], [0, 5]), ([0, 1], [69]), (list(range(50)), [])):
+        cut = mask.clone()
+        cut[rows], cut[:, columns] = False, False
+        spec, tensors = masks.store_mask(cut, "unstructured")
+        assert spec == {"coding": "cross"}
+        assert tensors["mask"].nbytes == masks.mask_bytes(cut, "unstructured") == 15
+        assert torch.equal(masks.restore_mask(spec, tensors, (50, 70), "unstructured"), cut)
+        for damaged in (tensors["mask"][:-1], torch.cat([tensors["mask"], tensors["mask"][:1]]), tensors["mask"].int()):
+            with pytest.raises(CheckpointError, match="mask"):
+                masks.restore_mask(spec, {"mask": damaged}, (50, 70), "unstructured")
+    mask[0, 0] = False
+    assert masks.store_mask(mask, "unstructured")[0] == {"coding": "bitmap"}
+    with pytest.raises(CheckpointError, match="does not belong"):
+        masks.restore_mask({"coding": "cross"}, {"mask": torch.zeros(15, dtype=torch.uint8)}, (50, 70), (1, 70))
+
+
+@quick
+@given(dims=st.lists(st.integers(1, 7), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_n_d_blocks_are_a_bit_each(dims: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    block = tuple(int(torch.randint(1, n + 3, (1,), generator=generator)) for n in dims)
+    blocks, shape = Blocks(tuple(dims), block), (dims[0], int(torch.tensor(dims[1:]).prod()))
+    assert int(blocks.sizes().sum()) == shape[0] * shape[1]
+    assert torch.equal(blocks.reduce(torch.ones(shape), torch.sum).long(), blocks.sizes())
+    mask = masks.choose(torch.rand(shape, generator=generator), blocks, 0.5)
+    assert int(blocks.corners(mask).sum()) == blocks.count - round(0.5 * blocks.count)
+    spec, tensors = masks.store_mask(mask, blocks)
+    assert tensors["mask"].nbytes == masks.mask_bytes(mask, blocks) == -(-blocks.count // 8)
+    assert torch.equal(masks.restore_mask(spec, tensors, shape, blocks), mask)
+
+
+def test_blocks_of_another_tensor_are_refused() -> None:
+    spec, tensors = Sparse(Dense((6, 8)), pattern=Blocks((6, 2, 4), (2, 1, 3))).pack()
+    assert spec["pattern"] == {"dims": [6, 2, 4], "block": [2, 1, 3]}
+    patterns = [
+        {"dims": [6, 2, 4], "block": [2, 1]}, {"dims": [6, 2, 4], "block": [2, 0, 3]}, {"dims": [6, 2, 5], "block": [2, 1, 3]},
+        {"dims": [], "block": []},
+        {"dims": [4, 12], "block": [2, 3]}, {"dims": [6, 2, 4], "block": [2, 1, 1]}, {"dims": [6, 2, 4.0], "block": [2, 1, 3]}, {"dims": [6, 2, 4]},
+        {"dims": 6, "block": 2}, {"dims": ["6", 2, 4], "block": [2, 1, 3]},
+    ]  # fmt: skip
+    for pattern in patterns:
+        with pytest.raises(CheckpointError):
+            unpack(spec | {"pattern": pattern}, tensors)
+    with pytest.raises(SchemeError, match="do not fit"):
+        Sparse(Dense((6, 8)), pattern=Blocks((8, 6), (2, 2)))
+    with pytest.raises(SchemeError, match="all 8 columns at once"):
+        Sparse(Dense((6, 8)), pattern=Blocks((6, 2, 4), (2, 1, 3))).fit(torch.ones(6, 4))
 
 
 @pytest.mark.parametrize("pattern", ["2:3:4", "4:2", "0:4", "two:four", "8:17", (3, 5), (0, 4)])

@@ -1,0 +1,108 @@
+"""Batches as recovery sees them: their size, their inputs' fingerprints, their order, and the randomness that belongs to all of it."""
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from laconic.blocks import Batch
+from laconic.errors import DataError
+
+
+def size_of(batch: Batch) -> int:
+    """The examples in a batch. Raises: DataError for a batch without tensors."""
+    return len(_inputs(batch)[0])
+
+
+def digests(data: Iterable[Batch]) -> Iterator[bytes]:
+    """A hash of every example's inputs, batch after batch; labels do not count."""
+    for batch in data:
+        inputs = [tensor.detach().cpu() for tensor in _inputs(batch)]
+        rows = [tensor for tensor in inputs if len(tensor) == len(inputs[0])]
+        for i in range(len(inputs[0])):
+            digest = hashlib.blake2b(digest_size=16)
+            for tensor in rows:
+                digest.update(tensor[i].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            yield digest.digest()
+
+
+def unlabelled(batch: Batch) -> Any:
+    """What a model is called with: a batch without its labels."""
+    if isinstance(batch, dict):
+        return {key: value for key, value in batch.items() if key != "labels"}
+    return batch[0] if isinstance(batch, list | tuple) else batch
+
+
+def _inputs(batch: Batch) -> list[Tensor]:
+    """The tensors of a batch's inputs that have a dimension of examples, in order; a dict's by name."""
+    found: list[Tensor] = []
+    todo: list[Any] = [unlabelled(batch)]
+    while todo:
+        value = todo.pop(0)
+        if isinstance(value, Tensor) and value.dim():
+            found.append(value)
+        elif isinstance(value, dict):
+            todo[:0] = [value[key] for key in sorted(value)]
+        elif isinstance(value, list | tuple):
+            todo[:0] = list(value)
+    if not found:
+        raise DataError(f"expected a batch (a tensor, a dict of tensors, or a tuple whose first entry is the input), got a {type(batch).__name__}")
+    return found
+
+
+def stream(data: Iterable[Batch], seed: int) -> Iterator[Batch]:
+    """Batches without end, pass after pass; the order of every pass follows from the seed and the pass's number."""
+    passes = 0
+    while True:
+        with private_randomness(seed, passes, data=data):
+            batches = iter(data)
+            first = next(batches, None)
+        if first is None:
+            raise DataError("train: expected batches, got none")
+        yield first
+        yield from batches
+        passes += 1
+
+
+@contextmanager
+def private_randomness(seed: int, index: int, device: torch.device | None = None, data: Iterable[Batch] | None = None) -> Iterator[None]:
+    """The global generators of torch, numpy and Python seeded for what happens inside (dropout, shuffling, augmentation), then put back.
+
+    With `device`, also that GPU's; with `data`, also those a DataLoader holds of its own.
+    """
+    number = (seed * 1_000_003 + index) % 2**63
+    gpu = [device] if device is not None and device.type == "cuda" else []
+    own = _own_generators(data)
+    states = [generator.get_state() for generator in own]
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(gpu):
+            torch.default_generator.manual_seed(number)  # torch.manual_seed would move every GPU's generator too, asked for or not
+            for cuda in gpu:
+                with torch.cuda.device(cuda):
+                    torch.cuda.manual_seed(number)
+            for generator in own:
+                generator.manual_seed(number)
+            random.seed(number)
+            np.random.seed(number % 2**32)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+        for generator, state in zip(own, states, strict=True):
+            generator.set_state(state)
+
+
+def _own_generators(data: Iterable[Batch] | None) -> list[torch.Generator]:
+    """The generators given to a DataLoader or its sampler."""
+    if not isinstance(data, DataLoader):
+        return []
+    sampler = getattr(data.batch_sampler, "sampler", data.sampler)
+    held = (data.generator, getattr(data.sampler, "generator", None), getattr(sampler, "generator", None))
+    return list({id(generator): generator for generator in held if isinstance(generator, torch.Generator)}.values())

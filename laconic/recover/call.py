@@ -1,0 +1,149 @@
+"""`recover`: compress a module under a scheme and train it so that it loses less."""
+
+import copy
+import hashlib
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.blocks import Batch
+from laconic.progress import Log, Progress
+from laconic.recover import lc
+from laconic.recover.batches import private_randomness, stream
+from laconic.recover.checkpoint import Checkpoints
+from laconic.recover.compressed import Bench, Best
+from laconic.recover.finetune import Direct, FineTune, Listener, StopRecovery, run_direct, run_finetune
+from laconic.recover.projection import Projection, project_onto, reads_data
+from laconic.recover.task import OutputLoss, OutputScore, Task
+from laconic.scheme import Scheme, parse
+
+How = lc.LC | FineTune | Direct
+_STATISTICS = 32  # minibatches of training data that statistics are gathered from
+
+
+@dataclass
+class Recovery:
+    """What a recovery found: scores on validation data (and, where there is some, test data), before and after, and its learning curve.
+
+    `direct` is direct compression's validation score. `state` holds the uncompressed values the last training step left, from which
+    another recovery can start.
+    """
+
+    scheme: str
+    score: float
+    loss: float
+    direct: float
+    minibatches: int
+    curve: list[dict[str, Any]]
+    seconds: float
+    stopped: bool = False
+    test_score: float | None = None
+    notes: list[str] = field(default_factory=list)
+    state: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    projection: Projection | None = field(default=None, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures, for JSON."""
+        return {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("state", "projection")}
+
+
+def recover(
+    model: nn.Module, scheme: Scheme | str, how: How | None = None, *, train: Iterable[Batch] | None = None,
+    validation: Iterable[Batch] | None = None, test: Iterable[Batch] | None = None, loss: OutputLoss | None = None,
+    score: OutputScore | None = None, example: Batch | None = None, folder: str | Path | None = None, resume: bool = False,
+    seed: int = 0, progress: Progress | None = None,
+) -> tuple[nn.Module, Recovery]:  # fmt: skip
+    """Compress a copy of a module and recover its accuracy by training; the module given is not changed.
+
+    `how`: `LC(...)` (default), `FineTune(...)` or `Direct()`. `train` is trained on, `validation` picks the best model, `test` is only
+    measured at the end. With `folder`, the state is written there after every L-step and `resume=True` goes on from it.
+    Returns the compressed module (installed weights, evaluation mode) and what happened. Raises: SchemeError, DataError (splits that
+    share samples), RecoveryError (training diverged), SurgeryError (structures of a network that cannot be traced).
+    """
+    task = Task(train if train is not None else [], validation if validation is not None else [], test, loss, score, example).checked()
+    return recover_task(model, scheme, how or lc.LC(), task, folder=folder, resume=resume, seed=seed, progress=progress)
+
+
+def recover_task(
+    model: nn.Module, scheme: Scheme | str, how: How, task: Task, *, start: dict[str, Tensor] | None = None, coupling: Any = None,
+    statistics: Sequence[Batch] | None = None, folder: str | Path | None = None, resume: bool = False, listen: Listener | None = None,
+    seed: int = 0, progress: Progress | None = None,
+) -> tuple[nn.Module, Recovery]:  # fmt: skip
+    """`recover` for a checked Task. `start` is the state of another recovery; `listen` hears every point of the curve and may stop it."""
+    began, progress = time.time(), progress or Log()
+    scheme = parse(scheme) if isinstance(scheme, str) else scheme
+    model, flags = _working_copy(model)
+    if start is not None:
+        model.load_state_dict(start)
+    if statistics is None:
+        statistics = first_batches(task, seed) if reads_data(model, scheme) else []
+    projection = project_onto(model, scheme, example=task.sample(), data=statistics, seed=seed, coupling=coupling)
+    bench = Bench(model, projection, task, how.norm_batches, seed)
+    mark = _mark(bench) if folder is not None else ""
+    checkpoints = Checkpoints(Path(folder) if folder is not None else None, f"{projection.scheme} by {how!r}, seed {seed}{mark}", resume)
+    checkpoints.claim()
+    total = how.total if isinstance(how, lc.LC) else how.minibatches
+    progress.start("recovering", max(total, 1))
+    best, stopped = Best(), False
+
+    def heard(found: dict[str, Any]) -> None:
+        before = checkpoints.curve[-1]["minibatches"] if checkpoints.curve else 0
+        checkpoints.curve.append(found)
+        progress.advance(found["minibatches"] - before, f"validation score {found['score']:.4f}")
+        if listen is not None:
+            listen(found)
+
+    try:
+        _carry_out(bench, how, best, heard, checkpoints, seed)
+    except StopRecovery:
+        stopped = True
+    snapshot, curve = best.finite(), checkpoints.curve
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    bench.finish(snapshot)
+    model.zero_grad(set_to_none=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+    test_score = task.judge(model, task.test).score if task.test is not None else None
+    checkpoints.done()
+    return model, Recovery(
+        projection.scheme, snapshot.judgement.score, snapshot.judgement.loss, curve[0]["score"], curve[-1]["minibatches"], curve,
+        time.time() - began, stopped, test_score, projection.notes, state, projection,
+    )  # fmt: skip
+
+
+def first_batches(task: Task, seed: int) -> list[Batch]:
+    """The minibatches of training data that statistics are gathered from."""
+    with private_randomness(seed, 0):
+        return [batch for _, batch in zip(range(_STATISTICS), stream(task.train, seed), strict=False)]
+
+
+def _working_copy(model: nn.Module) -> tuple[nn.Module, dict[str, bool]]:
+    """A float32 copy of a module of which everything is trained, and whether the original's parameters require a gradient."""
+    model = copy.deepcopy(model).float()
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return model, flags
+
+
+def _mark(bench: Bench) -> str:
+    """What tells a run from another of the same scheme's text: a hash of the methods site by site and of the values it starts from."""
+    digest = hashlib.sha256(repr([(slot.name, bench.projection.chosen[slot]) for slot in bench.projection.slots]).encode())
+    for name, tensor in sorted([*bench.rest().items(), *((slot.name, value) for slot, value in bench.values().items())], key=lambda item: item[0]):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f", start {digest.hexdigest()[:12]}"
+
+
+def _carry_out(bench: Bench, how: How, best: Best, listen: Listener, checkpoints: Checkpoints, seed: int) -> None:
+    if isinstance(how, lc.LC):
+        lc.run(bench, how, best, listen, checkpoints, seed)
+    elif isinstance(how, FineTune):
+        run_finetune(bench, how, best, listen, seed)
+    else:
+        run_direct(bench, best, listen)

@@ -1,0 +1,136 @@
+"""A recovery's state on disk after every L-step, so that a killed run goes on from the last one."""
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from laconic.errors import CheckpointError, OutputError
+from laconic.recover.compressed import Bench, Best, Snapshot
+from laconic.recover.task import Judgement
+from laconic.recover.train import Trainer, optimizer_tensors, restore_optimizer
+from laconic.run import atomically, disk_errors
+from laconic.sites import Slot
+from laconic.weights import Weight, unpack
+from laconic.weights.base import nested, prefixed
+
+STATE = "recovery.safetensors"
+
+
+@dataclass
+class Checkpoints:
+    """Where, and for which run; without a folder nothing is written. `curve` is what was told of the run so far."""
+
+    folder: Path | None = None
+    fingerprint: str = ""
+    resuming: bool = False
+
+    def __post_init__(self) -> None:
+        self.curve: list[dict[str, Any]] = []
+        if self.folder is None and self.resuming:
+            raise OutputError("resume: expected the folder that holds the recovery's state, got none")
+
+    @property
+    def _file(self) -> Path | None:
+        """The state there is, if any."""
+        file = self.folder / STATE if self.folder is not None else None
+        return file if file is not None and file.is_file() else None
+
+    def claim(self) -> dict[str, Any] | None:
+        """What the state in the folder says; None if there is none.
+
+        Raises: OutputError for another run's, or where none was expected; CheckpointError for a damaged one.
+        """
+        if self._file is None:
+            return None
+        if not self.resuming:
+            raise OutputError(f"{self.folder}: holds an unfinished recovery; resume it or choose another folder")
+        try:
+            with safe_open(self._file, framework="pt") as reader:
+                told: dict[str, Any] = json.loads(reader.metadata()["state"])
+            fingerprint = told["fingerprint"]
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self._file}: damaged: {error}") from error
+        if fingerprint != self.fingerprint:
+            raise OutputError(f"{self.folder}: holds the recovery {fingerprint}; this one is {self.fingerprint}")
+        return told
+
+    def write(
+        self, bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dict[Slot, Tensor], best: Snapshot, done: int
+    ) -> None:  # fmt: skip
+        """The state after `done` L-steps, whole or not at all. Raises: OutputError when the disk is full."""
+        if self.folder is None:
+            return
+        parts = {
+            "w": {slot.name: value for slot, value in bench.values().items()},
+            "lambda": {slot.name: value for slot, value in lam.items()},
+            "rest": bench.rest(), "best": best.rest, "optimizer": optimizer_tensors(trainer.optimizer),
+        }  # fmt: skip
+        specs: dict[str, list[dict[str, Any]]] = {}
+        for which, these in (("now", weights), ("best", best.weights)):
+            packed = [these[slot].pack() for slot in bench.parameters]
+            specs[which] = [spec for spec, _ in packed]
+            parts |= {f"{which}-{i}": tensors for i, (_, tensors) in enumerate(packed)}
+        flat = {name: t.detach().cpu().contiguous().clone() for part, tensors in parts.items() for name, t in prefixed(part, tensors).items()}
+        told = {
+            "fingerprint": self.fingerprint, "crc": _crc(flat), "done": done, "taken": trainer.taken, "skipped": trainer.skipped,
+            "best": [best.judgement.loss, best.judgement.score, best.judgement.examples, best.minibatches], "specs": specs, "curve": self.curve,
+        }  # fmt: skip
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            atomically(self.folder / STATE, flat, {"state": json.dumps(told)})
+
+    def resume(
+        self, bench: Bench, trainer: Trainer, lam: dict[Slot, Tensor], best: Best
+    ) -> tuple[int, dict[Slot, Weight] | None, list[dict[str, Any]]]:  # fmt: skip
+        """Bring everything to where the last checkpoint left it. Returns the L-steps done, the weights, and the curve until then.
+
+        Without a checkpoint (0, None, []). Raises: as `claim` does.
+        """
+        told = self.claim()
+        if told is None or self._file is None:
+            return 0, None, []
+        try:
+            with safe_open(self._file, framework="pt") as reader:
+                tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - not a dict
+            if _crc(tensors) != told["crc"]:
+                raise CheckpointError("its tensors are not those that were written")
+            with torch.no_grad():
+                w, multipliers = nested(tensors, "w"), nested(tensors, "lambda")
+                for slot, parameter in bench.parameters.items():
+                    parameter.copy_(w[slot.name])
+                    lam[slot].copy_(multipliers[slot.name])
+                bench.put_rest(nested(tensors, "rest"))
+            restore_optimizer(trainer.optimizer, nested(tensors, "optimizer"))
+            trainer.taken, trainer.skipped = told["taken"], told["skipped"]
+            found = {which: _unpacked(bench, told["specs"][which], tensors, which) for which in ("now", "best")}
+            loss, score, examples, minibatches = told["best"]
+            best.offer(Snapshot(found["best"], nested(tensors, "best"), Judgement(loss, score, examples), minibatches))
+            return told["done"], found["now"], told["curve"]
+        except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+            raise CheckpointError(f"{self._file}: damaged, or of another version: {error}") from error
+
+    def done(self) -> None:
+        """The run is complete: its state is not needed any more."""
+        if self._file is not None:
+            self._file.unlink()
+
+
+def _unpacked(bench: Bench, specs: list[dict[str, Any]], tensors: dict[str, Tensor], which: str) -> dict[Slot, Weight]:
+    sites = enumerate(bench.parameters.items())
+    return {slot: unpack(specs[i], nested(tensors, f"{which}-{i}")).to(parameter.device) for i, (slot, parameter) in sites}
+
+
+def _crc(tensors: dict[str, Tensor]) -> int:
+    """A checksum of names and bytes."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
+        if tensors[name].numel():
+            crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc

@@ -1,0 +1,144 @@
+"""A module whose parameters change places: trained values, the values a compressed weight decodes to, and snapshots of the best."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from laconic.blocks import call, to_device
+from laconic.errors import RecoveryError
+from laconic.recover.batches import private_randomness, stream
+from laconic.recover.projection import Projection
+from laconic.recover.task import Judgement, Task
+from laconic.sites import Slot
+from laconic.weights import Weight, install
+
+
+@dataclass
+class Snapshot:
+    """A compressed model: its weights, everything else of its state (biases, norms, buffers), and how it was judged on validation data."""
+
+    weights: dict[Slot, Weight]
+    rest: dict[str, Tensor]
+    judgement: Judgement
+    minibatches: int
+
+
+@dataclass
+class Best:
+    """The snapshot of least validation loss so far; a loss that is NaN is worse than any."""
+
+    snapshot: Snapshot | None = None
+
+    def offer(self, found: Snapshot) -> None:
+        if self.snapshot is None or _order(found.judgement.loss) < _order(self.snapshot.judgement.loss):
+            self.snapshot = found
+
+    @property
+    def found(self) -> Snapshot:
+        assert self.snapshot is not None
+        return self.snapshot
+
+    def finite(self) -> Snapshot:
+        """The best snapshot. Raises: RecoveryError when no compressed model had a finite loss."""
+        if not math.isfinite(self.found.judgement.loss):
+            raise RecoveryError(
+                f"the validation loss of every compressed model is {self.found.judgement.loss}: check the validation data and the loss"
+            )
+        return self.found
+
+
+def _order(loss: float) -> float:
+    return math.inf if math.isnan(loss) else loss
+
+
+@dataclass
+class Bench:
+    """A module under compression. Its parameters are plain and hold the uncompressed w, except while a compressed point is looked at."""
+
+    model: nn.Module
+    projection: Projection
+    task: Task
+    norm_batches: int = 0
+    seed: int = 0
+    parameters: dict[Slot, nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = {slot: self.model.get_submodule(slot.users[0][0]).get_parameter(slot.users[0][1]) for slot in self.projection.slots}
+
+    def values(self) -> dict[Slot, Tensor]:
+        """The sites' present values (not copies)."""
+        return {slot: parameter.detach() for slot, parameter in self.parameters.items()}
+
+    def rest(self) -> dict[str, Tensor]:
+        """Copies of all state that is not a site's: biases, norms, buffers, each tie once."""
+        return {name: tensor.detach().clone() for name, tensor in self._others().items()}
+
+    def put_rest(self, rest: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in self._others().items():
+                tensor.copy_(rest[name])
+
+    def _others(self) -> dict[str, Tensor]:
+        sites = {id(parameter) for parameter in self.parameters.values()}
+        return {name: t for name, t in (*self.model.named_parameters(), *self.model.named_buffers()) if id(t) not in sites}
+
+    def put(self, weights: Mapping[Slot, Weight]) -> None:
+        """Decoded weights in the sites' places; channels that fell silent are silenced whole."""
+        with torch.no_grad():
+            for slot, weight in weights.items():
+                self.parameters[slot].copy_(slot.view.restore(weight.forward()))
+        self.silence()
+
+    def silence(self) -> None:
+        if self.projection.coupling is not None:
+            from laconic.surgery import silence
+
+            silence(self.model, self.projection.coupling)
+
+    def judged(self, weights: dict[Slot, Weight], minibatches: int) -> Snapshot:
+        """The compressed model at these weights, judged on validation data. The module is afterwards as it was.
+
+        With `norm_batches`, running statistics of norms are estimated anew, from that many minibatches of training data.
+        """
+        with torch.no_grad():
+            saved, rest = {slot: value.clone() for slot, value in self.values().items()}, self.rest()
+            self.put(weights)
+            self.estimate_norms()
+            found = Snapshot(weights, self.rest(), self.task.judge(self.model, self.task.validation), minibatches)
+            for slot, value in saved.items():
+                self.parameters[slot].copy_(value)
+            self.put_rest(rest)
+        return found
+
+    def estimate_norms(self) -> None:
+        """Running means and variances of batch norms as the plain average over `norm_batches` minibatches; seeded by the seed alone."""
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+        if not (norms and self.norm_batches):
+            return
+        kept, modes = {norm: norm.momentum for norm in norms}, {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch then takes the cumulative average
+            norm.train()
+        device = next(self.model.parameters()).device
+        with torch.no_grad(), private_randomness(self.seed, 0, device):
+            for _, batch in zip(range(self.norm_batches), stream(self.task.train, self.seed), strict=False):
+                call(self.model, to_device(batch, device))
+        for norm in norms:
+            norm.momentum = kept[norm]
+        for module, mode in modes.items():
+            module.training = mode
+        self.silence()
+
+    def finish(self, snapshot: Snapshot) -> None:
+        """Leave the module compressed: the snapshot's weights installed, the rest of its state as judged, in evaluation mode."""
+        self.put(snapshot.weights)
+        self.put_rest(snapshot.rest)
+        self.model.eval()
+        for slot, weight in snapshot.weights.items():
+            for path, name in slot.users:
+                install(self.model.get_submodule(path), name, weight, slot.view)

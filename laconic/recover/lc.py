@@ -1,0 +1,131 @@
+"""The learning-compression algorithm: training and compression in turns, bound together by an augmented Lagrangian."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from laconic.errors import SchemeError
+from laconic.recover.checkpoint import Checkpoints
+from laconic.recover.compressed import Bench, Best
+from laconic.recover.finetune import FineTune, Listener, check_norm_batches, clones, point, tune
+from laconic.recover.train import Steps, Trainer
+from laconic.sites import Slot
+from laconic.weights import Weight
+
+
+@dataclass(frozen=True)
+class LC:
+    """min L(w) s.t. w = D(Theta) by alternating two steps, for j = 0 ... steps - 1 with mu_j = mu a^j:
+
+        L:  w     <- argmin L(w) + mu_j / 2 ||w - D(Theta) - lambda / mu_j||^2     (`minibatches` steps of training; `first` at j = 0)
+        C:  Theta <- C(w - lambda / mu_j)                                          (the scheme's projection, whatever it is)
+            lambda <- lambda - mu_j (w - D(Theta))
+
+    `multipliers=False` leaves lambda at zero: the quadratic penalty. `refit=False` keeps masks, scales and tables of the first projection
+    and moves values only. `then` trains on with side information kept. The model of least validation loss is returned.
+    The learning rate never exceeds 1 / mu_j. Shorter L-steps pull w less towards D(Theta), so they need a larger mu: what counts is
+    about mu x learning rate x minibatches. The paper's mu = 1e-3 and a = 1.1 belong to L-steps of 4,000 to 5,000 minibatches.
+    Source: Carreira-Perpinan 2017, fig. 2; Carreira-Perpinan and Idelbayev 2018; Condensa sections 3.3 and 4 (defaults).
+    Cost: first + (steps - 1) x minibatches training steps, steps + 1 projections and validations.
+    """
+
+    steps: int = 30
+    minibatches: int = 100
+    first: int | None = None
+    mu: float = 1e-3
+    a: float = 1.1
+    learn: Steps = field(default_factory=Steps)
+    multipliers: bool = True
+    refit: bool = True
+    then: FineTune | None = None
+    norm_batches: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.minibatches < 1 or (self.first is not None and self.first < 1):
+            raise SchemeError(f"LC: expected at least one step and one minibatch, got {self.steps}, {self.minibatches}, {self.first}")
+        if not (0 < self.mu < math.inf and 1 <= self.a < math.inf):
+            raise SchemeError(f"LC: expected mu > 0 and a >= 1, got {self.mu!r} and {self.a!r}")
+        if not isinstance(self.learn, Steps) or not isinstance(self.then, FineTune | None):
+            raise SchemeError(f"LC: learn should be Steps(...) and then FineTune(...) or None, got {self.learn!r} and {self.then!r}")
+        check_norm_batches(self, self.norm_batches)
+
+    def count(self, step: int) -> int:
+        """The minibatches of an L-step."""
+        return self.first if step == 0 and self.first is not None else self.minibatches
+
+    @property
+    def total(self) -> int:
+        """All minibatches of a run."""
+        return sum(self.count(j) for j in range(self.steps)) + (self.then.minibatches if self.then else 0)
+
+    def warmed(self, share: float = 0.5) -> "LC":
+        """What a run from a neighbour's solution needs: no longer first step, and the later `share` of the steps, at their values of mu."""
+        kept = max(1, round(self.steps * share))
+        return replace(self, steps=kept, first=None, mu=self.mu * self.a ** (self.steps - kept))
+
+
+def run(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkpoints, seed: int) -> None:
+    """Carry out L-C from the w in the bench's module, and `then`; offer every compressed model to `best`."""
+    trainer = Trainer(bench.model, bench.task, how.learn, sum(how.count(j) for j in range(how.steps)), seed)
+    lam = {slot: torch.zeros_like(value) for slot, value in bench.values().items()}
+    start, weights, told = checkpoints.resume(bench, trainer, lam, best)
+    for earlier in told:
+        listen(earlier)
+    if weights is None:
+        weights = bench.projection.compress(bench.values())
+        best.offer(bench.judged(clones(weights), 0))
+        listen(point(best.found, step=-1, mu=0.0, phase="direct", distance=_distance(bench, weights)))
+    for j in range(start, how.steps):
+        mu = how.mu * how.a**j
+        loss = _learn(bench, trainer, weights, lam, mu, how.count(j))
+        values = bench.values()
+        shifted = {slot: value - lam[slot] / mu for slot, value in values.items()}
+        if how.refit:
+            weights = bench.projection.compress(shifted)
+        else:
+            bench.projection.keep_side(weights, shifted)
+        if how.multipliers:
+            _update(lam, values, weights, mu)
+        found = bench.judged(clones(weights), trainer.taken)
+        best.offer(found)
+        listen(point(found, step=j, mu=mu, loss=loss, phase="L-C", distance=_distance(bench, weights), skipped=trainer.skipped))
+        checkpoints.write(bench, trainer, weights, lam, best.found, j + 1)
+    if how.then is not None:  # from the best compressed point: w is what it decodes to, its masks stay
+        weights = clones(best.found.weights)
+        bench.put(weights)
+        bench.put_rest(best.found.rest)
+        tune(bench, how.then, Trainer(bench.model, bench.task, how.then.learn, how.then.minibatches, seed + 1), weights, best, listen, trainer.taken)
+
+
+def _learn(bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dict[Slot, Tensor], mu: float, count: int) -> float:
+    """The L-step; returns the mean training loss, penalty not included."""
+    with torch.no_grad():
+        targets = {slot: slot.view.restore(weight.forward()) + lam[slot] / mu for slot, weight in weights.items()}
+
+    def pull() -> None:
+        with torch.no_grad():
+            for slot, target in targets.items():
+                parameter = bench.parameters[slot]
+                if parameter.grad is None:  # a weight this batch did not use
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.add_(parameter - target, alpha=mu)
+
+    return trainer.run(count, penalize=pull, limit=1 / mu)
+
+
+def _update(lam: dict[Slot, Tensor], values: dict[Slot, Tensor], weights: dict[Slot, Weight], mu: float) -> None:
+    with torch.no_grad():
+        for slot, weight in weights.items():
+            lam[slot].sub_(values[slot] - slot.view.restore(weight.forward()), alpha=mu)
+
+
+def _distance(bench: Bench, weights: dict[Slot, Weight]) -> float:
+    """||w - D(Theta)|| / ||w||: how far the constraint is from being met."""
+    apart = size = 0.0
+    with torch.no_grad():
+        for slot, value in bench.values().items():
+            apart += float((value - slot.view.restore(weights[slot].forward())).square().sum(dtype=torch.float64))
+            size += float(value.square().sum(dtype=torch.float64))
+    return (apart / size) ** 0.5 if size else 0.0

@@ -1,0 +1,152 @@
+"""The compression step: the weights nearest to given values, under one scheme, for a whole module in memory."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.blocks import Batch, call, to_device
+from laconic.calibrate import GRADIENTS, MEASURED, Loss, default_loss, parameters_of, survey_whole
+from laconic.errors import CheckpointError, DataError, SchemeError
+from laconic.methods.base import Keep, Method
+from laconic.passes import allocations, needs_of
+from laconic.scheme import Scheme, describe, resolve
+from laconic.sites import Site, Slot, Stats, find_slots
+from laconic.statistics import Statistics
+from laconic.tensors import is_finite
+from laconic.weights import Weight
+
+
+@dataclass(frozen=True)
+class Projection:
+    """C of "minimise L(w) subject to w = D(Theta)": Theta = argmin ||w - D(Theta)||^2 over what a scheme allows.
+
+    Whatever a scheme spreads over the network (one threshold, say) is found anew from the values given; so are masks, scales and tables.
+    Statistics of the original model (curvature for a criterion, inputs for error feedback) are gathered once and kept.
+    Source: Carreira-Perpinan 2017, eq. 4; Condensa section 3.3. Cost: that of the scheme's methods.
+    """
+
+    scheme: str
+    chosen: dict[Slot, Method]
+    sites: dict[Slot, Site]
+    coupling: Any = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def slots(self) -> list[Slot]:
+        """What is compressed."""
+        return list(self.sites)
+
+    def compress(self, values: Mapping[Slot, Tensor]) -> dict[Slot, Weight]:
+        """The weights nearest to `values`, tensors in their parameters' own shapes."""
+        with torch.no_grad():
+            sites = {slot: site.having(W=slot.view.matrix(values[slot]), notes=[]) for slot, site in self.sites.items()}
+            methods = dict(self.chosen)
+            for method, allocation in allocations(self.chosen).items():
+                for slot, site in sites.items():
+                    if self.chosen[slot] == method:
+                        allocation.observe(site)
+                found = allocation.resolve()
+                methods |= {slot: found[slot.name] for slot in sites if self.chosen[slot] == method}
+            weights = {slot: _solve(methods[slot], site) for slot, site in sites.items()}
+            for site in sites.values():
+                self.notes.extend(note for note in site.notes if note not in self.notes)
+        return weights
+
+    def keep_side(self, weights: Mapping[Slot, Weight], values: Mapping[Slot, Tensor]) -> None:
+        """Move weights to the nearest points with their masks, scales and tables as they are: `right_inverse`."""
+        with torch.no_grad():
+            for slot, weight in weights.items():
+                weight.right_inverse(slot.view.matrix(values[slot]))
+
+
+def _solve(method: Method, site: Site) -> Weight:
+    try:
+        return method(site)
+    except SchemeError as error:
+        raise error if site.name in str(error) else SchemeError(f"{site.name}: {error}") from error
+
+
+def project_onto(
+    model: nn.Module, scheme: Scheme, *, example: Batch | None = None, data: Sequence[Batch] = (), loss: Loss | None = None, seed: int = 0,
+    coupling: Any = None,
+) -> Projection:  # fmt: skip
+    """The projection of a module's present values: slots, methods, and the statistics the methods ask for, from `data`.
+
+    Structures need `example`, an input to trace the network with; `coupling` is what `surgery.couple` found for it before.
+    Raises: SchemeError, DataError (statistics without data), CheckpointError (a parameter that is not finite), SurgeryError.
+    """
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter.detach()):
+            raise CheckpointError(f"{name}: holds NaN or infinity")
+    chosen, wanted = _wanted(model, scheme)
+    measured = {slot: need & MEASURED for slot, need in wanted.items()}
+    if any(measured.values()) and not data:
+        raise DataError(f"{describe(scheme)}: needs data for its statistics")
+    statistics = _gather(model, measured, data, loss or default_loss, seed)
+    sites = {slot: statistics.describe(slot, slot.view.matrix(p.detach()), seed) for slot, p in parameters_of(model, list(chosen)).items()}
+    if any(need & Stats.CHANNELS for need in wanted.values()):
+        if coupling is None:
+            if example is None:
+                raise DataError(f"{describe(scheme)}: structures need an example input to trace the network with")
+            from laconic.surgery import couple
+
+            coupling = couple(model, example)
+        sites = {slot: site.having(channels=coupling.channels.get(slot.name)) for slot, site in sites.items()}
+    return Projection(describe(scheme), chosen, sites, coupling)
+
+
+def reads_data(model: nn.Module, scheme: Scheme) -> bool:
+    """Whether a scheme asks for statistics that the model has to be run for. Raises: SchemeError."""
+    return any(need & MEASURED for need in _wanted(model, scheme)[1].values())
+
+
+def _wanted(model: nn.Module, scheme: Scheme) -> tuple[dict[Slot, Method], dict[Slot, Stats]]:
+    """The method of every slot that is compressed, and the statistics it reads, those of its allocation included."""
+    chosen = {slot: method for slot, method in resolve(scheme, find_slots(model)).items() if not isinstance(method, Keep)}
+    wanted = needs_of(chosen)
+    for method, allocation in allocations(chosen).items():
+        wanted |= {slot: wanted[slot] | allocation.wants for slot in chosen if chosen[slot] == method}
+    return chosen, wanted
+
+
+def _gather(model: nn.Module, needs: dict[Slot, Stats], data: Iterable[Batch], loss: Loss, seed: int) -> Statistics:
+    device = next(model.parameters()).device
+    slots = list(needs)
+    flags, modes = {p: (p.requires_grad, p.grad) for p in model.parameters()}, {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        if any(need & GRADIENTS for need in needs.values()):
+            for parameter in flags:
+                parameter.requires_grad_(parameter.is_floating_point())
+                parameter.grad = None
+            batches = [_detached(batch) for batch in data]  # a gradient is asked of them, which the user's own must not carry
+            statistics = survey_whole(model, batches, slots, needs, device, seed=seed, loss=loss).statistics
+            assert statistics is not None
+            return statistics
+        model.requires_grad_(False)
+        statistics = Statistics(parameters_of(model, slots), needs)
+        if any(needs.values()):
+            with torch.no_grad(), statistics.watch():
+                for batch in data:
+                    call(model, to_device(batch, device))
+        return statistics
+    finally:
+        for parameter, (flag, grad) in flags.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _detached(value: Any) -> Any:
+    """Tensors anywhere inside dicts, lists and tuples, as tensors of their own that share the values."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_detached(item) for item in value)
+    return value

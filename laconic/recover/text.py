@@ -1,0 +1,59 @@
+"""The task a language model and some text make: train, validation and test windows of one text, the loss of the next token."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from laconic.data import calibration_windows, evaluation_windows, read_text, split_text
+from laconic.errors import CheckpointError, DataError
+from laconic.evaluate import is_language_model
+from laconic.load import fetch, load_tokenizer
+from laconic.recover.task import Task
+from laconic.store import MANIFEST
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Minibatches of windows [batch, length] in a new order at every pass, drawn from torch's generator as a DataLoader's is."""
+
+    tokens: Tensor
+    batch: int
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.batch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for index in torch.randperm(len(self.tokens))[: len(self) * self.batch].split(self.batch):
+            yield {"input_ids": self.tokens[index], "use_cache": False}
+
+
+def text_task(
+    source: str | Path, data: str | Path, test: str | Path | None = None, *, train_tokens: int = 1_000_000, check_tokens: int = 32_768,
+    length: int = 128, batch: int = 16, seed: int = 0, trust_remote_code: bool = False,
+) -> tuple[nn.Module, Task]:  # fmt: skip
+    """A model directory or hub id as a module in memory, and the task of predicting a text.
+
+    Of `data`, the last tenth is for the test (unless `test` names a text of its own), the tenth before it for validation, the rest for
+    training: `train_tokens` of it in windows of `length` drawn at random; validation and test use `check_tokens` each. The score is minus
+    the mean loss, in nats per token: minus the log-perplexity. Raises: DataError when the text is too short, CheckpointError.
+    """
+    folder = fetch(str(source))
+    if (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{source}: is compressed already; give the original")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+    if not is_language_model(model):
+        raise DataError(f"{source}: text needs a model that predicts the next token; describe another task in a file (--task)")
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    text = read_text(data)
+    rest, last = (text, read_text(test)) if test is not None else split_text(text)
+    learning, check = split_text(rest)
+    samples = train_tokens // length
+    windows = calibration_windows(learning, tokenizer, samples, length, seed, str(data))
+    validation = evaluation_windows(check, tokenizer, length, check_tokens, f"validation part of {data}")
+    tested = evaluation_windows(last, tokenizer, length, check_tokens, str(test if test is not None else f"test part of {data}"))
+    return model, Task(Shuffled(windows.tokens, batch), validation.batches(2 * batch), tested.batches(2 * batch))
