@@ -57,7 +57,7 @@ ROWS = [
     Row("resnet56", "Filter", FILTER, FAST),
     Row("vgg", "P+Q", P_Q, SMALL),
     Row("vgg", "Filter", FILTER, FAST),
-    Row("lstm", "P+Q", f"[('embedding', Magnitude({FREE}, scope='model') >> Cast('float16')), ('*', {P_Q})]", SMALL, margin=0.05),
+    Row("lstm", "P+Q", f"[('*', {P_Q})]", SMALL, margin=0.05),
     Row("lstm", "Block(5)", f"[('embedding', Keep()), ('*', BlockPrune({FREE}, block=5))]", lc.Minimize(flops), margin=0.05),
     Row("books-llama-7m", "prune + 4 bits", f"Magnitude({FREE}, scope='model') >> RTN(bits=4, group=64)", SMALL, margin=0.05),
 ]

@@ -197,9 +197,11 @@ def main() -> None:
     cases = [case for profile in profiles for case in cases_of(profile)]
     rows, single = measure(cases, args)
     show(f"samples until s is within {TOLERANCE:.0%} of s*, {len(profiles)} profiles at {len(cases)} levels", rows, COLUMNS)
+    extra: dict[str, Any] = {"tolerance": TOLERANCE, "limit": LIMIT, "random_limit": RANDOM_LIMIT}
+    if not args.synthetic:  # made-up profiles are made again from the seed
+        extra |= {"stars": {case.name: round(case.star, 4) for case in cases}, "samples": single}
     name = "search_samples-synthetic" if args.synthetic else "search_samples"
-    stars = {case.name: round(case.star, 4) for case in cases}
-    print(f"wrote {record(name, rows, args, tolerance=TOLERANCE, limit=LIMIT, random_limit=RANDOM_LIMIT, stars=stars, samples=single).name}")
+    print(f"wrote {record(name, rows, args, **extra).name}")
 
 
 if __name__ == "__main__":

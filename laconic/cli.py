@@ -1,13 +1,11 @@
 """The command line. With --json, JSON alone goes to stdout; progress, logs and messages always go to stderr.
 
 Exit codes: 0 done; 1 an error of another kind; 2 scheme or arguments; 3 model; 4 data; 5 output directory or disk; 6 verification;
-130 interrupted.
+7 a network that cannot be cut; 8 a search that cannot be carried out; 9 training that diverged; 130 interrupted.
 """
 
-import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +13,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from laconic.console import Terminal, terminal_console
-from laconic.errors import LaconicError, SchemeError
+from laconic import training
+from laconic.commands import Device, Json, Trust, emit, err, guard, out_console
+from laconic.console import Terminal
+from laconic.errors import SchemeError
 
 DEFAULT_SCHEME = "GPTQ(rate=3.25)"
 
@@ -24,29 +24,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Compress neural networks: schemes of quantization, clustering, pruning and low rank, stored exactly, reported honestly.",
 )  # fmt: skip
-err = terminal_console(stderr=True)
-out_console = terminal_console()
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Data = Annotated[str, typer.Option(help="Calibration text: a file, a directory, hub:name[:config[:split]], or 'self': sampled from the model.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
-
-
-def _guard(work: Callable[[], None], interrupted: str = "") -> None:
-    """Turns errors a user can cause into one line and an exit code; `interrupted` says what is left after Ctrl-C."""
-    try:
-        work()
-    except LaconicError as error:
-        err.print(f"[red]error[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt as error:
-        err.print(f"interrupted{interrupted}")
-        raise typer.Exit(130) from error
-
-
-def _emit(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
 
 
 @app.command()
@@ -91,16 +69,16 @@ def compress(
                 preflight = plan_directory(source, chosen, options, terminal)[2]
                 terminal.plan(preflight)
                 if as_json:
-                    _emit(preflight)
+                    emit(preflight)
                 return
             report = compress_directory(source, chosen, out, options, terminal)
         if as_json:
-            _emit(report.as_dict())
+            emit(report.as_dict())
         else:
             summarize(report.as_dict())
             err.print(f"report: {out / 'report.html'}", markup=False)
 
-    _guard(work, "; what is finished is kept: run the same command with --resume")
+    guard(work, "; what is finished is kept: run the same command with --resume")
 
 
 def summarize(report: dict[str, Any]) -> None:
@@ -151,7 +129,7 @@ def evaluate(
             device=device, dtype=dtype, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         if as_json:
-            _emit(result)
+            emit(result)
             return
         table = Table(header_style="bold")
         table.add_column("measure")
@@ -160,7 +138,7 @@ def evaluate(
             table.add_row(name, escape(value))
         out_console.print(table)
 
-    _guard(work)
+    guard(work)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -192,7 +170,7 @@ def inspect(
 
         found = inspect_directory(path)
         if as_json:
-            _emit(found)
+            emit(found)
             return
         table = Table(title=escape(f"{path}: {found['scheme']}"), title_justify="left", header_style="bold")
         for name in ("weight", "kind"):
@@ -210,7 +188,7 @@ def inspect(
             table.add_row(f"[dim]{name}[/]", "[dim]not counted[/]", "", "", f"[dim]{size:,}[/]", "")
         out_console.print(table)
 
-    _guard(work)
+    guard(work)
 
 
 @app.command(name="methods")
@@ -225,7 +203,7 @@ def list_methods(as_json: Json = False) -> None:
         for name, cls in known_methods().items()
     }
     if as_json:
-        _emit(found)
+        emit(found)
         return
     table = Table(header_style="bold")
     table.add_column("method")
@@ -249,12 +227,12 @@ def demo(
         with Terminal(quiet=as_json, brief=True) as terminal:
             result = run_demo(out, samples, terminal)
         if as_json:
-            _emit(result)
+            emit(result)
             return
         out_console.print(comparison(result))
         err.print(f"page: {out / 'index.html'}")
 
-    _guard(work, "; nothing to clean up: a new demo starts over")
+    guard(work, "; nothing to clean up: a new demo starts over")
 
 
 def comparison(result: dict[str, Any]) -> Table:
@@ -277,6 +255,10 @@ def comparison(result: dict[str, Any]) -> Table:
             style="bold" if row["best"] else None,
         )  # fmt: skip
     return table
+
+
+app.command()(training.search)
+app.command()(training.recover)
 
 
 def main() -> None:

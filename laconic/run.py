@@ -91,9 +91,8 @@ class Run:
         """Turn the parts into a model directory: shards, their index, config, tokenizer, and the manifest last."""
         with disk_errors(self.out):
             _assemble(sorted(self.work.glob("part-*.safetensors")), self.out)
-            ours = ("config.json", INDEX, MANIFEST, "report.json")
-            found = [file for pattern in _COPIED for file in source.glob(pattern) if file.name not in ours] if source is not None else []
-            copied = sorted(file.name for file in found)
+            found = companions(source) if source is not None else []
+            copied = [file.name for file in found]
             self.note(copied=copied)
             for file in found:
                 shutil.copyfile(file, self.out / file.name)
@@ -106,6 +105,12 @@ class Run:
         shutil.rmtree(done, ignore_errors=True)
         self.work.rename(done)
         shutil.rmtree(done, ignore_errors=True)
+
+
+def companions(source: Path) -> list[Path]:
+    """The files of a model directory that its compressed copy takes as they are: tokenizer, generation settings, code."""
+    ours = ("config.json", INDEX, MANIFEST, "report.json")
+    return sorted({file for pattern in _COPIED for file in source.glob(pattern) if file.name not in ours})
 
 
 @contextmanager

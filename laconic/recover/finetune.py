@@ -33,7 +33,7 @@ class Direct:
     norm_batches: int = 0
 
     def __post_init__(self) -> None:
-        check_norm_batches(self, self.norm_batches)
+        check_counts(self, 0, norm_batches=self.norm_batches)
 
     @property
     def minibatches(self) -> int:
@@ -55,17 +55,17 @@ class FineTune:
     norm_batches: int = 0
 
     def __post_init__(self) -> None:
-        if self.minibatches < 1 or self.checks < 1:
-            raise SchemeError(f"FineTune: expected at least one minibatch and one check, got {self.minibatches} and {self.checks}")
+        check_counts(self, 1, minibatches=self.minibatches, checks=self.checks)
+        check_counts(self, 0, norm_batches=self.norm_batches)
         if not isinstance(self.learn, Steps):
             raise SchemeError(f"FineTune: learn should be Steps(...), got {self.learn!r}")
-        check_norm_batches(self, self.norm_batches)
 
 
-def check_norm_batches(how: object, number: int) -> None:
-    """Raises SchemeError unless it is a number of minibatches."""
-    if not (isinstance(number, int) and number >= 0):
-        raise SchemeError(f"{type(how).__name__}: norm_batches is a number of minibatches, at least 0, got {number!r}")
+def check_counts(how: object, least: int, **numbers: object) -> None:
+    """Raises SchemeError unless all are whole numbers from `least` on."""
+    for name, number in numbers.items():
+        if type(number) is not int or number < least:
+            raise SchemeError(f"{type(how).__name__}: {name} is a whole number, at least {least}, got {number!r}")
 
 
 def straight_through(bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], count: int) -> float:
@@ -94,17 +94,18 @@ def straight_through(bench: Bench, trainer: Trainer, weights: dict[Slot, Weight]
     with ExitStack() as undo:
         for slot, weight in weights.items():
             if isinstance(weight, Sparse):  # what is cut gets no gradient: it would only count in the norm that is clipped
-                undo.callback(bench.parameters[slot].register_hook(_within(slot.view.restore(weight.mask))).remove)
+                undo.callback(bench.parameters[slot].register_post_accumulate_grad_hook(_within(slot.view.restore(weight.mask))).remove)
         loss = trainer.run(count, before=show_compressed, penalize=back_to_master, after=keep)
     bench.projection.keep_side(weights, master)
     return loss
 
 
-def _within(mask: Tensor) -> Callable[[Tensor], Tensor]:
-    def kept(gradient: Tensor) -> Tensor:
-        return (gradient.to_dense() if gradient.is_sparse else gradient) * mask
+def _within(mask: Tensor) -> Callable[[Tensor], None]:
+    def keep(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.to_dense() * mask
 
-    return kept
+    return keep
 
 
 def hush(silent: list[tuple[nn.Parameter, Tensor]]) -> None:

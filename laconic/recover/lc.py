@@ -9,7 +9,7 @@ from torch import Tensor
 from laconic.errors import SchemeError
 from laconic.recover.checkpoint import Checkpoints
 from laconic.recover.compressed import Bench, Best
-from laconic.recover.finetune import FineTune, Listener, check_norm_batches, clones, point, tune
+from laconic.recover.finetune import FineTune, Listener, check_counts, clones, point, tune
 from laconic.recover.train import Steps, Trainer
 from laconic.sites import Slot
 from laconic.weights import Weight
@@ -43,13 +43,12 @@ class LC:
     norm_batches: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.minibatches < 1 or (self.first is not None and self.first < 1):
-            raise SchemeError(f"LC: expected at least one step and one minibatch, got {self.steps}, {self.minibatches}, {self.first}")
+        check_counts(self, 1, steps=self.steps, minibatches=self.minibatches, first=1 if self.first is None else self.first)
+        check_counts(self, 0, norm_batches=self.norm_batches)
         if not (0 < self.mu < math.inf and 1 <= self.a < math.inf):
             raise SchemeError(f"LC: expected mu > 0 and a >= 1, got {self.mu!r} and {self.a!r}")
         if not isinstance(self.learn, Steps) or not isinstance(self.then, FineTune | None):
             raise SchemeError(f"LC: learn should be Steps(...) and then FineTune(...) or None, got {self.learn!r} and {self.then!r}")
-        check_norm_batches(self, self.norm_batches)
 
     def count(self, step: int) -> int:
         """The minibatches of an L-step."""

@@ -1,5 +1,6 @@
 """The task a language model and some text make: train, validation and test windows of one text, the loss of the next token."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from laconic.errors import CheckpointError, DataError
 from laconic.evaluate import is_language_model
 from laconic.load import fetch, load_tokenizer
 from laconic.recover.task import Task
-from laconic.store import MANIFEST
+from laconic.run import companions, write_json
+from laconic.store import MANIFEST, SCHEMA
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class Shuffled:
             yield {"input_ids": self.tokens[index], "use_cache": False}
 
 
+def complete_directory(folder: Path, model: nn.Module, source: str | Path) -> None:
+    """Add to a saved language model what makes its folder one that `laconic.load` and transformers read: config, tokenizer files."""
+    origin, config = fetch(str(source)), model.config.to_dict()  # type: ignore[union-attr, operator]
+    for file in companions(origin):
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / "config.json", config | {"quantization_config": {"quant_method": "laconic", "schema": SCHEMA}}, indent=2)
+
+
 def text_task(
     source: str | Path, data: str | Path, test: str | Path | None = None, *, train_tokens: int = 1_000_000, check_tokens: int = 32_768,
     length: int = 128, batch: int = 16, seed: int = 0, trust_remote_code: bool = False,
@@ -39,7 +49,7 @@ def text_task(
     """A model directory or hub id as a module in memory, and the task of predicting a text.
 
     Of `data`, the last tenth is for the test (unless `test` names a text of its own), the tenth before it for validation, the rest for
-    training: `train_tokens` of it in windows of `length` drawn at random; validation and test use `check_tokens` each. The score is minus
+    training: at most `train_tokens` of it in windows of `length` drawn at random; validation and test use `check_tokens` each. The score is minus
     the mean loss, in nats per token: minus the log-perplexity. Raises: DataError when the text is too short, CheckpointError.
     """
     folder = fetch(str(source))
@@ -52,8 +62,17 @@ def text_task(
     text = read_text(data)
     rest, last = (text, read_text(test)) if test is not None else split_text(text)
     learning, check = split_text(rest)
-    samples = train_tokens // length
-    windows = calibration_windows(learning, tokenizer, samples, length, seed, str(data))
+    tokens = _training(learning, tokenizer, train_tokens // length, length, seed, f"training part of {data}")
+    if len(tokens) < batch:
+        raise DataError(f"training part of {data}: {len(tokens)} windows of {length} tokens do not fill a minibatch of {batch}")
     validation = evaluation_windows(check, tokenizer, length, check_tokens, f"validation part of {data}")
     tested = evaluation_windows(last, tokenizer, length, check_tokens, str(test if test is not None else f"test part of {data}"))
-    return model, Task(Shuffled(windows.tokens, batch), validation.batches(2 * batch), tested.batches(2 * batch))
+    return model, Task(Shuffled(tokens, batch), validation.batches(2 * batch), tested.batches(2 * batch))
+
+
+def _training(text: str, tokenizer: Any, samples: int, length: int, seed: int, source: str) -> Tensor:
+    """`samples` windows drawn at random, or, of a text that has fewer, all it has [windows, length]."""
+    if len(text) > _LONG * samples * length:
+        return calibration_windows(text, tokenizer, samples, length, seed, source).tokens
+    whole = evaluation_windows(text, tokenizer, length, None, source).tokens
+    return whole[torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:samples].sort().values]

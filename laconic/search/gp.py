@@ -1,5 +1,6 @@
 """The Gaussian process behind the search, from scikit-learn."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ class Prior:
     starts from `seed`; otherwise nothing is random.
     Source: Condensa section 4, "Bayesian Optimizer Settings": Matern, nu 2.5, length scale 1.0, "alpha value of 0.1", normalised predictions,
     noise level 1e-6. What alpha is the paper leaves open. Measured on 60 synthetic profiles (Algorithm 1 as published, samples until the
-    best one is within 0.01 of s*, at most 30): alpha ignored 9 (median), alpha as the kernel's variance 11, alpha as noise on the diagonal
+    best one is within 0.01 of s*, at most 30): alpha ignored 9 (median), alpha as the kernel's variance 11.5, alpha as noise on the diagonal
     none (the mean no longer passes near the samples); with a fitted length scale 10, as in the package the authors used. Only the first keeps to
     the paper's ten, so the default is a fixed length of 1, variance 1 and noise 1e-6.
     """
@@ -46,6 +47,7 @@ def posterior(x: Sequence[float] | Array, y: Sequence[float] | Array, at: Array,
     if not len(x):
         return np.zeros(len(at)), np.full(len(at), prior.variance**0.5)
     try:
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern
     except ImportError as error:
@@ -60,5 +62,7 @@ def posterior(x: Sequence[float] | Array, y: Sequence[float] | Array, at: Array,
         n_restarts_optimizer=prior.restarts if prior.optimize else 0,
         random_state=prior.seed,
     )
-    mean, deviation = regressor.fit(x[:, None], y).predict(at[:, None], return_std=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound is what two or three samples often ask for
+        mean, deviation = regressor.fit(x[:, None], y).predict(at[:, None], return_std=True)
     return np.asarray(mean), np.asarray(deviation)

@@ -122,8 +122,8 @@ def search_task(
     )  # fmt: skip
     facts = studies.set_reference(study, level=keep.floor(reference.score), reference=reference.score, noise=noise)
     trials = Trials(
-        model, scheme, how, task, goals, out, facts["reference"], facts["level"], _coupling(model, scheme, free, task, progress), first_batches(task, options.seed),
-        options.thin, options.warm_share, options.early_stop, {"scheme": describe(scheme)}, options.seed, slots,
+        model, scheme, how, task, goals, out, facts["reference"], facts["level"], _coupling(model, scheme, free, task, progress),
+        first_batches(task, options.seed), options.thin, options.warm_share, options.early_stop, {"scheme": describe(scheme)}, options.seed, slots,
     )  # fmt: skip
     notes = [f"the score differs by {noise:.3g} when measured twice on the original: it is not deterministic"] if noise else []
     notes += _run_trials(study, trials, options, began, progress)

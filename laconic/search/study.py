@@ -78,8 +78,8 @@ def open_study(
 
     `storage`: a path (an SQLite file, made with its folder), the address of any database SQLAlchemy knows, or None for memory. `about`: what else
     makes the search what it is (the scheme's text, the floor, the data); it is stored with the free values, objectives and settings, and has to
-    be the same on every later opening. Only `settings.trials` and the rule's margin may change. A worker says every `heartbeat` seconds that it lives; after twice
-    that in silence its trial is run again by another.
+    be the same on every later opening. Only `settings.trials` and the rule's margin may change. A worker says every `heartbeat` seconds that it
+    lives; after twice that in silence its trial is run again by another.
     Raises: SearchError for a storage that does not answer or is no database, for a study of that name which is another search (with what
     differs) or which exists when `resume` is False, and as `chosen_sampler` does.
     """

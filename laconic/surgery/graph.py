@@ -15,7 +15,7 @@ from laconic.surgery.heads import Heads, find_heads, ratios
 from laconic.surgery.indices import place_indices
 from laconic.surgery.layers import join_layers
 from laconic.surgery.ports import extent, sides
-from laconic.surgery.trace import MASKS_ONLY, Watch, walk
+from laconic.surgery.trace import MASKS_ONLY, Watch
 from laconic.surgery.union import Key, Union
 from laconic.surgery.verify import FAILURES, first_line, flat
 
@@ -92,7 +92,7 @@ def _join_heads(watch: Watch, traced: Traced, generator: torch.Generator) -> Non
     """Join the rows and columns around each attention that belong to one group of heads."""
     union, model = traced.union, watch.model
     for number, attention in enumerate(watch.attentions):
-        found = find_heads(watch, attention, generator)
+        found = find_heads(attention, generator)
         if isinstance(found, str):
             traced.refused.append(f"{attention.place or type(model).__name__}: its attention heads cannot be cut: {found}")
             continue
@@ -114,12 +114,12 @@ def _join_halves(watch: Watch, union: Union, generator: torch.Generator) -> None
     """
     for path, given in watch.inputs.items():
         columns = given.shape[-1]
-        behind = {watch.made_by[node] for node in walk(given, watch.made_by)[0]}
-        wide = [p for p in behind if p != path and watch.outputs[p].shape[-1] // columns > 1 and watch.outputs[p].shape[-1] % columns == 0]
+        behind = watch.behind(given)
+        wide = {p: made for p, made in behind.items() if p != path and made.shape[-1] > columns and made.shape[-1] % columns == 0}
         if not wide or any((p, "out") not in union.sizes for p in wide) or (path, "in") not in union.sizes:
             continue
         u = torch.randn(given.shape, generator=generator)
-        for source, ratio in zip(wide, ratios(given, [watch.outputs[p] for p in wide], u, u * torch.arange(1, columns + 1)), strict=True):
+        for source, ratio in zip(wide, ratios(given, [*wide.values()], u, u * torch.arange(1, columns + 1)), strict=True):
             if ratio is not None and ratio[1] and len(ratio[0]) == union.sizes[(source, "out")]:
                 for row, column in enumerate(ratio[0].tolist()):
                     if column >= 0:

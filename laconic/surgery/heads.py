@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from laconic.surgery.trace import Attention, Watch
+from laconic.surgery.trace import Attention
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Heads:
     widths: dict[int, int]
 
 
-def find_heads(watch: Watch, attention: Attention, generator: torch.Generator) -> Heads | str:
+def find_heads(attention: Attention, generator: torch.Generator) -> Heads | str:
     """The groups of an attention, or why there are none.
 
     A group is a key head with the query heads that use it; keys repeated for the queries before the product are recognised.
@@ -39,8 +39,8 @@ def find_heads(watch: Watch, attention: Attention, generator: torch.Generator) -
     for groups in (g for g in range(heads[2], 0, -1) if all(h % g == 0 for h in heads)):
         rows: dict[str, Tensor] = {}
         whole = True
-        for tensor, paths in zip(attention.tensors, attention.producers, strict=True):
-            whole = whole and _trace_rows(tensor, {path: watch.outputs[path] for path in paths}, groups, rows, generator)
+        for tensor, made in zip(attention.tensors, attention.producers, strict=True):
+            whole = whole and _trace_rows(tensor, made, groups, rows, generator)
         if whole:
             columns = _trace_columns(attention, groups, generator)
             if columns is None:

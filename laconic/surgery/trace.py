@@ -28,29 +28,29 @@ BARRIERS = {"AddmmBackward0", "MmBackward0", "BmmBackward0", "BaddbmmBackward0",
 class Attention:
     """One attention: queries, keys and values [batch, heads, ...], the output's stand-in (a leaf), and the linear layers around it.
 
-    `producers`: for each of the three the paths of the layers that feed it; `consumers`: the inputs of the layers that read the output.
+    `producers`: for each of the three, the layers that feed it and their outputs; `consumers`: the layers that read it and their inputs.
     """
 
     place: str
     tensors: list[Tensor]
     output: Tensor
-    producers: list[list[str]]
+    producers: list[dict[str, Tensor]]
     consumers: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Watch(TorchFunctionMode):
     """Notes attentions while a model runs, and cuts the autograd graph at each of them: what attention mixes is followed here, not there.
 
-    `outputs` and `inputs` hold, by path, the last tensors of linear layers (outputs also of convolutions); `roots` are the tensors at
-    which the graph was cut.
+    `made_by` and `outputs` say of autograd nodes which linear layer or convolution made them, and what it gave; `inputs` holds the last
+    input of each linear layer; `roots` are the tensors at which the graph was cut.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.stack: list[str] = [""]
-        self.made_by: dict[Any, str] = {}  # autograd node -> path of the linear layer or convolution whose output it made
-        self.outputs: dict[str, Tensor] = {}
+        self.made_by: dict[Any, str] = {}
+        self.outputs: dict[Any, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
         self.attentions: list[Attention] = []
         self.roots: list[Tensor] = []
@@ -111,13 +111,16 @@ class Watch(TorchFunctionMode):
 
     def _attend(self, tensors: list[Tensor], output: Tensor) -> Tensor:
         """Put a leaf in the place of attention's output and remember which linear layers fed it."""
-        producers = [[self.made_by[node] for node in walk(tensor, self.made_by)[0]] for tensor in tensors]
-        feeding = dict.fromkeys(path for paths in producers for path in paths)
-        self.roots += [self.outputs[path] for path in feeding]
+        producers = [self.behind(tensor) for tensor in tensors]
+        self.roots += {id(made): made for found in producers for made in found.values()}.values()
         self.roots += [tensor for tensor, found in zip(tensors, producers, strict=True) if tensor.requires_grad and not found]
         stand = output.detach().requires_grad_()
         self.attentions.append(Attention(self.stack[-1], tensors, stand, producers))
         return stand
+
+    def behind(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The layers whose outputs a tensor was made of, without another product in between, and these outputs."""
+        return {self.made_by[node]: self.outputs[node] for node in walk(tensor, self.made_by)[0]}
 
     def _enter(self, path: str, inputs: tuple[Any, ...], linear: bool) -> None:
         self.stack.append(path)
@@ -136,7 +139,7 @@ class Watch(TorchFunctionMode):
         self.stack.pop()
         if linear and isinstance(output, Tensor) and output.grad_fn is not None:
             self.made_by[output.grad_fn] = path
-            self.outputs[path] = output
+            self.outputs[output.grad_fn] = output
 
     @contextmanager
     def watching(self) -> Iterator["Watch"]:

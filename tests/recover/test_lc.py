@@ -131,8 +131,15 @@ def written() -> tuple[nn.Module, Task]:
     data, validation, test = digits()
     net = seeded(
         lambda: nn.Sequential(
-            nn.Unflatten(1, (1, 8)), nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),
+            nn.Unflatten(1, (1, 8)),
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(512, 10),
         )  # fmt: skip
     )
     problem = Task(data, validation, test)
@@ -166,7 +173,7 @@ SCHEMES = (
     "Magnitude(0.5) >> KMeans(bits=3)", "Magnitude(0.5, scope='model') >> Cast('float16')", "RTN(3, 'channel')", "LowRank(0.5)",
     "GPTQ(bits=3, group='channel')", "RTN(3, 'channel') + LowRank(1)", "Magnitude(0.5, scope='model', criterion='taylor')",
     "Hadamard(RTN(4, 'channel'))", "[('*.weight_hh_l0', RTN(4, 'channel')), ('*.4', KMeans(bits=3)), ('*', Magnitude(0.5))]",
-    "RTN(4, 'channel') if rows > 16 else Keep()",
+    "RTN(4, 'channel') if rows != 4 else Keep()",
 )  # fmt: skip
 
 
@@ -174,6 +181,8 @@ SCHEMES = (
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_blind_to_the_scheme(scheme: str, kind: str, tmp_path: Path) -> None:
     """Nothing of the user's is touched; what is returned was judged, decodes alone, and is the same once saved and loaded."""
+    if "GPTQ" in scheme and kind == "words":  # the inputs of a recurrent layer's matrices are not to be seen
+        scheme = "[('lstm*', RTN(3, 'channel')), ('*', GPTQ(bits=3, group='channel'))]"
     if "weight_hh" in scheme and kind != "words":
         scheme = scheme.replace("('*.weight_hh_l0', RTN(4, 'channel')), ", "")
     if "'*.4'" in scheme:
@@ -201,7 +210,7 @@ def test_a_language_model_with_tied_embeddings(tiny: Path) -> None:
     g = torch.Generator().manual_seed(0)
 
     def windows(number: int) -> list[dict[str, Any]]:
-        ids = (torch.randint(300, (number, 1), generator=g) + 7 * torch.arange(24)) % 300
+        ids = (torch.randint(300, (number, 1), generator=g) + torch.randint(5, 8, (number, 24), generator=g).cumsum(1)) % 300
         return [{"input_ids": part, "use_cache": False} for part in ids.split(8)]
 
     problem = Task(windows(32), windows(8)).checked()
@@ -290,10 +299,10 @@ def test_a_loss_that_is_never_finite_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: LC(0), "at least one step"), (lambda: LC(2, 0), "at least one"), (lambda: LC(first=0), "at least one"),
+        (lambda: LC(0), "steps"), (lambda: LC(2, 0), "minibatches.*at least 1, got 0"), (lambda: LC(first=0), "first"), (lambda: LC(2.5), "whole number"),
         (lambda: LC(mu=0.0), "mu > 0"), (lambda: LC(mu=float("inf")), "mu > 0"), (lambda: LC(a=0.9), "a >= 1"),
         (lambda: LC(then=Direct()), "FineTune"), (lambda: LC(learn=0.1), "Steps"), (lambda: LC(norm_batches=-1), "norm_batches"),
-        (lambda: Direct(-2), "norm_batches"), (lambda: FineTune(0), "at least one"), (lambda: FineTune(checks=0), "at least one"),
+        (lambda: Direct(-2), "norm_batches"), (lambda: FineTune(0), "minibatches"), (lambda: FineTune(checks=0), "checks"),
         (lambda: FineTune(learn=LC()), "Steps"), (lambda: Steps("lbfgs"), "sgd or adam"), (lambda: Steps(precision="int8"), "precision"),
         (lambda: Steps(lr=1e-5), "lr_end <= lr"), (lambda: Steps(lr_end=0.0), "lr_end"), (lambda: Steps(momentum=1.0), "momentum"),
         (lambda: Steps(weight_decay=-1.0), "weight_decay"), (lambda: Steps(clip=0.0), "clip"),

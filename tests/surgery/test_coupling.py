@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalL
 from laconic.errors import SurgeryError
 from laconic.surgery import Coupling, couple, thin
 from laconic.surgery.verify import apart, few, sift
-from tests.surgery.nets import Inception, Residual, Transformer, separable, shaken
+from tests.surgery.nets import Attention, Inception, Residual, Transformer, separable, shaken
 from tests.surgery.test_thinning import check, output, some
 
 CNN = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -158,6 +158,28 @@ def test_gpt2_follows_the_sizes_its_code_keeps() -> None:
     thinned = check(model, batch, coupling, some(coupling, generator(3)))
     left = thinned.transformer.h[0].attn
     assert left.num_heads * left.head_dim == left.split_size == left.c_proj.weight.shape[0]
+
+
+def test_a_block_that_is_called_twice_is_cut_once() -> None:
+    """Layers shared by depth: every call's attention must follow."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.attention, self.end = nn.Linear(5, 16), Attention(16, 4, 2, 4, False, True, False), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.start(x)
+            for _ in range(2):
+                x = x + self.attention(F.layer_norm(x, (16,)))
+            return self.end(x)
+
+    model = shaken(Twice())
+    x = torch.randn(2, 6, 5, generator=generator())
+    coupling = couple(model, x)
+    assert [(group.kind, len(group)) for group in coupling.groups] == [("attention.q", 2)]
+    assert not any("heads" in line for line in coupling.refused)
+    check(model, x, coupling, torch.tensor([1]))
 
 
 def test_attention_of_fixed_slices_is_mask_only_and_its_mlp_is_not() -> None:

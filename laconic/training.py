@@ -1,0 +1,201 @@
+"""The commands that train: `laconic search` and `laconic recover`."""
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from laconic.commands import Device, Json, Trust, emit, err, guard, out_console
+from laconic.console import Terminal
+from laconic.errors import SchemeError
+
+Source = Annotated[str | None, typer.Argument(help="A language model: a directory with safetensors, or a hub id. Not with --task.")]
+TaskFile = Annotated[
+    Path | None, typer.Option("--task", help="A Python file that defines model, train, validation (and test, loss, score, example).")
+]
+Text = Annotated[str | None, typer.Option(help="Text for a language model: trained on, the last fifth kept for validation and test.")]
+Test = Annotated[str | None, typer.Option(help="Text for the final figures; without it, the last tenth of --data.")]
+Scheme = Annotated[str | None, typer.Option(help="The scheme, as an expression.")]
+Plan = Annotated[Path | None, typer.Option(help="A Python file whose variable `scheme` is the scheme.")]
+How = Annotated[str, typer.Option("--recovery", help="LC(...), FineTune(...) or Direct(), as an expression.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Training tokens drawn from --data.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
+Batch = Annotated[int, typer.Option(min=1, help="Windows per minibatch.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+def search(
+    source: Source = None,
+    task: TaskFile = None,
+    data: Text = None,
+    test: Test = None,
+    scheme: Scheme = None,
+    plan: Plan = None,
+    objective: Annotated[list[str], typer.Option(help="What to improve, such as throughput or 'min flops'; several give a Pareto front.")] = [
+        "stored_bytes"
+    ],  # noqa: B006, E501
+    keep: Annotated[float, typer.Option(min=0, help="How far the validation score may fall below the original's.")] = 0.02,
+    recovery: How = "LC()",
+    trials: Annotated[int, typer.Option(min=1, help="Trials, shared by all workers.")] = 10,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Wall-clock time of this worker.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder of models, study and report.")] = Path("search"),
+    storage: Annotated[str | None, typer.Option(help="SQLite file or database URL of the study; by default study.db in --out.")] = None,
+    name: Annotated[str, typer.Option(help="The study's name in its storage.")] = "search",
+    sampler: Annotated[str, typer.Option(help="auto, drucb, gp or tpe.")] = "auto",
+    cold: Annotated[bool, typer.Option("--cold", help="Every trial starts from the original.")] = False,
+    no_early_stop: Annotated[bool, typer.Option("--no-early-stop", help="Carry every trial to its end.")] = False,
+    no_thin: Annotated[bool, typer.Option("--no-thin", help="Leave cut channels in place, as zeros.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study, or join it as another worker.")] = False,
+    train_tokens: Tokens = 1_000_000,
+    length: Length = 128,
+    batch: Batch = 16,
+    seed: Seed = 0,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Search a scheme's Free values: the best objective whose recovered score stays within --keep of the original's."""
+
+    def work() -> None:
+        from laconic.objectives import parse_objective, within
+        from laconic.recover import parse_recovery
+        from laconic.search.report import search_summary
+        from laconic.search.run import SearchOptions, search_task
+
+        chosen, how = _scheme(scheme, plan), parse_recovery(recovery)
+        goals = tuple(parse_objective(text) for text in objective)
+        options = SearchOptions(
+            trials=trials, minutes=minutes, storage=storage, name=name, warm_share=None if cold else 0.5, early_stop=not no_early_stop,
+            thin=not no_thin, sampler=sampler, resume=resume, seed=seed, command=shlex.join(["laconic", *sys.argv[1:]]),
+        )  # fmt: skip
+        model, problem = _problem(source, task, data, test, train_tokens, length, batch, seed, device, trust_remote_code)
+        with Terminal(quiet=as_json, brief=True) as terminal:
+            found = search_task(model, chosen, problem, goals, within(keep), how, out, options, terminal)
+        notes = _complete(out, found.model, model, source, problem.sample()) if source is not None else []
+        if as_json:
+            emit(found.result)
+            return
+        _table(search_summary(found.result))
+        for note in notes:
+            err.print(note, markup=False)
+        err.print(f"report: {out / 'search.html'}", markup=False)
+
+    guard(work, "; finished trials are kept: run the same command with --resume")
+
+
+def recover(
+    source: Source = None,
+    task: TaskFile = None,
+    data: Text = None,
+    test: Test = None,
+    scheme: Scheme = None,
+    plan: Plan = None,
+    recovery: How = "LC()",
+    out: Annotated[Path, typer.Option(help="The directory to write.")] = Path("recovered"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")] = False,
+    train_tokens: Tokens = 1_000_000,
+    length: Length = 128,
+    batch: Batch = 16,
+    seed: Seed = 0,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a model under a scheme and train it so that it loses less: L-C, or fine-tuning with masks, scales and tables kept."""
+
+    def work() -> None:
+        from laconic.recover import parse_recovery
+        from laconic.recover.deliver import recover_directory
+
+        chosen, how = _scheme(scheme, plan), parse_recovery(recovery)
+        model, problem = _problem(source, task, data, test, train_tokens, length, batch, seed, device, trust_remote_code)
+        with Terminal(quiet=as_json, brief=True) as terminal:
+            result = recover_directory(
+                model, chosen, how, problem, out, source=source, resume=resume, overwrite=overwrite, seed=seed,
+                command=shlex.join(["laconic", *sys.argv[1:]]), progress=terminal,
+            )  # fmt: skip
+        if as_json:
+            emit(result)
+            return
+        _table([(key.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in _short(result).items()])
+        err.print(f"model: {out}, figures: {out / 'recovery.json'}", markup=False)
+
+    guard(work, "; what is finished is kept: run the same command with --resume")
+
+
+def _scheme(scheme: str | None, plan: Path | None) -> Any:
+    from laconic.scheme import load_plan, parse
+
+    if (scheme is None) == (plan is None):
+        raise SchemeError("give --scheme or --plan, one of them")
+    return load_plan(plan) if plan is not None else parse(str(scheme))
+
+
+def _problem(
+    source: str | None, task: Path | None, data: str | None, test: str | None, train_tokens: int, length: int, batch: int, seed: int, device: str,
+    trust_remote_code: bool,
+) -> tuple[nn.Module, Any]:  # fmt: skip
+    from laconic.machine import pick_device
+    from laconic.recover import load_task
+    from laconic.recover.text import text_task
+
+    if (source is None) == (task is None):
+        raise SchemeError("give a language model and --data, or --task FILE.py")
+    if task is not None:
+        model, problem = load_task(task)
+        return model.to(pick_device(device)), problem
+    if data is None:
+        raise SchemeError(f"{source}: a language model needs --data, a text to learn from")
+    model, problem = text_task(
+        str(source), data, test, train_tokens=train_tokens, length=length, batch=batch, seed=seed, trust_remote_code=trust_remote_code
+    )  # fmt: skip
+    return model.to(pick_device(device)), problem
+
+
+def _complete(out: Path, delivered: nn.Module, original: nn.Module, source: str, example: Any) -> list[str]:
+    """Make the folder of a language model one that loads by itself; says how to load one that cannot."""
+    from laconic.errors import SurgeryError
+    from laconic.recover.text import complete_directory
+    from laconic.surgery import save_pretrained, shapes
+
+    if not shapes(delivered, original):
+        complete_directory(out / "model", original, source)
+        return []
+    folder = out / "transformers"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        save_pretrained(delivered, folder, example)
+    except SurgeryError as error:
+        return [f"stock transformers cannot load the thinned model: {error}; laconic.load_into(original, {str(out / 'model')!r}) does"]
+    return [f"the thinned model as an ordinary transformers checkpoint: {folder}"]
+
+
+def _short(result: dict[str, Any]) -> dict[str, Any]:
+    names = (
+        "reference_score",
+        "direct_score",
+        "score",
+        "reference_test_score",
+        "test_score",
+        "stored_bytes",
+        "original_bytes",
+        "minibatches",
+        "seconds",
+    )
+    return {name: result[name] for name in names if result.get(name) is not None}
+
+
+def _table(rows: list[tuple[str, str]]) -> None:
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in rows:
+        table.add_row(escape(name), escape(value))
+    out_console.print(table)

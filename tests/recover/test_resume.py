@@ -1,0 +1,236 @@
+"""Resuming: a killed recovery goes on to the same bytes; other runs' folders and damaged states are refused."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import laconic as lc
+from laconic.errors import CheckpointError, OutputError
+from laconic.memory import save
+from laconic.recover import LC, Direct, FineTune, Recovery, Steps, StopRecovery, Task, recover_task
+from laconic.recover.checkpoint import STATE
+from tests.recover.nets import conv, mlp, task, vectors
+
+LEARN = Steps(lr=0.05, lr_end=0.005)
+
+
+class Noisy(TensorDataset):
+    """Images that are augmented as they are read, from torch's global generator."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        x, y = super().__getitem__(index)
+        return x + 0.1 * torch.randn(x.shape), y
+
+
+def noisy_task() -> Task:
+    own = torch.Generator().manual_seed(3)
+    return Task(DataLoader(Noisy(*vectors(80, 1)), 16, shuffle=True, generator=own), [vectors(64, 2)])
+
+
+class Killed(Exception):  # noqa: N818 - what happens to a run
+    pass
+
+
+def killed_after(step: int) -> Any:
+    def listen(point: dict[str, Any]) -> None:
+        if point.get("step") == step:
+            raise Killed
+
+    return listen
+
+
+def stored(model: nn.Module, place: Path) -> bytes:
+    save(model, place)
+    return (place / "model.safetensors").read_bytes() + (place / "laconic.json").read_bytes()
+
+
+def figures(found: Recovery) -> dict[str, Any]:
+    return {key: value for key, value in found.as_dict().items() if key != "seconds"}
+
+
+CASES: dict[str, tuple[str, LC]] = {
+    "sgd": ("Magnitude(0.6, scope='model') >> KMeans(bits=3)", LC(5, 7, first=9, mu=0.05, a=1.2, learn=LEARN, norm_batches=2)),
+    "adam": ("GPTQ(bits=3, group='channel')", LC(5, 7, mu=0.05, learn=Steps("adam", 1e-3, 1e-3))),
+    "a sum": ("RTN(3, 'channel') + LowRank(2)", LC(5, 7, mu=0.05, learn=LEARN)),
+    "no refit": ("Magnitude(0.5) >> RTN(4, 'channel')", LC(5, 7, mu=0.05, learn=LEARN, refit=False, then=FineTune(9, LEARN, checks=2))),
+    "plain": ("LowRank(0.5)", LC(5, 7, mu=0.05, learn=Steps(lr=0.05, lr_end=0.005, momentum=0.0), multipliers=False)),
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("step", [0, 3])
+def test_killed_and_resumed_it_gives_the_same_bytes(kind: str, step: int, tmp_path: Path) -> None:
+    """With dropout or batch norms, shuffled and augmented data, killed within a pass over them; the curve and the state are the same too."""
+    scheme, how = CASES[kind]
+    net = conv().append(nn.Dropout(0.2))
+    whole, expected = recover_task(net, scheme, how, noisy_task())
+    with pytest.raises(Killed):
+        recover_task(net, scheme, how, noisy_task(), folder=tmp_path / "run", listen=killed_after(step))
+    assert (tmp_path / "run" / STATE).exists() == (step > 0)
+    torch.rand(5)  # another process has another random state
+    heard: list[dict[str, Any]] = []
+    resumed, found = recover_task(net, scheme, how, noisy_task(), folder=tmp_path / "run", resume=True, listen=heard.append)
+    assert stored(resumed, tmp_path / "a") == stored(whole, tmp_path / "b")
+    assert figures(found) == figures(expected)
+    assert heard == expected.curve  # a listener that stops by the whole curve decides as it would have
+    assert all(torch.equal(found.state[name], value) for name, value in expected.state.items())
+    assert not (tmp_path / "run" / STATE).exists()
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from tests.recover.test_resume import CASES, conv, noisy_task, recover_task
+scheme, how = CASES["sgd"]
+recover_task(conv(), scheme, how, noisy_task(), folder=sys.argv[1], listen=lambda point: print(point.get("step"), flush=True) or
+             (point.get("step") == 3 and __import__("time").sleep(60)))
+"""
+
+
+def test_kill_9(tmp_path: Path) -> None:
+    """A process that is killed while L-step 3's listener runs: its state is that after step 2."""
+    scheme, how = CASES["sgd"]
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, env=environment, cwd=root
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        deadline = time.time() + 60
+        while process.stdout.readline().strip() != "3" and time.time() < deadline:
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    assert (tmp_path / "run" / STATE).is_file()
+    resumed, _ = recover_task(conv(), scheme, how, noisy_task(), folder=tmp_path / "run", resume=True)
+    whole, _ = recover_task(conv(), scheme, how, noisy_task())
+    assert stored(resumed, tmp_path / "a") == stored(whole, tmp_path / "b")
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path) -> Path:
+    """A folder with a recovery that was killed after its second L-step."""
+    with pytest.raises(Killed):
+        recover_task(mlp(), "Magnitude(0.5)", LC(3, 4, mu=0.1), task(), folder=tmp_path / "run", listen=killed_after(2))
+    return tmp_path / "run"
+
+
+def test_an_unfinished_recovery_is_not_overwritten(unfinished: Path) -> None:
+    before = (unfinished / STATE).read_bytes()
+    for how in (LC(3, 4, mu=0.1), Direct(), FineTune(2)):
+        with pytest.raises(OutputError, match="holds an unfinished recovery"):
+            recover_task(mlp(), "Magnitude(0.5)", how, task(), folder=unfinished)
+    assert (unfinished / STATE).read_bytes() == before
+
+
+def larger(slot: Any) -> lc.Method:
+    return lc.Magnitude(0.5)
+
+
+def other(slot: Any) -> lc.Method:
+    return lc.Magnitude(0.6)
+
+
+other.__name__ = "larger"
+
+
+@pytest.mark.parametrize("change", ["scheme", "how", "seed", "start", "direct"])
+def test_another_run_is_refused(change: str, unfinished: Path) -> None:
+    net, scheme, how, seed = mlp(), "Magnitude(0.5)", LC(3, 4, mu=0.1), 0
+    if change == "scheme":
+        scheme = "Magnitude(0.6)"
+    elif change == "how":
+        how = LC(3, 4, mu=0.2)
+    elif change == "seed":
+        seed = 1
+    elif change == "start":
+        with torch.no_grad():
+            net[0].bias[0] += 1  # type: ignore[index, union-attr, operator]
+    else:
+        how = Direct()  # type: ignore[assignment]
+    before = (unfinished / STATE).read_bytes()
+    with pytest.raises(OutputError, match="holds the recovery.*this one is"):
+        recover_task(net, scheme, how, task(), folder=unfinished, resume=True, seed=seed)
+    assert (unfinished / STATE).read_bytes() == before
+
+
+def test_functions_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        recover_task(mlp(), larger, LC(2, 2), task(), folder=tmp_path, listen=killed_after(1))
+    with pytest.raises(OutputError, match="this one is"):
+        recover_task(mlp(), other, LC(2, 2), task(), folder=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut off", "header", "one bit", "no state"])
+def test_a_damaged_state(damage: str, unfinished: Path) -> None:
+    file = unfinished / STATE
+    content = bytearray(file.read_bytes())
+    if damage == "empty":
+        content.clear()
+    elif damage == "cut off":
+        del content[-100:]
+    elif damage == "header":
+        content[9:40] = b"\0" * 31
+    elif damage == "one bit":
+        content[-33] ^= 4
+    else:
+        from safetensors.torch import save as written
+
+        content = bytearray(written(load_file(file), {"state": "{}"}))
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{STATE}: damaged"):
+        recover_task(mlp(), "Magnitude(0.5)", LC(3, 4, mu=0.1), task(), folder=unfinished, resume=True)
+
+
+def test_resuming_needs_a_folder_and_may_find_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="expected the folder"):
+        recover_task(mlp(), "Magnitude(0.5)", LC(1, 1), task(), resume=True)
+    _, found = recover_task(mlp(), "Magnitude(0.5)", LC(1, 1), task(), folder=tmp_path / "new", resume=True)
+    assert found.minibatches == 1
+
+
+def test_stopped_by_its_listener_it_is_complete(tmp_path: Path) -> None:
+    def listen(point: dict[str, Any]) -> None:
+        if point.get("step") == 1:
+            raise StopRecovery
+
+    _, found = recover_task(mlp(), "Magnitude(0.5)", LC(4, 2), task(), folder=tmp_path, listen=listen)
+    assert found.stopped
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_snapshots_do_not_move_with_what_is_trained_later() -> None:
+    """Weights, of every kind there is a default of, are points of their own: changing the values they were found for changes nothing."""
+    from laconic.recover.projection import project_onto
+    from laconic.scheme import known_methods
+    from laconic.sites import Stats
+
+    tried = 0
+    for name, method in known_methods().items():
+        if name in ("Keep", "Cut", "Hadamard") or method().wants & Stats.CHANNELS:
+            continue
+        scheme = lc.parse(name)
+        net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        projection = project_onto(net, scheme, data=[vectors_of(64)])
+        values = {slot: net.get_submodule(slot.users[0][0]).weight.detach().clone() for slot in projection.slots}
+        weights = projection.compress(values)
+        decoded = {slot: weight.forward().detach().clone() for slot, weight in weights.items()}
+        for value in values.values():
+            value.zero_()
+        assert all(torch.equal(weight.forward(), decoded[slot]) for slot, weight in weights.items()), name
+        tried += 1
+    assert tried >= 12
+
+
+def vectors_of(width: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(40, width, generator=g), torch.randint(width, (40,), generator=g)

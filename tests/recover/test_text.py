@@ -1,0 +1,85 @@
+"""The task a language model and a text make."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import laconic as lc
+from laconic.errors import CheckpointError, DataError
+from laconic.recover import LC, Steps, recover_task
+from laconic.recover.batches import stream
+from laconic.recover.text import Shuffled, text_task
+
+
+def windows(data: Any) -> set[bytes]:
+    return {row.numpy().tobytes() for batch in data for row in batch["input_ids"]}
+
+
+def test_three_parts_of_one_text(tiny: Path, text: Path) -> None:
+    model, task = text_task(tiny, text, length=32, batch=4, train_tokens=4096, check_tokens=1024)
+    assert not model.training
+    assert next(model.parameters()).dtype == torch.float32
+    task.checked()
+    assert len(windows(task.train)) == 128
+    assert len(windows(task.validation)) == len(windows(task.test)) == 32
+    reference = task.judge(model, task.validation)
+    logits = [model(**batch).logits.detach() for batch in task.validation]
+    losses = [
+        torch.nn.functional.cross_entropy(y[:, :-1].flatten(0, 1), b["input_ids"][:, 1:].flatten(), reduction="sum")
+        for y, b in zip(logits, task.validation, strict=True)
+    ]
+    assert reference.loss == pytest.approx(float(sum(losses)) / (32 * 31), rel=1e-5)
+    assert reference.score == -reference.loss  # minus the log-perplexity, nats per token
+    assert math.exp(reference.loss) > 320 * 0.5  # random weights
+
+
+def test_recovered_on_text(tiny: Path, text: Path) -> None:
+    model, task = text_task(tiny, text, length=32, batch=8, train_tokens=8192, check_tokens=1024)
+    plan = [("lm_head", lc.Keep()), ("*", lc.Magnitude(0.5) >> lc.RTN(4, 32))]
+    _, found = recover_task(model, plan, LC(4, 12, mu=0.5, learn=Steps("adam", 2e-3, 5e-4)), task)
+    assert found.score > found.direct + 0.5
+
+
+def test_a_text_of_its_own_for_the_test(tiny: Path, text: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held.txt"
+    held.write_text("The cat finds the red hen.\n" * 100)
+    _, task = text_task(tiny, text, held, length=32, batch=4, train_tokens=2048, check_tokens=256)
+    _, whole = text_task(tiny, text, length=32, batch=4, train_tokens=2048, check_tokens=256)
+    assert not windows(task.test) & windows(whole.test)
+    assert not windows(task.validation) & windows(whole.validation)  # the last tenth is not held back
+
+
+def test_a_short_text_is_used_whole(tiny: Path, text: Path) -> None:
+    _, task = text_task(tiny, text, length=32, batch=4, check_tokens=256)  # far less than a million tokens
+    _, again = text_task(tiny, text, length=32, batch=4, check_tokens=256)
+    assert len(windows(task.train)) > 100
+    assert torch.equal(task.train.tokens, again.train.tokens)  # type: ignore[attr-defined]
+
+
+def test_windows_come_in_a_new_order_at_every_pass() -> None:
+    data = Shuffled(torch.arange(22).view(11, 2), 3)
+    assert len(data) == len(list(data)) == 3
+    first, second = (torch.cat([b["input_ids"][:, 0] for _, b in zip(range(3), part, strict=False)]) for part in (stream(data, 0), stream(data, 1)))
+    assert not torch.equal(first, second)
+    passes = torch.cat([b["input_ids"][:, 0] for _, b in zip(range(6), stream(data, 0), strict=False)])
+    assert torch.equal(passes[:9], first)
+    assert not torch.equal(passes[9:], first)
+    assert list(Shuffled(torch.arange(4).view(2, 2), 3)) == []
+
+
+def test_text_that_is_too_short(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("The old fox sees the cat.\n" * 40)
+    with pytest.raises(DataError, match="do not fill a minibatch of 16"):
+        text_task(tiny, file, length=16)
+    with pytest.raises(DataError, match=r"part of .*short\.txt: at least 512 tokens"):
+        text_task(tiny, file, length=512)
+
+
+def test_models_that_will_not_do(tiny: Path, text: Path, tmp_path: Path) -> None:
+    lc.compress(str(tiny), "RTN(4, 32)", out=str(tmp_path / "small"), evaluate=False)
+    with pytest.raises(CheckpointError, match="compressed already"):
+        text_task(tmp_path / "small", text)
