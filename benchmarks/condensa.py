@@ -47,7 +47,7 @@ class Row:
         return f"{self.network}-{self.label}"
 
 
-P_Q = f"Magnitude({FREE}, scope='model') >> Cast('float16')"
+P_Q = "Magnitude(sparsity=Free(0.5, 1), scope='model') >> Cast('float16')"
 FILTER = f"FilterPrune({FREE}, scale='layer')"
 SMALL, FAST = lc.Minimize(stored_bytes), lc.Maximize(Throughput(batch=128))
 ROWS = [
@@ -71,9 +71,9 @@ def recovery(row: Row, paper: bool) -> lc.LC:
     if paper:
         return lc.LC(steps=5, minibatches=4500, first=7000, learn=lc.Steps(optimizer="adam", lr=1e-4, lr_end=1e-4))
     if images:
-        learn, tail = lc.Steps(lr=0.05, lr_end=0.01, precision="bfloat16"), lc.Steps(lr=0.05, lr_end=5e-4, precision="bfloat16")
+        learn, tail = (lc.Steps(lr=0.03, lr_end=end, precision="bfloat16", distill=0.9) for end in (0.01, 5e-4))
         return lc.LC(
-            steps=4, minibatches=int(25 * row.effort), mu=0.2, a=1.6, learn=learn, norm_batches=8,
+            steps=4, minibatches=int(25 * row.effort), a=1.6, learn=learn, norm_batches=8,
             then=lc.FineTune(int(240 * row.effort), tail, checks=2, norm_batches=8),
         )  # fmt: skip
     learn = lc.Steps(optimizer="adam", lr=1e-3, lr_end=3e-4)

@@ -319,7 +319,7 @@ def _embeddings_with_gradient(model: nn.Module) -> Iterator[None]:
 def _with_gradient(batch: Batch) -> Batch:
     """Float inputs require a gradient, so that a graph exists although no parameter is trained."""
     if isinstance(batch, Tensor):
-        return batch.requires_grad_() if batch.is_floating_point() else batch
+        return batch.detach().requires_grad_() if batch.is_floating_point() else batch
     if isinstance(batch, dict):
         return {key: _with_gradient(value) for key, value in batch.items()}
     return (_with_gradient(batch[0]), *batch[1:])

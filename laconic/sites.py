@@ -79,7 +79,8 @@ class Site:
     """What a method sees: W [out, in] and the statistics it asked for. Methods may not change W; `notes` collects what the user must hear.
 
     `hessian` [groups, in, in], `squares` [groups, in], `tokens` [groups], `fisher` [out, in], `output` [out]; None where not asked for.
-    `mask` [out, in] says which entries an earlier method kept. `dims` is the parameter's own shape (four numbers for a 2-D convolution);
+    `mask` [out, in] says which entries an earlier method kept; `values_dtype` is the type pruning keeps values in (float32 when another method
+    encodes them afterwards). `dims` is the parameter's own shape (four numbers for a 2-D convolution);
     empty where only the matrix is known. `channels` [out] int64: rows of any site with the same number are one channel of the network and
     are cut together; -1 may not be cut. `role` is that of the slot: "embedding", "head" or "body".
     """
@@ -93,6 +94,7 @@ class Site:
     fisher: Tensor | None = None
     output: Tensor | None = None
     mask: Tensor | None = None
+    values_dtype: str = "bfloat16"
     dims: tuple[int, ...] = ()
     channels: Tensor | None = None
     role: str = "body"

@@ -28,6 +28,10 @@ Tokens = Annotated[int, typer.Option(min=1, help="Training tokens drawn from --d
 Length = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 Batch = Annotated[int, typer.Option(min=1, help="Windows per minibatch.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Goals = Annotated[
+    list[str] | None,
+    typer.Option(help="What to improve, such as throughput or 'min flops'; stored_bytes if not given. Several give a Pareto front."),
+]
 
 
 def search(
@@ -37,9 +41,7 @@ def search(
     test: Test = None,
     scheme: Scheme = None,
     plan: Plan = None,
-    objective: Annotated[list[str], typer.Option(help="What to improve, such as throughput or 'min flops'; several give a Pareto front.")] = [
-        "stored_bytes"
-    ],  # noqa: B006, E501
+    objective: Goals = None,
     keep: Annotated[float, typer.Option(min=0, help="How far the validation score may fall below the original's.")] = 0.02,
     recovery: How = "LC()",
     trials: Annotated[int, typer.Option(min=1, help="Trials, shared by all workers.")] = 10,
@@ -65,26 +67,28 @@ def search(
     def work() -> None:
         from laconic.objectives import parse_objective, within
         from laconic.recover import parse_recovery
+        from laconic.recover.text import original_bytes
         from laconic.search.report import search_summary
         from laconic.search.run import SearchOptions, search_task
 
         chosen, how = _scheme(scheme, plan), parse_recovery(recovery)
-        goals = tuple(parse_objective(text) for text in objective)
+        goals = tuple(parse_objective(text) for text in objective or ["stored_bytes"])
+        model, problem = _problem(source, task, data, test, train_tokens, length, batch, seed, device, trust_remote_code)
         options = SearchOptions(
             trials=trials, minutes=minutes, storage=storage, name=name, warm_share=None if cold else 0.5, early_stop=not no_early_stop,
             thin=not no_thin, sampler=sampler, resume=resume, seed=seed, command=shlex.join(["laconic", *sys.argv[1:]]),
+            original_bytes=original_bytes(source) if source is not None else None,
         )  # fmt: skip
-        model, problem = _problem(source, task, data, test, train_tokens, length, batch, seed, device, trust_remote_code)
         with Terminal(quiet=as_json, brief=True) as terminal:
             found = search_task(model, chosen, problem, goals, within(keep), how, out, options, terminal)
         notes = _complete(out, found.model, model, source, problem.sample()) if source is not None else []
+        for note in notes:
+            err.print(note, markup=False)
         if as_json:
             emit(found.result)
             return
         _table(search_summary(found.result))
-        for note in notes:
-            err.print(note, markup=False)
-        err.print(f"report: {out / 'search.html'}", markup=False)
+        err.print(f"model: {found.path}, report: {found.report}", markup=False)
 
     guard(work, "; finished trials are kept: run the same command with --resume")
 
@@ -147,7 +151,9 @@ def _problem(
     from laconic.recover.text import text_task
 
     if (source is None) == (task is None):
-        raise SchemeError("give a language model and --data, or --task FILE.py")
+        raise SchemeError("give a language model and --data, or --task FILE.py, one of them")
+    if task is not None and (data is not None or test is not None):
+        raise SchemeError(f"{task}: a task file names its own data; --data and --test are for a language model")
     if task is not None:
         model, problem = load_task(task)
         return model.to(pick_device(device)), problem

@@ -170,6 +170,22 @@ def test_the_python_page_runs_from_top_to_bottom(tiny: Path, text: Path, tmp_pat
             exec(compile(code, page.name, "exec"), names)
 
 
+def test_the_condensa_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but its task file, which needs a download; that one defines what the command asks for."""
+    for package in ("optuna", "sklearn", "torch_pruning"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "condensa.md"
+    (task,) = (code for code in blocks(page, "python") if code.startswith("# resnet.py"))
+    assigned = {target.id for node in ast.parse(task).body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)}
+    assert {"model", "train", "validation", "test"} <= assigned
+    names: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        for code in blocks(page, "python"):
+            if code != task:
+                exec(compile(code, page.name, "exec"), names)
+
+
 def test_the_template_of_a_method_works() -> None:
     names: dict[str, Any] = {"__name__": "template"}
     (template,) = blocks(ROOT / "CONTRIBUTING.md", "python")

@@ -153,7 +153,7 @@ class Then(Method):
         return self.first.wants | self.second.wants
 
     def __call__(self, site: Site) -> Weight:
-        first = self.first(site)
+        first = self.first(site.having(values_dtype="float32"))
         W = first.forward().detach().to(site.W)
         if not isinstance(first, Sparse):
             return self.second(site.having(W=W))

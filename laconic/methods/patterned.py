@@ -37,7 +37,7 @@ def check_sparsity(method: Method, sparsity: float) -> None:
         raise SchemeError(f"{type(method).__name__}: sparsity is the share of zeros, at least 0 and below 1, got {sparsity!r}")
 
 
-def sparse(site: Site, pattern: Pattern, sparsity: float, dtype: str = "bfloat16") -> Sparse:
+def sparse(site: Site, pattern: Pattern, sparsity: float, dtype: str | None = None) -> Sparse:
     """A sparse weight with plain values for a site, all of them kept; an n:m pattern says its own sparsity."""
-    values = Dense((site.W.shape[0], site.W.shape[1]), dtype=dtype)
+    values = Dense((site.W.shape[0], site.W.shape[1]), dtype=dtype or site.values_dtype)
     return Sparse(values, pattern=pattern, sparsity=0.5 if n_of_m(pattern) else sparsity).to(site.W.device)

@@ -72,18 +72,23 @@ def recover(
 def recover_task(
     model: nn.Module, scheme: Scheme | str, how: How, task: Task, *, start: dict[str, Tensor] | None = None, coupling: Any = None,
     statistics: Sequence[Batch] | None = None, folder: str | Path | None = None, resume: bool = False, listen: Listener | None = None,
-    seed: int = 0, progress: Progress | None = None,
+    seed: int = 0, progress: Progress | None = None, keep: bool = False,
 ) -> tuple[nn.Module, Recovery]:  # fmt: skip
-    """`recover` for a checked Task. `start` is the state of another recovery; `listen` hears every point of the curve and may stop it."""
+    """`recover` for a checked Task. `start` is the state of another recovery; `listen` hears every point of the curve and may stop it.
+
+    With `keep` the finished state stays in the folder, for a caller who removes it once the model is stored.
+    """
     began, progress = time.time(), progress or Log()
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
+    original = model
     model, flags = _working_copy(model)
     if start is not None:
         model.load_state_dict(start)
     if statistics is None:
         statistics = first_batches(task, seed) if reads_data(model, scheme) else []
     projection = project_onto(model, scheme, example=task.sample(), data=statistics, seed=seed, coupling=coupling)
-    bench = Bench(model, projection, task, how.norm_batches, seed)
+    teacher = copy.deepcopy(original).float().eval().requires_grad_(False) if _distills(how) else None
+    bench = Bench(model, projection, task, how.norm_batches, seed, teacher)
     mark = _mark(bench) if folder is not None else ""
     checkpoints = Checkpoints(Path(folder) if folder is not None else None, f"{projection.scheme} by {how!r}, seed {seed}{mark}", resume)
     checkpoints.claim()
@@ -109,11 +114,17 @@ def recover_task(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags.get(name, parameter.requires_grad))
     test_score = task.judge(model, task.test).score if task.test is not None else None
-    checkpoints.done()
+    if not keep:
+        checkpoints.done()
     return model, Recovery(
         projection.scheme, snapshot.judgement.score, snapshot.judgement.loss, curve[0]["score"], curve[-1]["minibatches"], curve,
         time.time() - began, stopped, test_score, projection.notes, state, projection,
     )  # fmt: skip
+
+
+def _distills(how: How) -> bool:
+    parts = [how, how.then] if isinstance(how, lc.LC) else [how]
+    return any(part.learn.distill > 0 for part in parts if isinstance(part, lc.LC | FineTune))
 
 
 def first_batches(task: Task, seed: int) -> list[Batch]:

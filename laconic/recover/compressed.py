@@ -63,6 +63,7 @@ class Bench:
     task: Task
     norm_batches: int = 0
     seed: int = 0
+    teacher: nn.Module | None = None
     parameters: dict[Slot, nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,23 +1,25 @@
 """A recovery into a directory: trained, stored, read back, measured in the form it is stored in."""
 
 import copy
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from laconic.errors import OutputError, VerificationError
+from laconic.load import fetch
 from laconic.machine import machine, versions
 from laconic.memory import load_into, save
 from laconic.progress import Progress
 from laconic.recover.call import How, recover_task
 from laconic.recover.checkpoint import STATE
 from laconic.recover.task import Task
-from laconic.recover.text import complete_directory
-from laconic.run import disk_errors, write_json
-from laconic.scheme import Scheme
-from laconic.store import MANIFEST
+from laconic.recover.text import complete_directory, original_bytes
+from laconic.run import companions, disk_errors, finite, write_json
+from laconic.scheme import Scheme, resolve
+from laconic.sites import find_slots
+from laconic.store import MANIFEST, read_manifest
 from laconic.weights import installed
 
 RESULT = "recovery.json"
@@ -29,17 +31,24 @@ def recover_directory(
 ) -> dict[str, Any]:  # fmt: skip
     """Recover into `out`, and return what `recovery.json` holds: scores of the original, of direct compression and of the stored file.
 
-    `source`: the directory of a language model, whose tokenizer and config are copied. Structures stay in place as zeros; `laconic search`
-    removes them. Raises: OutputError for a folder that holds something else, VerificationError when the file does not decode to what was
-    trained, and what `recover` raises.
+    `source`: the directory or hub id of a language model, whose tokenizer and config are copied. Structures stay in place as zeros;
+    `laconic search` removes them. What is to be replaced is removed when everything else has been checked.
+    Raises: OutputError for a folder that holds something else, VerificationError when the file does not decode to what was trained, and what
+    `recover` raises.
     """
-    _take(out, resume, overwrite)
+    _check(out, resume, overwrite)
+    resolve(scheme, find_slots(model))
     task = task.checked()
     reference = task.judge(model, task.validation)
+    copied = [file.name for file in companions(fetch(source))] if source is not None else []
     with disk_errors(out):
-        compressed, found = recover_task(model, scheme, how, task, folder=out, resume=resume, seed=seed, progress=progress)
-        size = save(compressed, out, scheme=found.scheme, recovery=repr(how), seed=seed, versions=versions())
-    stored = load_into(copy.deepcopy(model).float(), out).eval()
+        if overwrite:
+            _clear(out)
+        unseen = replace(task, test=None)
+        compressed, found = recover_task(model, scheme, how, unseen, folder=out, resume=resume, seed=seed, progress=progress, keep=True)
+        size = save(compressed, out, scheme=found.scheme, recovery=repr(how), seed=seed, versions=versions(), copied=copied)
+        size -= (out / STATE).stat().st_size if (out / STATE).is_file() else 0  # still there, and no part of the model
+    stored = load_into(copy.deepcopy(model).float(), out).to(next(model.parameters()).device).eval()
     theirs = installed(stored)
     for name, weight in installed(compressed).items():
         if not weight.forward().equal(theirs[name].forward().to(weight.forward())):
@@ -49,24 +58,47 @@ def recover_directory(
         test = {"reference_test_score": task.judge(model, task.test).score, "test_score": task.judge(stored, task.test).score}
     result = {
         **found.as_dict(), "recovery": repr(how), "reference_score": reference.score, "direct_score": found.direct, "stored_bytes": size,
-        "original_bytes": sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values()),
+        "original_bytes": original_bytes(source) if source is not None else _bytes_of(model),
         "seed": seed, "command": command, "versions": versions(), "machine": machine(), **test,
     }  # fmt: skip
+    result = finite(result)
     if source is not None:
         complete_directory(out, model, source)
     write_json(out / RESULT, result, indent=1)
+    (out / STATE).unlink(missing_ok=True)  # only now is nothing lost by a kill
     return result
 
 
-def _take(out: Path, resume: bool, overwrite: bool) -> None:
+def _bytes_of(model: nn.Module) -> int:
+    return sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())
+
+
+def _check(out: Path, resume: bool, overwrite: bool) -> None:
     """Make sure the folder is empty, holds this command's unfinished run (`resume`), or a result that may be replaced (`overwrite`)."""
     if not out.exists() or not any(out.iterdir()):
         return
-    if overwrite and ((out / MANIFEST).is_file() or (out / STATE).is_file()):
-        shutil.rmtree(out)
+    if overwrite:
+        _leftovers(out)
+    elif (out / STATE).is_file():
+        if not resume:
+            raise OutputError(f"{out}: holds an unfinished recovery; pass --resume to go on with it or --overwrite to replace it")
     elif (out / MANIFEST).is_file():
         raise OutputError(f"{out}: holds a model; pass --overwrite to replace it")
-    elif not (out / STATE).is_file():
+    else:
         raise OutputError(f"{out}: holds other files; choose another directory")
-    elif not resume:
-        raise OutputError(f"{out}: holds an unfinished recovery; pass --resume to go on with it or --overwrite to replace it")
+
+
+def _leftovers(out: Path) -> list[Path]:
+    """The files an earlier recovery wrote. Raises: OutputError where anything else is in the folder."""
+    ours = {MANIFEST, STATE, RESULT, "config.json", "model.safetensors"}
+    ours |= set(read_manifest(out).get("copied", [])) if (out / MANIFEST).is_file() else set()
+    files = sorted(out.iterdir())
+    for file in files:
+        if file.is_dir() or file.name.removesuffix(".tmp") not in ours:
+            raise OutputError(f"{out}: holds files that no recovery wrote ({file.name}); choose another directory")
+    return files
+
+
+def _clear(out: Path) -> None:
+    for file in _leftovers(out) if out.exists() else []:
+        file.unlink()

@@ -154,7 +154,7 @@ def tune(bench: Bench, how: FineTune, trainer: Trainer, weights: dict[Slot, Weig
 def run_finetune(bench: Bench, how: FineTune, best: Best, listen: Listener, seed: int) -> None:
     """Direct compression of the module's w, then `tune`."""
     weights = run_direct(bench, best, listen)
-    trainer = Trainer(bench.model, bench.task, how.learn, how.minibatches, seed)
+    trainer = Trainer(bench.model, bench.task, how.learn, how.minibatches, seed, bench.teacher)
     tune(bench, how, trainer, clones(weights), best, listen, 0)
 
 

@@ -14,6 +14,11 @@ from laconic.recover.train import Steps, Trainer
 from laconic.sites import Slot
 from laconic.weights import Weight
 
+_FAR = 0.5  # of ||w||: measured on digits, runs that end beyond it recover little (docs/recovery.md)
+
+
+_ADAM_MU = 0.1  # Adam's steps do not grow with the gradient, so no pull can be counted; measured to be a fair beginning
+
 
 @dataclass(frozen=True)
 class LC:
@@ -25,8 +30,9 @@ class LC:
 
     `multipliers=False` leaves lambda at zero: the quadratic penalty. `refit=False` keeps masks, scales and tables of the first projection
     and moves values only. `then` trains on with side information kept. The model of least validation loss is returned.
-    The learning rate never exceeds 1 / mu_j. Shorter L-steps pull w less towards D(Theta), so they need a larger mu: what counts is
-    about mu x learning rate x minibatches. The paper's mu = 1e-3 and a = 1.1 belong to L-steps of 4,000 to 5,000 minibatches.
+    The learning rate never exceeds 1 / mu_j. Shorter L-steps pull w less towards D(Theta), so they need a larger mu: what counts is the
+    pull mu x learning rate x minibatches / (1 - momentum). The paper's mu = 1e-3 belongs to L-steps of 4,500 minibatches, where the pull
+    begins at 4.5. `mu=None` takes the mu whose pull is 1, which was measured best on short L-steps (with Adam, 0.1).
     Source: Carreira-Perpinan 2017, fig. 2; Carreira-Perpinan and Idelbayev 2018; Condensa sections 3.3 and 4 (defaults).
     Cost: first + (steps - 1) x minibatches training steps, steps + 1 projections and validations.
     """
@@ -34,7 +40,7 @@ class LC:
     steps: int = 30
     minibatches: int = 100
     first: int | None = None
-    mu: float = 1e-3
+    mu: float | None = None
     a: float = 1.1
     learn: Steps = field(default_factory=Steps)
     multipliers: bool = True
@@ -45,10 +51,19 @@ class LC:
     def __post_init__(self) -> None:
         check_counts(self, 1, steps=self.steps, minibatches=self.minibatches, first=1 if self.first is None else self.first)
         check_counts(self, 0, norm_batches=self.norm_batches)
-        if not (0 < self.mu < math.inf and 1 <= self.a < math.inf):
-            raise SchemeError(f"LC: expected mu > 0 and a >= 1, got {self.mu!r} and {self.a!r}")
         if not isinstance(self.learn, Steps) or not isinstance(self.then, FineTune | None):
             raise SchemeError(f"LC: learn should be Steps(...) and then FineTune(...) or None, got {self.learn!r} and {self.then!r}")
+        if not (0 < self.start_mu < math.inf and 1 <= self.a < math.inf):
+            raise SchemeError(f"LC: expected mu > 0 and a >= 1, got {self.mu!r} and {self.a!r}")
+
+    @property
+    def start_mu(self) -> float:
+        """mu_0: as given, or such that the pull of the first L-step is 1."""
+        if self.mu is not None:
+            return self.mu
+        if self.learn.optimizer == "adam":
+            return _ADAM_MU
+        return (1 - self.learn.momentum) / (self.learn.lr * self.minibatches)
 
     def count(self, step: int) -> int:
         """The minibatches of an L-step."""
@@ -62,12 +77,12 @@ class LC:
     def warmed(self, share: float = 0.5) -> "LC":
         """What a run from a neighbour's solution needs: no longer first step, and the later `share` of the steps, at their values of mu."""
         kept = max(1, round(self.steps * share))
-        return replace(self, steps=kept, first=None, mu=self.mu * self.a ** (self.steps - kept))
+        return replace(self, steps=kept, first=None, mu=self.start_mu * self.a ** (self.steps - kept))
 
 
 def run(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkpoints, seed: int) -> None:
     """Carry out L-C from the w in the bench's module, and `then`; offer every compressed model to `best`."""
-    trainer = Trainer(bench.model, bench.task, how.learn, sum(how.count(j) for j in range(how.steps)), seed)
+    trainer = Trainer(bench.model, bench.task, how.learn, sum(how.count(j) for j in range(how.steps)), seed, bench.teacher)
     lam = {slot: torch.zeros_like(value) for slot, value in bench.values().items()}
     start, weights, told = checkpoints.resume(bench, trainer, lam, best)
     for earlier in told:
@@ -77,7 +92,7 @@ def run(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkp
         best.offer(bench.judged(clones(weights), 0))
         listen(point(best.found, step=-1, mu=0.0, phase="direct", distance=_distance(bench, weights)))
     for j in range(start, how.steps):
-        mu = how.mu * how.a**j
+        mu = how.start_mu * how.a**j
         loss = _learn(bench, trainer, weights, lam, mu, how.count(j))
         values = bench.values()
         shifted = {slot: value - lam[slot] / mu for slot, value in values.items()}
@@ -91,11 +106,18 @@ def run(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkp
         best.offer(found)
         listen(point(found, step=j, mu=mu, loss=loss, phase="L-C", distance=_distance(bench, weights), skipped=trainer.skipped))
         checkpoints.write(bench, trainer, weights, lam, best.found, j + 1)
+    apart = _distance(bench, weights)
+    if apart > _FAR:
+        bench.projection.notes.append(
+            f"L-C ended with ||w - D(Theta)|| at {apart:.0%} of ||w||: mu is too small for L-steps of {how.minibatches} minibatches at lr "
+            f"{how.learn.lr:g}; see docs/recovery.md"
+        )
     if how.then is not None:  # from the best compressed point: w is what it decodes to, its masks stay
         weights = clones(best.found.weights)
         bench.put(weights)
         bench.put_rest(best.found.rest)
-        tune(bench, how.then, Trainer(bench.model, bench.task, how.then.learn, how.then.minibatches, seed + 1), weights, best, listen, trainer.taken)
+        tail = Trainer(bench.model, bench.task, how.then.learn, how.then.minibatches, seed + 1, bench.teacher)
+        tune(bench, how.then, tail, weights, best, listen, trainer.taken)
 
 
 def _learn(bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dict[Slot, Tensor], mu: float, count: int) -> float:

@@ -75,7 +75,8 @@ def project_onto(
 ) -> Projection:  # fmt: skip
     """The projection of a module's present values: slots, methods, and the statistics the methods ask for, from `data`.
 
-    Structures need `example`, an input to trace the network with; `coupling` is what `surgery.couple` found for it before.
+    Structures need `example`, an input to trace the network with; `coupling` is what `surgery.couple` found for it before. Without one, rows of
+    a network that cannot be traced are masked each for itself, which the notes say.
     Raises: SchemeError, DataError (statistics without data), CheckpointError (a parameter that is not finite), SurgeryError.
     """
     for name, parameter in model.named_parameters():
@@ -87,15 +88,17 @@ def project_onto(
         raise DataError(f"{describe(scheme)}: needs data for its statistics")
     statistics = _gather(model, measured, data, loss or default_loss, seed)
     sites = {slot: statistics.describe(slot, slot.view.matrix(p.detach()), seed) for slot, p in parameters_of(model, list(chosen)).items()}
+    notes: list[str] = []
     if any(need & Stats.CHANNELS for need in wanted.values()):
         if coupling is None:
             if example is None:
                 raise DataError(f"{describe(scheme)}: structures need an example input to trace the network with")
-            from laconic.surgery import couple
+            from laconic.surgery import couple_or_mask
 
-            coupling = couple(model, example)
+            coupling = couple_or_mask(model, example)
+            notes += [] if coupling.groups else coupling.refused[:1]
         sites = {slot: site.having(channels=coupling.channels.get(slot.name)) for slot, site in sites.items()}
-    return Projection(describe(scheme), chosen, sites, coupling)
+    return Projection(describe(scheme), chosen, sites, coupling, notes)
 
 
 def reads_data(model: nn.Module, scheme: Scheme) -> bool:

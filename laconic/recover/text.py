@@ -17,6 +17,9 @@ from laconic.load import fetch, load_tokenizer
 from laconic.recover.task import Task
 from laconic.run import companions, write_json
 from laconic.store import MANIFEST, SCHEMA
+from laconic.tensors import TensorFiles
+
+_LONG = 32  # characters per token wanted: from here on windows are looked for in a text, below it is tokenised whole
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class Shuffled:
         return len(self.tokens) // self.batch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for index in torch.randperm(len(self.tokens))[: len(self) * self.batch].split(self.batch):
-            yield {"input_ids": self.tokens[index], "use_cache": False}
+        order = torch.randperm(len(self.tokens))
+        for i in range(len(self)):
+            yield {"input_ids": self.tokens[order[i * self.batch : (i + 1) * self.batch]], "use_cache": False}
 
 
 def complete_directory(folder: Path, model: nn.Module, source: str | Path) -> None:
@@ -40,6 +44,11 @@ def complete_directory(folder: Path, model: nn.Module, source: str | Path) -> No
     for file in companions(origin):
         shutil.copyfile(file, folder / file.name)
     write_json(folder / "config.json", config | {"quantization_config": {"quant_method": "laconic", "schema": SCHEMA}}, indent=2)
+
+
+def original_bytes(source: str | Path) -> int:
+    """Bytes of the tensors of a model directory or hub id, in the types they are stored in."""
+    return sum(tensor.bytes for tensor in TensorFiles(fetch(str(source))).tensors.values())
 
 
 def text_task(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from laconic.blocks import Batch, call, to_device
 from laconic.errors import RecoveryError, SchemeError
@@ -23,7 +24,10 @@ class Steps:
 
     The learning rate falls from `lr` to `lr_end` geometrically, minibatch by minibatch, over the whole recovery:
     lr_t = lr (lr_end / lr)^(t / T). `clip` bounds the norm of the loss's gradient; `precision` is that of the products in the forward pass.
-    Source: Condensa section 4, "L-C Optimizer Settings" (SGD with momentum 0.9, decay over each minibatch; Adam at a fixed rate).
+    `distill` mixes in the original model's answers: (1 - distill) loss + distill T^2 KL(softmax(z_original / T) || softmax(z / T)), T the
+    `temperature`; a third more time per minibatch, and a copy of the original in memory.
+    Source: Condensa section 4, "L-C Optimizer Settings" (SGD with momentum 0.9, decay over each minibatch; Adam at a fixed rate);
+    Hinton et al. 2015, section 2 (distillation).
     """
 
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -33,8 +37,12 @@ class Steps:
     weight_decay: float = 0.0
     clip: float | None = 5.0
     precision: Literal["float32", "bfloat16"] = "float32"
+    distill: float = 0.0
+    temperature: float = 3.0
 
     def __post_init__(self) -> None:
+        if not (0 <= self.distill <= 1 and 0 < self.temperature < math.inf):
+            raise SchemeError(f"Steps: expected distill in 0 ... 1 and temperature > 0, got {self.distill!r} and {self.temperature!r}")
         if self.optimizer not in ("sgd", "adam") or self.precision not in ("float32", "bfloat16"):
             raise SchemeError(
                 f"Steps: optimizer must be sgd or adam and precision float32 or bfloat16, got {self.optimizer!r} and {self.precision!r}"
@@ -68,6 +76,7 @@ class Trainer:
     steps: Steps
     total: int
     seed: int = 0
+    teacher: nn.Module | None = None
     taken: int = 0
     skipped: int = 0
 
@@ -116,7 +125,7 @@ class Trainer:
         if before is not None:
             before()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.steps.precision == "bfloat16"):
-            loss = self.task.loss_of(call(self.model, batch), batch)
+            loss = self._loss(batch)
         loss.backward()
         for parameter in self.parameters:
             if parameter.grad is not None and parameter.grad.is_sparse:  # of an embedding: neither clipped nor added to as it is
@@ -138,6 +147,25 @@ class Trainer:
         if after is not None:
             after()
         return value if fine else None
+
+    def _loss(self, batch: Batch) -> Tensor:
+        output, share = call(self.model, batch), self.steps.distill
+        loss = self.task.loss_of(output, batch)
+        if not share:
+            return loss
+        assert self.teacher is not None
+        with torch.no_grad():
+            wanted = call(self.teacher, batch)
+        return (1 - share) * loss + share * distance_of(output, wanted, self.steps.temperature)
+
+
+def distance_of(output: Any, wanted: Any, temperature: float) -> Tensor:
+    """T^2 KL(softmax(wanted / T) || softmax(output / T)) in nats, the mean over examples (and positions)."""
+    own, other = (getattr(x, "logits", x) for x in (output, wanted))
+    if not (isinstance(own, Tensor) and isinstance(other, Tensor)):
+        raise SchemeError(f"Steps: distill needs a model whose output is logits, got a {type(own).__name__}")
+    own, other = (x.flatten(0, -2).float() / temperature for x in (own, other))
+    return temperature**2 * F.kl_div(own.log_softmax(-1), other.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
 """`search`: the order of things in a search for free hyper-parameters. Trials are `trial.py`'s, the choice of the next one `study.py`'s."""
 
 import copy
-import shutil
+import math
 import statistics as means
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from laconic.blocks import Batch
-from laconic.errors import SearchError
-from laconic.machine import machine, versions
+from laconic.errors import OutputError, SchemeError, SearchError
 from laconic.methods.base import Keep
 from laconic.methods.free import Free, fix, free_of
-from laconic.objectives import Candidate, Floor, Maximize, Minimize, nonzero_bytes_of, within
+from laconic.objectives import Floor, within
 from laconic.passes import allocations, needs_of
-from laconic.profile import layers_table
 from laconic.progress import Log, Progress
-from laconic.recover import LC, Task
+from laconic.recover import LC, Direct, FineTune, Task
 from laconic.recover.call import How, first_batches
-from laconic.run import disk_errors
+from laconic.run import disk_errors, finite
 from laconic.scheme import Scheme, describe, parse, resolve
-from laconic.search.report import write_search_report
-from laconic.search.trial import Neighbour, Trials, nearest
-from laconic.sites import Stats, find_slots
-from laconic.store import stored_bytes
+from laconic.search.neighbours import Neighbour, nearest
+from laconic.search.report import SEARCH_HTML, write_search_report
+from laconic.search.trial import Goal, Trials
+from laconic.sites import Slot, Stats, find_slots
 
 if TYPE_CHECKING:
     import optuna
 
-Goal = Maximize | Minimize
+    from laconic.search.study import Search
+
+_WORTHWHILE = 0.3  # of a trial's usual time must be left for another to begin
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,13 @@ class SearchOptions:
     """How a search is carried out.
 
     At most `trials` trials, shared by all workers on one storage; `minutes` of wall-clock time for this worker, after which the trial under
-    way ends with the best it has. `storage` is an SQLite file or database URL, by default `study.db` in the search's folder; `name` is the
-    study's. `warm_share`: a trial starts from the nearest finished one that kept the floor and takes this share of the L-steps (None: every
-    trial starts from the original). `early_stop` gives a trial up that can no longer reach the floor. `thin` removes cut channels for good;
-    without it they stay as zeros. `sampler`: "auto", "drucb", "gp" or "tpe". `resume` goes on with the study in the storage.
+    way ends with the best it has, and is put back for a resumed search if that misses the floor. `storage` is an SQLite file or database URL,
+    by default `study.db` in the search's folder; `name` is the study's. `warm_share`: a trial starts from the nearest finished one that kept
+    the floor and takes this share of the L-steps (None: every trial starts from the original). `early_stop` gives a trial up that can no
+    longer reach the floor. `thin` removes cut channels for good; without it they stay as zeros, as they must where no graph can be traced.
+    `sampler`: "auto", "drucb", "gp" or "tpe". `resume` goes on with the study in the storage, or joins it as another worker. A worker says
+    every `heartbeat` seconds that it lives. `original_bytes`: those of the original's file, where its types are not those of the module.
+    Raises: SearchError for numbers out of range.
     """
 
     trials: int = 10
@@ -57,13 +60,24 @@ class SearchOptions:
     resume: bool = False
     seed: int = 0
     command: str = ""
+    heartbeat: int = 60
+    original_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and not self.minutes > 0:
+            raise SearchError(f"expected minutes above 0, or None, got {self.minutes!r}")
+        if self.warm_share is not None and not 0 < self.warm_share <= 1:
+            raise SearchError(f"warm_share: expected a share of the L-steps, above 0 and at most 1, or None, got {self.warm_share!r}")
+        if self.heartbeat < 1:
+            raise SearchError(f"heartbeat: expected seconds from 1, got {self.heartbeat!r}")
 
 
 @dataclass(frozen=True)
 class Found:
     """What a search found: the compressed model, read back from its file; the free values s*; the Optuna study; every figure.
 
-    `model` has Weights installed (and is smaller than the original where channels were cut); `path` is the folder it is stored in.
+    `model` has Weights installed (and is smaller than the original where channels were cut); `path` is the folder it is stored in,
+    `report` the page with all figures and pictures.
     """
 
     model: nn.Module
@@ -71,6 +85,7 @@ class Found:
     study: "optuna.Study"
     result: dict[str, Any]
     path: Path
+    report: Path
 
 
 def search(
@@ -84,10 +99,11 @@ def search(
     it. `train` is for recovery, `validation` decides everything, `test` is measured once at the end. `options` are those of SearchOptions.
     Models, the study and the report go to the folder `out`. The module given is not changed.
     Raises: SchemeError, DataError, SearchError (nothing free, a floor that the original or every trial misses, an objective that is not a
-    number, a storage that does not answer), SurgeryError. Source: Condensa sections 3.2 to 3.4, listing 1.
+    number, a storage that does not answer), SurgeryError (a network that cannot be traced: thin=False), OutputError.
+    Source: Condensa sections 3.2 to 3.4, listing 1. Cost: `trials` recoveries, less what warm starts and early stops save.
     """
     task = Task(train, validation, test, loss, score, example)
-    goals = (objective,) if isinstance(objective, Maximize | Minimize) else tuple(objective)
+    goals = tuple(objective) if isinstance(objective, list | tuple) else (objective,)
     return search_task(model, scheme, task, goals, keep or within(0.02), recover or LC(), Path(out), SearchOptions(**options), progress or Log())
 
 
@@ -96,102 +112,197 @@ def search_task(
     progress: Progress,
 ) -> Found:  # fmt: skip
     """`search` for a Task."""
-    from laconic.search import study as studies
-    from laconic.search.drucb import Rule
-    from laconic.search.samplers import Settings
+    from laconic.search import outcome
 
     began = time.time()
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
     slots = find_slots(model)
+    free = _free(scheme, slots)
+    _check_arguments(goals, keep, how)
+    task, given, model = task.checked(), model, copy.deepcopy(model).float().eval()
+    reference, noise = _reference(model, task, keep)
+    original = outcome.figures_of(given, model, task, goals, options.original_bytes)
+    coupling, notes = _coupling(model, scheme, free, task, options.thin, progress)
+    study, facts = _study(out, scheme, free, goals, keep, how, options, model, reference, noise)
+    trials = Trials(
+        model, scheme, how, task, goals, out, facts["reference"], facts["level"], coupling, first_batches(task, options.seed), options.thin,
+        options.warm_share, options.early_stop, {"scheme": describe(scheme)}, options.seed, slots,
+    )  # fmt: skip
+    _check_folder(study, trials)
+    notes += _remarks(facts, reference, noise)
+    notes += _run_trials(study, trials, options, began, progress)
+    about = {"seed": options.seed, "command": options.command}
+    result = outcome.result_of(study, trials, keep, free, facts, original, notes, **about) | {"seconds": time.time() - began}
+    best = outcome.best_of(study)
+    if best is None:
+        write_search_report(out, result)
+        raise SearchError(outcome.nothing_kept(result))
+    delivered, figures = outcome.measure(trials, best, original, progress)
+    result |= {"best": figures["best"], "layers": figures["layers"], "reference": result["reference"] | figures["reference"]}
+    if figures["best"]["score"] < facts["level"]:
+        result["notes"].append(f"measured once more, the chosen model scores {figures['best']['score']:.6g}, less than the floor: the score is noisy")
+    with disk_errors(out):
+        outcome.deliver(trials.place(outcome.folder_of(best)) / "model", out / "model")
+        result["seconds"] = time.time() - began
+        write_search_report(out, finite(result))
+    return Found(delivered, dict(best.params), study.study, finite(result), out / "model", out / SEARCH_HTML)
+
+
+def _free(scheme: Scheme, slots: Sequence[Slot]) -> dict[str, Free]:
+    """The variables, after making sure that the scheme can be carried out at the ends of each one's range."""
+    from laconic.search.samplers import distribution_of
+
     free = free_of(scheme, slots)
     if not free:
         raise SearchError(f"{describe(scheme)}: nothing to search; leave a hyper-parameter open, as in FilterPrune(sparsity=Free(0, 1))")
-    if len({goal.name for goal in goals}) != len(goals) or not goals:
-        raise SearchError(f"expected one or more objectives of different names, got {[goal.name for goal in goals]}")
-    task = task.checked()
-    model = copy.deepcopy(model).float().eval()
-    reference, again = (task.judge(model, task.validation) for _ in range(2))
-    noise = abs(reference.score - again.score)
+    usual = {name: _some(one) for name, one in free.items()}
+    for name, one in free.items():
+        distribution: Any = distribution_of(one)
+        for value in one.choices or (distribution.low, distribution.high):
+            try:
+                resolve(fix(scheme, usual | {name: value}, slots), slots)
+            except SchemeError as error:
+                raise SchemeError(f"{name} = {value!r}, which {one!r} allows: {error}") from error
+    return free
+
+
+def _some(free: Free) -> Any:
+    """A value that a variable may have."""
+    if free.choices is not None:
+        return free.choices[0]
+    assert free.low is not None
+    assert free.high is not None
+    return free.high if free.integer else (free.low + free.high) / 2
+
+
+def _check_arguments(goals: Sequence[Any], keep: Any, how: Any) -> None:
+    if not goals or any(not isinstance(goal, Goal) for goal in goals):
+        raise SearchError(f"objective: expected Maximize(...) or Minimize(...), or several, got {list(goals)}")
+    if len({goal.name for goal in goals}) != len(goals):
+        raise SearchError(f"objective: expected different names, got {[goal.name for goal in goals]}; give them labels")
+    if not callable(getattr(keep, "floor", None)):
+        raise SearchError(f"keep: expected within(margin) or at_least(score), got {keep!r}")
+    if not isinstance(how, LC | FineTune | Direct):
+        raise SearchError(f"recover: expected LC(...), FineTune(...) or Direct(), got {how!r}")
+
+
+def _reference(model: nn.Module, task: Task, keep: Floor) -> tuple[float, float]:
+    """The original's score, and by how much a second measurement differs."""
+    first, second = (task.judge(model, task.validation).score for _ in range(2))
+    if not (math.isfinite(first) and math.isfinite(second)):
+        raise SearchError(f"the original's score on validation data is {first}; expected a finite number")
+    if not keep.floor(first) <= first:
+        raise SearchError(f"the floor {keep.floor(first):.6g} is above the score of the original, {first:.6g}: no compression is asked to gain that")
+    return first, abs(first - second)
+
+
+def _study(
+    out: Path, scheme: Scheme, free: Mapping[str, Free], goals: Sequence[Goal], keep: Floor, how: How, options: SearchOptions, model: nn.Module,
+    reference: float, noise: float,
+) -> tuple["Search", dict[str, Any]]:  # fmt: skip
+    """The study and what its first worker found of the original. Only here does the search begin to write."""
+    from laconic.search import study as studies
+    from laconic.search.drucb import Rule
+    from laconic.search.samplers import Settings
+
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     settings = Settings(sampler=options.sampler, trials=options.trials, seed=options.seed, rule=Rule(margin=noise))  # type: ignore[arg-type]
     about = {"scheme": describe(scheme), "keep": repr(keep), "recovery": repr(how), "parameters": sum(p.numel() for p in model.parameters())}
-    study = studies.open_study(
+    search = studies.open_study(
         options.storage or out / "study.db", options.name, free=free, objectives={goal.name: goal.direction for goal in goals},
-        settings=settings, about=about, resume=options.resume,
+        settings=settings, about=about, resume=options.resume, heartbeat=options.heartbeat,
     )  # fmt: skip
-    facts = studies.set_reference(study, level=keep.floor(reference.score), reference=reference.score, noise=noise)
-    trials = Trials(
-        model, scheme, how, task, goals, out, facts["reference"], facts["level"], _coupling(model, scheme, free, task, progress),
-        first_batches(task, options.seed), options.thin, options.warm_share, options.early_stop, {"scheme": describe(scheme)}, options.seed, slots,
-    )  # fmt: skip
-    notes = [f"the score differs by {noise:.3g} when measured twice on the original: it is not deterministic"] if noise else []
-    notes += _run_trials(study, trials, options, began, progress)
-    result = _result(study, trials, keep, free, facts, options, notes) | {"seconds": time.time() - began}
-    best = studies.best(study) if len(goals) == 1 else _first_of(studies.pareto(study), goals[0])
-    if best is None:
-        write_search_report(out, result)
-        raise SearchError(_nothing_kept(result))
-    delivered, figures = _measure(trials, best, progress)
-    result |= figures | {"seconds": time.time() - began}
-    shutil.rmtree(out / "model", ignore_errors=True)
-    shutil.copytree(trials.place(best.number) / "model", out / "model")
-    write_search_report(out, result)
-    return Found(delivered, dict(best.params), study.study, result, out / "model")
+    return search, studies.set_reference(search, level=keep.floor(reference), reference=reference, noise=noise)
 
 
-def _coupling(model: nn.Module, scheme: Scheme, free: dict[str, Free], task: Task, progress: Progress) -> Any:
-    """The network's channels, if the scheme cuts any."""
+def _check_folder(search: "Search", trials: Trials) -> None:
+    """Raises OutputError unless the folder holds the models of the study's finished trials, and nobody else's."""
+    from laconic.search import study as studies
+    from laconic.search.outcome import folder_of
+
+    used, known = (trials.folder / "trials").exists(), studies.trials(search)  # in this order: another worker may begin just now
+    done = [t for t in known if "score" in t.user_attrs]
+    lacking = [t.number + 1 for t in done if not (trials.place(folder_of(t)) / "model").is_dir()]
+    if lacking:
+        raise OutputError(
+            f"{trials.folder}: does not hold the models of trials {lacking} of the study; a search's folder and its storage belong together"
+        )
+    if used and not known:
+        raise OutputError(f"{trials.folder}: holds the trials of another search; choose another directory")
+
+
+def _remarks(facts: Mapping[str, Any], reference: float, noise: float) -> list[str]:
+    """What the user should know of the score."""
+    found = max(noise, facts.get("noise", 0.0))
+    notes = [f"the score differs by {found:.3g} when measured twice on the original: it is not deterministic"] if found else []
+    if abs(reference - facts["reference"]) > max(found, 1e-6 * abs(reference)):
+        notes.append(
+            f"the original scores {reference:.6g} here and {facts['reference']:.6g} where the study began; the latter holds. "
+            "Is it the same model, on the same data?"
+        )
+    return notes
+
+
+def _coupling(model: nn.Module, scheme: Scheme, free: Mapping[str, Free], task: Task, thin: bool, progress: Progress) -> tuple[Any, list[str]]:
+    """The network's channels, if the scheme cuts any; and what to say of them. Without thinning, masks will do where nothing can be traced."""
     slots = find_slots(model)
-    fixed = fix(scheme, {name: one.choices[0] if one.choices else one.high if one.integer else _middle(one) for name, one in free.items()}, slots)
+    fixed = fix(scheme, {name: _some(one) for name, one in free.items()}, slots)
     chosen = {slot: method for slot, method in resolve(fixed, slots).items() if not isinstance(method, Keep)}
     wanted = [*needs_of(chosen).values(), *(allocation.wants for allocation in allocations(chosen).values())]
     if not any(need & Stats.CHANNELS for need in wanted):
-        return None
-    from laconic.surgery import couple
+        return None, []
+    from laconic.surgery import couple, couple_or_mask
 
-    coupling = couple(model, task.sample())
+    coupling = couple(model, task.sample()) if thin else couple_or_mask(model, task.sample())
     for line in coupling.refused:
         progress.say(f"not cut: {line}")
-    return coupling
+    return coupling, [] if coupling.groups else coupling.refused[:1]
 
 
-def _middle(free: Free) -> float:
-    assert free.low is not None
-    assert free.high is not None
-    return (free.low + free.high) / 2
-
-
-def _run_trials(study: Any, trials: Trials, options: SearchOptions, began: float, progress: Progress) -> list[str]:
+def _run_trials(study: "Search", trials: Trials, options: SearchOptions, began: float, progress: Progress) -> list[str]:
     """Ask, carry out and tell until the search is over or its time is up; returns what the user should know."""
     from laconic.search import study as studies
 
-    deadline = began + 60 * options.minutes if options.minutes is not None else None
+    deadline = began + 60 * options.minutes if options.minutes is not None else math.inf
     lasted: list[float] = []
     while True:
-        left = deadline - time.time() if deadline is not None else float("inf")
-        if left < _WORTHWHILE * (means.median(lasted) if lasted else 0.0) or left <= 0:
-            return [f"the search ended after its {options.minutes:g} minutes, with {len(studies.trials(study))} trials of {options.trials}"]
-        asked = studies.ask(study)
+        left = deadline - time.time()
+        short = left < _WORTHWHILE * (means.median(lasted) if lasted else 0.0) or left <= 0
+        asked = None if short else studies.ask(study, until=deadline)
         if asked is None:
-            return []
+            return [] if studies.finished(study) else [_out_of_time(study, options)]
         with studies.running(study, asked):
             finished = [t for t in studies.trials(study) if "score" in t.user_attrs]
             neighbour = nearest(asked.values, _neighbours(finished, trials)) if options.warm_share is not None else None
-            record = trials.run(asked.number, asked.values, neighbour, [t.user_attrs["curve"] for t in finished], deadline, progress)
-        score, objectives = record.pop("score"), record.pop("objectives")
-        studies.tell(study, asked, score, objectives, **record)
+            record = trials.run(asked.number, asked.values, neighbour, _complete_curves(finished), deadline, progress)
+        score, objectives, late = record.pop("score"), record.pop("objectives"), record.pop("late")
+        if late and score < trials.floor:  # what it would have come to is not known
+            studies.give_back(study, asked, "the search's time was up before it kept the floor")
+        else:
+            studies.tell(study, asked, score, objectives, **record)
         lasted.append(record["seconds"])
         progress.say(_line(asked, record, score, objectives, trials))
 
 
-_WORTHWHILE = 0.3  # of a trial's usual time must be left for another to begin
+def _out_of_time(study: "Search", options: SearchOptions) -> str:
+    from laconic.search import study as studies
+
+    done = sum("score" in t.user_attrs for t in studies.trials(study))
+    return f"the search ended after its {options.minutes:g} minutes, with {done} trials of at most {options.trials}; it can be resumed"
 
 
 def _neighbours(finished: Sequence[Any], trials: Trials) -> list[Neighbour]:
     """The original, and the finished trials that kept the floor (others have lost what a milder compression needs) and whose state is here."""
-    kept = [t for t in finished if t.user_attrs["score"] >= trials.floor and trials.state(t.number).is_file()]
-    return [Neighbour(None, {}, None), *(Neighbour(t.number, dict(t.params), trials.state(t.number)) for t in kept)]
+    from laconic.search.outcome import folder_of
+
+    kept = [t for t in finished if t.user_attrs["score"] >= trials.floor and trials.state(folder_of(t)).is_file()]
+    return [Neighbour(None, {}, None), *(Neighbour(t.number, dict(t.params), trials.state(folder_of(t))) for t in kept)]
+
+
+def _complete_curves(finished: Sequence[Any]) -> list[list[dict[str, Any]]]:
+    """The learning curves of trials that went to their end."""
+    return [t.user_attrs["curve"] for t in finished if not t.user_attrs["stopped_early"] and math.isfinite(t.user_attrs["score"])]
 
 
 def _line(asked: Any, record: dict[str, Any], score: float, objectives: Sequence[float], trials: Trials) -> str:
@@ -203,86 +314,3 @@ def _line(asked: Any, record: dict[str, Any], score: float, objectives: Sequence
         f"trial {asked.number + 1}: {values}: score {score:.4f} {kept} the floor {trials.floor:.4f}, {goals}; "
         f"{record['minibatches']} minibatches from {start}{', given up early' if record['stopped_early'] else ''}, {record['seconds']:.0f} s"
     )
-
-
-def _result(
-    study: Any, trials: Trials, keep: Floor, free: dict[str, Free], facts: dict[str, Any], options: SearchOptions, notes: list[str]
-) -> dict[str, Any]:  # fmt: skip
-    """Everything the search knows, as plain values."""
-    from laconic.search import study as studies
-
-    rows = []
-    for t in studies.trials(study):
-        told = {key: value for key, value in t.user_attrs.items() if key not in ("failure",)}
-        objective = None if not t.values else t.values[0] if len(trials.goals) == 1 else list(t.values)
-        rows.append({"number": t.number, "values": dict(t.params), "objective": objective, "state": t.state.name.lower(), **told})
-        rows[-1] |= {"failure": t.user_attrs["failure"]} if "failure" in t.user_attrs else {}
-    done = [row for row in rows if row["state"] == "complete"]
-    goals = [{"name": goal.name, "direction": goal.direction} for goal in trials.goals]
-    seen = dict.fromkeys(note for row in done for note in row.get("notes", []))
-    return {
-        "scheme": describe(trials.scheme), "recovery": repr(trials.how), "objective": goals[0] if len(goals) == 1 else goals,
-        "floor": facts["level"], "keep": repr(keep), "margin": facts["reference"] - facts["level"], "reference": {"score": facts["reference"]},
-        "free": {name: _bounds(one) for name, one in free.items()}, "trials": rows, "noise": facts.get("noise", 0.0),
-        "notes": [*notes, *seen], "seed": options.seed,
-        "cost": {key: sum(row[key] for row in done) for key in ("minibatches", "cold_minibatches")},
-        "command": options.command, "versions": versions(), "machine": machine(),
-    } | ({"pareto": [t.number for t in studies.pareto(study)]} if len(goals) > 1 else {})  # fmt: skip
-
-
-def _bounds(free: Free) -> dict[str, Any]:
-    return {"choices": list(free.choices)} if free.choices else {"low": free.low, "high": free.high, "log": free.log}
-
-
-def _first_of(front: Sequence[Any], goal: Goal) -> Any:
-    """Of a Pareto front, the trial that is best for the first objective, or None."""
-    sign = 1 if goal.direction == "maximize" else -1
-    return max(front, key=lambda t: sign * t.values[0], default=None)
-
-
-def _nothing_kept(result: dict[str, Any]) -> str:
-    scores = [(row["score"], row["values"]) for row in result["trials"] if "score" in row]
-    if not scores:
-        return "no trial was finished: allow more time or trials"
-    score, values = max(scores, key=lambda pair: pair[0])
-    return (
-        f"no trial kept the floor {result['floor']:.4f}: the best of {len(scores)} has {score:.4f}, at {values}. Recover longer, or allow more loss"
-    )
-
-
-def _measure(trials: Trials, best: Any, progress: Progress) -> tuple[nn.Module, dict[str, Any]]:
-    """The best trial's model, read from its file, and the figures of the original, of direct compression and of it."""
-    progress.start("measuring", 4)
-    model, task = trials.model, trials.task
-    delivered = trials.reload(best.number)
-    path = trials.place(best.number) / "model"
-    candidate = trials.candidate(delivered, path)
-    original = Candidate(model, copy.deepcopy(model), task.sample(), model)
-    found = task.judge(delivered, task.validation)
-    progress.advance(1, "validation")
-    reference: dict[str, Any] = {
-        "score": task.judge(model, task.validation).score, "stored_bytes": _plain_bytes(model), "nonzero_bytes": nonzero_bytes_of(model),
-        "parameters": sum(p.numel() for p in model.parameters()), "objective": [goal(original) for goal in trials.goals],
-    }  # fmt: skip
-    figures: dict[str, Any] = {
-        "trial": best.number, "values": dict(best.params), "score": found.score, "objective": list(best.values),
-        "stored_bytes": stored_bytes(path), "nonzero_bytes": nonzero_bytes_of(delivered),
-        "parameters": sum(p.numel() for p in candidate.network.parameters()),
-    }  # fmt: skip
-    figures |= {"ratio": reference["stored_bytes"] / figures["stored_bytes"], "nonzero_ratio": reference["nonzero_bytes"] / figures["nonzero_bytes"]}
-    if task.test is not None:
-        reference["test_score"] = task.judge(model, task.test).score
-        progress.advance(1, "the original on test data")
-        figures["test_score"] = task.judge(delivered, task.test).score
-        progress.advance(1, "the compressed model on test data")
-        direct = trials.direct(fix(trials.scheme, best.params, trials.slots))[0]
-        figures["direct_test_score"] = task.judge(direct, task.test).score
-    if len(trials.goals) == 1:
-        reference["objective"], figures["objective"] = reference["objective"][0], figures["objective"][0]
-    layers = layers_table(model, candidate.network, task.sample())
-    return delivered, {"reference": reference, "best": figures, "layers": layers}
-
-
-def _plain_bytes(model: nn.Module) -> int:
-    """Bytes of the original's tensors, each once."""
-    return sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())

@@ -1,22 +1,25 @@
 """The storage of a search: an address, a database that answers, and workers that say they live."""
 
+import json
 import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import optuna
 import sqlalchemy
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from laconic.errors import SearchError
 
 _LOCK_SECONDS = 60  # SQLite lets one process write at a time; the others wait
 _RACES, _PAUSE = 5, 0.5
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 def address(storage: str | Path | None) -> tuple[str | None, str]:
@@ -113,3 +116,27 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
+
+
+def check_fingerprint(study: optuna.Study, mine: dict[str, Any], place: str) -> None:
+    """Store what a search is, or compare it with what is stored.
+
+    Raises: SearchError listing what differs, or saying that the study is somebody else's.
+    """
+    mine = json.loads(json.dumps(mine))
+    theirs = study.user_attrs.get("laconic")
+    if theirs is None:
+        if study.get_trials(deepcopy=False, states=_ENDED):
+            raise SearchError(f"{place}: the study {study.study_name!r} was not made by laconic; give another name")
+        study.set_user_attr("laconic", mine)
+    elif differences := list(_differences(theirs, mine)):
+        raise SearchError(f"{place}: the study {study.study_name!r} is another search: {'; '.join(differences)}. Give another name")
+
+
+def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key in dict.fromkeys((*theirs, *mine)):
+        stored, now = theirs.get(key), mine.get(key)
+        if isinstance(stored, dict) and isinstance(now, dict):
+            yield from _differences(stored, now, f"{path}{key}.")
+        elif stored != now:
+            yield f"{path}{key} was {stored!r} and is {now!r}"

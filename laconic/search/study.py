@@ -1,6 +1,5 @@
 """A search as an Optuna study: stored, resumed, shared by several workers, and shown by optuna-dashboard."""
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from laconic.search.samplers import MEASURED, Settings, SharedSampler, chosen_sampler, distribution_of, plan, sampler_of
-from laconic.search.storage import address, answering, beat, beating, connect, interval_of, quiet
+from laconic.search.storage import address, answering, beat, beating, check_fingerprint, connect, interval_of, quiet
 
 Direction = Literal["maximize", "minimize"]
 
@@ -98,7 +97,7 @@ def open_study(
         how = asdict(settings) | {"sampler": sampler}
         del how["trials"], how["rule"]["margin"]  # the one may grow, the other is measured noise and differs each time it is measured
         mine = {"free": {key: repr(value) for key, value in free.items()}, "objectives": dict(objectives), "settings": how, **(about or {})}
-        _check_fingerprint(study, mine, place)
+        check_fingerprint(study, mine, place)
     return Search(study, opened, dict(free), dict(objectives), settings, place)
 
 
@@ -296,24 +295,3 @@ def _add_late(search: Search, asked: Asked, values: list[float], attributes: Map
 
 def _stored(search: Search, asked: Asked) -> FrozenTrial:
     return search.storage.get_trial(asked.trial._trial_id)
-
-
-def _check_fingerprint(study: optuna.Study, mine: dict[str, Any], place: str) -> None:
-    """Store what the search is, or compare it with what is stored."""
-    mine = json.loads(json.dumps(mine))
-    theirs = study.user_attrs.get("laconic")
-    if theirs is None:
-        if study.get_trials(deepcopy=False, states=(*MEASURED, TrialState.FAIL)):
-            raise SearchError(f"{place}: the study {study.study_name!r} was not made by laconic; give another name")
-        study.set_user_attr("laconic", mine)
-    elif differences := list(_differences(theirs, mine)):
-        raise SearchError(f"{place}: the study {study.study_name!r} is another search: {'; '.join(differences)}. Give another name")
-
-
-def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    for key in dict.fromkeys((*theirs, *mine)):
-        stored, now = theirs.get(key), mine.get(key)
-        if isinstance(stored, dict) and isinstance(now, dict):
-            yield from _differences(stored, now, f"{path}{key}.")
-        elif stored != now:
-            yield f"{path}{key} was {stored!r} and is {now!r}"

@@ -5,15 +5,15 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from laconic.blocks import Batch
-from laconic.errors import RecoveryError, SearchError
+from laconic.errors import RecoveryError, SchemeError, SearchError
 from laconic.memory import compress_module, load_into, save
 from laconic.methods.base import Keep, Method, Then
 from laconic.methods.free import fix
@@ -22,21 +22,16 @@ from laconic.progress import Progress
 from laconic.recover import LC, Direct, Recovery, StopRecovery, Task, recover_task
 from laconic.recover.call import How
 from laconic.recover.projection import Projection
+from laconic.run import atomically, disk_errors
 from laconic.scheme import Scheme
+from laconic.search.neighbours import Neighbour, hopeless, nearest
 from laconic.sites import Slot, Stats
+from laconic.store import read_manifest
 from laconic.weights import bake, installed
 
+__all__ = ["Goal", "Neighbour", "Trials", "after_cut", "copy_baked", "hopeless", "nearest"]
+
 Goal = Maximize | Minimize
-_SLACK = 0.25  # more than the largest share of the gap that a finished run closed is allowed for
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """A finished trial that another can start from: its values, and where its state is (None for the original model)."""
-
-    number: int | None
-    values: dict[str, Any]
-    state: Path | None
 
 
 @dataclass(frozen=True)
@@ -71,11 +66,17 @@ class Trials:
         """The file another trial can start from."""
         return self.place(number) / "state.safetensors"
 
+    @property
+    def unseen(self) -> Task:
+        """The task without its test data, which no trial may look at."""
+        return replace(self.task, test=None)
+
     def run(
         self, number: int, values: Mapping[str, Any], neighbour: Neighbour | None, curves: Sequence[Sequence[dict[str, Any]]],
         deadline: float | None, progress: Progress,
     ) -> dict[str, Any]:  # fmt: skip
-        """The record of a trial. `curves` are those of finished trials, which say what can still be gained; `deadline` ends it early."""
+        """The record of a trial; its score is that of the model read back from its file. `curves` are those of finished trials, which say what
+        can still be gained; after the time `deadline` it ends with what it has, which the record then calls "late"."""
         began = time.time()
         how, start = self.how, None
         if neighbour is not None and neighbour.state is not None and isinstance(how, LC) and self.warm_share is not None:
@@ -84,18 +85,19 @@ class Trials:
             neighbour = None
         scheme = fix(self.scheme, values, self.slots)
         curve: list[dict[str, Any]] = []
-        total = _minibatches(how)
+        total, late = _minibatches(how), False
 
         def listen(point: dict[str, Any]) -> None:
+            nonlocal late
             curve.append(point)
-            late = deadline is not None and time.time() > deadline
+            late = deadline is not None and time.time() > deadline and point["minibatches"] < total
             if late or (self.early_stop and hopeless(curve, total, curves, self.reference, self.floor)):
                 raise StopRecovery
 
         diverged = ""
         try:
             compressed, recovery = recover_task(
-                self.model, scheme, how, self.task, start=start, coupling=self.coupling, statistics=self.statistics, listen=listen,
+                self.model, scheme, how, self.unseen, start=start, coupling=self.coupling, statistics=self.statistics, listen=listen,
                 seed=self.seed, progress=progress,
             )  # fmt: skip
         except RecoveryError as error:  # a trial may fail without ending the search: it counts as not keeping the floor
@@ -105,29 +107,33 @@ class Trials:
         assert recovery.projection is not None
         stored = self.stored_form(compressed, recovery.projection)
         place = self.place(number)
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        self.store(stored, place / "model")
-        score = recovery.score if stored is compressed else self.task.judge(stored, self.task.validation).score
-        candidate = self.candidate(stored, place / "model")
-        objectives = [goal(candidate) for goal in self.goals]
-        save_file({name: t.detach().cpu().contiguous().clone() for name, t in recovery.state.items()}, self.state(number))
+        with disk_errors(self.folder):
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            self.store(stored, place / "model", values)
+            atomically(self.state(number), {name: t.detach().cpu().contiguous().clone() for name, t in recovery.state.items()})
+        delivered = self.reload(number, values)
+        candidate = self.candidate(delivered, place / "model")
         return {
-            "score": -math.inf if diverged else score, "direct_score": direct, "objectives": objectives,
-            "curve": recovery.curve, "stopped_early": recovery.stopped,
-            "warm_from": neighbour.number if neighbour is not None else None, "minibatches": recovery.minibatches,
-            "cold_minibatches": _minibatches(self.how), "seconds": time.time() - began, "notes": [*recovery.notes, *([diverged] if diverged else [])],
+            "score": -math.inf if diverged else self.task.judge(delivered, self.task.validation).score, "direct_score": direct,
+            "objectives": [goal(candidate) for goal in self.goals], "curve": curve if diverged else recovery.curve,
+            "stopped_early": recovery.stopped, "late": late, "warm_from": neighbour.number if neighbour is not None else None,
+            "minibatches": curve[-1]["minibatches"] if curve else 0, "cold_minibatches": _minibatches(self.how),
+            "seconds": time.time() - began, "notes": [*recovery.notes, *([diverged] if diverged else [])],
         }  # fmt: skip
 
     def direct(self, scheme: Scheme) -> tuple[nn.Module, Recovery]:
         """Direct compression under a fixed scheme, with batch norms treated as the recovery treats them."""
         return recover_task(
-            self.model, scheme, Direct(self.how.norm_batches), self.task, coupling=self.coupling, statistics=self.statistics, seed=self.seed
+            self.model, scheme, Direct(self.how.norm_batches), self.unseen, coupling=self.coupling, statistics=self.statistics, seed=self.seed
         )  # fmt: skip
 
     def stored_form(self, compressed: nn.Module, projection: Projection) -> nn.Module:
         """What is delivered: the compressed module itself, or, where channels are cut and `thin` is set, the smaller network that is left,
-        its remaining matrices encoded by what the scheme says after the cut."""
+        its remaining matrices encoded by what the scheme says after the cut.
+
+        Raises: SchemeError when that cannot encode the sizes that are left, SurgeryError as `thin` does.
+        """
         if projection.coupling is None or not self.thin:
             return compressed
         from laconic.surgery import thin
@@ -140,29 +146,41 @@ class Trials:
         def method_of(slot: Slot) -> Method:
             return rest.get(slot.name, Keep())
 
-        return compress_module(thinned, method_of, self.statistics, seed=self.seed)[0]
+        try:
+            return compress_module(thinned, method_of, self.statistics, seed=self.seed)[0]
+        except SchemeError as error:
+            raise SchemeError(
+                f"{error}. That is a matrix from which channels were cut: choose what fits any width, such as group='channel', or thin=False"
+            ) from error
 
-    def store(self, stored: nn.Module, place: Path) -> None:
+    def store(self, stored: nn.Module, place: Path, values: Mapping[str, Any]) -> None:
         """Save the delivered form, with the shapes of what is smaller than in the original."""
         from laconic.surgery import shapes
 
         changed = shapes(stored, self.model) if self.coupling is not None and self.thin else None
-        save(stored, place, **({"shapes": changed} if changed else {}), **self.fields)
+        save(stored, place, **({"shapes": changed} if changed else {}), **self.fields, values=dict(values))
 
-    def reload(self, number: int) -> nn.Module:
-        """A trial's model, read from its file into a fresh copy of the original whose values are forgotten."""
-        fresh = copy.deepcopy(self.model)
-        for tensor in (*fresh.parameters(), *fresh.buffers()):
-            tensor.data.zero_()
+    def reload(self, number: int, values: Mapping[str, Any]) -> nn.Module:
+        """A trial's model, read from its file into a fresh copy of the original whose stored values are forgotten.
+
+        Raises: SearchError when it is not there, or another search's.
+        """
         place = self.place(number) / "model"
         if not place.is_dir():
-            raise SearchError(f"{place}: the model of trial {number} is not here; the search's folder and its storage belong together")
-        return load_into(fresh.float(), place).eval()
+            raise SearchError(f"{place}: the model of trial {number + 1} is not here; a search's folder and its storage belong together")
+        told = read_manifest(place)
+        expected = {**self.fields, "values": dict(values)}
+        if any(told.get(key, value) != value for key, value in expected.items()):
+            raise SearchError(f"{place}: this is not trial {number + 1} of this search: expected {expected}, got {told.get('values')} of another")
+        fresh = copy.deepcopy(self.model)
+        for tensor in fresh.state_dict(keep_vars=True).values():  # other buffers, such as tables of angles, come with the architecture
+            if isinstance(tensor, Tensor):
+                tensor.data.zero_()
+        return load_into(fresh.float(), place).to(next(self.model.parameters()).device).eval()
 
-    def candidate(self, stored: nn.Module, path: Path) -> Candidate:
+    def candidate(self, delivered: nn.Module, path: Path) -> Candidate:
         """What objectives measure."""
-        network = copy_baked(stored)
-        return Candidate(stored, network, self.task.sample(), self.model, dict(self.fields), path)
+        return Candidate(delivered, copy_baked(delivered), self.task.sample(), self.model, dict(self.fields), path)
 
 
 def copy_baked(model: nn.Module) -> nn.Module:
@@ -181,51 +199,5 @@ def after_cut(method: Method) -> Method:
     return Keep() if method.wants & Stats.CHANNELS else method
 
 
-def hopeless(
-    curve: Sequence[dict[str, Any]], total: int, finished: Sequence[Sequence[dict[str, Any]]], reference: float, floor: float
-) -> bool:  # fmt: skip
-    """Whether a run cannot reach the floor any more: not even if, from here on, it closed of its gap to the reference score the largest
-    share that a finished run closed, and a bit more.
-
-    Runs are compared at equal shares of their minibatches. Only runs that were behind the floor there say anything; two are needed, and
-    half of this run has to be done. An estimate: a trial can be given up wrongly, which costs sparsity and never accuracy.
-    """
-    done = curve[-1]["minibatches"] / max(total, 1)
-    if not 0.5 <= done < 1:
-        return False
-    closed = []
-    for other in finished:
-        here = _best_score([p for p in other if p["minibatches"] <= done * other[-1]["minibatches"]])
-        if here < floor:
-            closed.append((_best_score(other) - here) / (reference - here))
-    if len(closed) < 2:
-        return False
-    here = _best_score(curve)
-    return here + min(1.0, (1 + _SLACK) * max(closed)) * (reference - here) < floor
-
-
-def _best_score(curve: Sequence[dict[str, Any]]) -> float:
-    return max(point["score"] for point in curve)
-
-
 def _minibatches(how: How) -> int:
     return how.total if isinstance(how, LC) else how.minibatches
-
-
-def nearest(values: Mapping[str, Any], finished: Sequence[Neighbour]) -> Neighbour | None:
-    """The finished trial whose values are nearest, by relative distance summed over numbers; of equal ones the first.
-
-    Values that differ and are no numbers make a trial no neighbour. The original model counts as a trial with every number at zero.
-    """
-    best: tuple[float, Neighbour] | None = None
-    for other in finished:
-        apart = 0.0
-        for name, value in values.items():
-            there = other.values.get(name, 0.0 if other.number is None else None)
-            if isinstance(value, int | float) and isinstance(there, int | float):
-                apart += abs(float(value) - float(there)) / max(abs(float(value)), 1e-9)
-            elif value != there:
-                apart = float("inf")
-        if apart < float("inf") and (best is None or apart < best[0]):
-            best = apart, other
-    return best[1] if best is not None else None

@@ -4,6 +4,20 @@ from laconic.surgery.channels import couple
 from laconic.surgery.coupling import Coupling, Group
 from laconic.surgery.pretrained import save_pretrained
 from laconic.surgery.reshape import rebuild, shapes
+from laconic.surgery.rows import couple_or_mask, masks
 from laconic.surgery.thinning import Cut, report, silence, thin
 
-__all__ = ["Coupling", "Cut", "Group", "couple", "rebuild", "report", "save_pretrained", "shapes", "silence", "thin"]
+__all__ = [
+    "Coupling",
+    "Cut",
+    "Group",
+    "couple",
+    "couple_or_mask",
+    "masks",
+    "rebuild",
+    "report",
+    "save_pretrained",
+    "shapes",
+    "silence",
+    "thin",
+]

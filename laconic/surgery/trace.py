@@ -15,7 +15,7 @@ from laconic.errors import SurgeryError
 from laconic.surgery.ports import Conv
 from laconic.surgery.verify import flat
 
-MASKS_ONLY = "masks without thinning still work (thin=False in a search)"
+MASKS_ONLY = "masks without thinning still work: --no-thin on the command line (thin=False in a search)"
 DECISIONS = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist"}
 PRODUCTS: tuple[Callable[..., Any], ...] = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 JOINS: tuple[Callable[..., Any], ...] = (torch.cat, torch.concat, torch.concatenate)

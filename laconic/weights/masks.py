@@ -1,8 +1,9 @@
-"""Which entries survive, on disk: a bit per entry or block, a combination's index per n:m group, column indices, or whole rows and columns."""
+"""Which entries survive, on disk: a bit per entry or block, a combination's index per n:m group, column indices, whole rows and columns, or
+an entropy-coded bit per entry."""
 
 from functools import cache
 from itertools import combinations
-from math import comb
+from math import comb, log2
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from laconic.errors import CheckpointError, SchemeError
+from laconic.weights import entropy
 from laconic.weights.blocks import Blocks
 from laconic.weights.codes import dense_bytes, pack_dense, unpack_dense
 
@@ -87,10 +89,30 @@ def _cross(mask: Tensor) -> Tensor | None:
     return torch.cat([rows, columns]) if int(rows.sum()) * int(columns.sum()) == int(mask.sum()) else None
 
 
+def _streams(mask: Tensor, limit: float) -> dict[str, Tensor] | None:
+    """The entropy-coded mask, where that promises to take less than `limit` bytes; encoding takes longer than estimating."""
+    if _coded_bytes(mask.numel(), float(mask.float().mean())) > limit:
+        return None
+    coded = entropy.encode(mask.cpu().numpy().astype(np.int32))
+    return {"mask": coded["head"], "stream": coded["codes"]}
+
+
+def _coded_bytes(entries: int, density: float) -> float:
+    """About the bytes of an entropy-coded mask: entries x the binary entropy, one head, and 12 bytes per stream."""
+    bits = sum(-p * log2(p) for p in (density, 1 - density) if p > 0)
+    return entries * bits / 8 + _HEAD + 12 * -(-entries // entropy.TILE)
+
+
+_HEAD = 44  # bytes of an entropy-coded mask's head with one table, and what the last word of a stream leaves unused
+
+
 def _codings(mask: Tensor) -> dict[str, int]:
     """The bytes that every coding of an unstructured mask would take, the one to prefer first among equals."""
     found = {"bitmap": dense_bytes(mask.numel(), 1), "index": _index_bytes(mask)}
-    return found if _cross(mask) is None else {"cross": dense_bytes(sum(mask.shape), 1), **found}
+    if _cross(mask) is not None:
+        found = {"cross": dense_bytes(sum(mask.shape), 1), **found}
+    coded = _streams(mask, min(found.values()))
+    return found if coded is None else found | {"entropy": sum(t.nbytes for t in coded.values())}
 
 
 def mask_bytes(mask: Tensor, pattern: Pattern) -> int:
@@ -119,11 +141,11 @@ def expected_mask_bits(shape: tuple[int, int], pattern: Pattern, sparsity: float
     if not isinstance(pattern, str):
         return 8 * dense_bytes(blocks_of(pattern, shape).count, 1)
     index = 8 * _count_dtype(shape[1]).itemsize * shape[0] + (1 - sparsity) * entries * max(1, (shape[1] - 1).bit_length())
-    return min(8 * dense_bytes(entries, 1), index)
+    return min(8 * dense_bytes(entries, 1), index, 8 * _coded_bytes(entries, 1 - sparsity))
 
 
 def store_mask(mask: Tensor, pattern: Pattern) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The mask [out, in] as (spec, tensors); unstructured masks take the cheapest of three codings."""
+    """The mask [out, in] as (spec, tensors); unstructured masks take the cheapest of four codings."""
     mask = mask.cpu()
     group = n_of_m(pattern)
     if group:
@@ -137,6 +159,10 @@ def store_mask(mask: Tensor, pattern: Pattern) -> tuple[dict[str, Any], dict[str
     coding, cross = min(sizes, key=lambda name: sizes[name]), _cross(mask)
     if coding == "cross" and cross is not None:
         return {"coding": "cross"}, {"mask": pack_dense(cross.int(), 1)}
+    if coding == "entropy":
+        coded = _streams(mask, float("inf"))
+        assert coded is not None
+        return {"coding": "entropy"}, coded
     if coding == "bitmap":
         return {"coding": "bitmap"}, {"mask": pack_dense(mask.int(), 1)}
     columns = mask.nonzero()[:, 1].int()
@@ -170,6 +196,12 @@ def restore_mask(spec: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[
         _expect_bytes(data, sum(shape), 1)
         kept = unpack_dense(data, 1, sum(shape)).bool()
         return kept[: shape[0], None] & kept[shape[0] :]
+    if coding == "entropy" and pattern == "unstructured":
+        stream = tensors.get("stream")
+        decoded = entropy.decode({"head": data} | ({"codes": stream} if stream is not None else {}), shape)
+        if not bool(((decoded == 0) | (decoded == 1)).all()):
+            raise CheckpointError("sparse: an entropy-coded mask holds something else than 0 and 1")
+        return decoded.bool()
     if coding == "bitmap" and pattern == "unstructured":
         _expect_bytes(data, entries, 1)
         return unpack_dense(data, 1, entries).bool().view(shape)

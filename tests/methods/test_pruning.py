@@ -220,3 +220,10 @@ def test_a_chain_of_three_keeps_the_first_ones_zeros() -> None:
     assert isinstance(weight, Sparse)
     assert float((weight() == 0).float().mean()) >= 0.75
     assert weight.bits() == pytest.approx(chain.expected_bits((64, 128)), rel=0.05)
+
+
+def test_what_another_method_encodes_was_not_rounded_before() -> None:
+    W = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    exact = (Magnitude(0.5) >> Cast("float32"))(Site("x", W))()
+    assert torch.equal(exact[exact != 0], W[exact != 0])
+    assert not torch.equal(Magnitude(0.5)(Site("x", W))()[exact != 0], W[exact != 0])

@@ -52,7 +52,7 @@ def conv() -> nn.Sequential:
             nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
             nn.Linear(32, 4),
-        )  # fmt: skip
+        )
     )
 
 

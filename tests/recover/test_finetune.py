@@ -1,5 +1,6 @@
 """Fine-tuning of a compressed model with its side information kept; structures that stay silent; batch norms estimated anew."""
 
+import math
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ from laconic.recover import LC, Direct, FineTune, Steps, StopRecovery, Task, rec
 from laconic.recover.compressed import Bench
 from laconic.recover.finetune import straight_through
 from laconic.recover.projection import project_onto
-from laconic.recover.train import Trainer
+from laconic.recover.train import Trainer, distance_of
 from laconic.surgery import thin
 from laconic.weights import Codebook, Sparse, Uniform
 from laconic.weights.install import installed
-from tests.recover.nets import conv, mlp, outputs, seeded, task, untouched, vectors
+from tests.recover.nets import conv, mlp, outputs, seeded, task, trained, untouched, vectors
 
 FAST = Steps(lr=0.1, lr_end=0.01)
 
@@ -174,6 +175,30 @@ def test_silenced_filters_stay_silent_and_can_be_cut(how: Any) -> None:
     assert torch.allclose(outputs(thinned, problem.test), outputs(compressed, problem.test), atol=1e-5)
 
 
+def test_channels_are_silent_from_the_first_forward_pass_on() -> None:
+    """Also where a gradient would make them speak again: that of ReLU at 0 is none, that of GELU is 1/2."""
+    pytest.importorskip("torch_pruning")
+    net = conv()
+    net[3] = net[6] = nn.GELU()
+    with torch.no_grad():
+        net[2].bias.fill_(0.5)  # type: ignore[union-attr, operator]
+    heard: list[Tensor] = []
+    given = task()
+
+    def loss(output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        heard.append(net[2].bias.detach().clone())  # type: ignore[union-attr, operator]
+        return F.cross_entropy(output, batch[1])
+
+    problem = Task(given.train, given.validation, loss=loss)
+    bench = Bench(net, project_onto(net, lc.parse("FilterPrune(0.5)"), example=problem.sample()), problem)
+    weights = bench.projection.compress(bench.values())
+    gone = ~weights[bench.projection.slots[0]].mask.any(1)  # type: ignore[union-attr, operator]
+    assert gone.any()
+    straight_through(bench, Trainer(net, problem, FAST, 3), weights, 3)
+    assert len(heard) == 3
+    assert all(not bias[gone].any() and bias[~gone].all() for bias in heard)
+
+
 def test_an_embedding_with_sparse_gradients_is_trained() -> None:
     g = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(12, (48, 3), generator=g), torch.randint(2, (48,), generator=g)
@@ -182,3 +207,23 @@ def test_an_embedding_with_sparse_gradients_is_trained() -> None:
     for how in (LC(3, 10, mu=0.1, learn=FAST), FineTune(30, FAST)):
         _, found = recover_task(net, [("0", lc.Magnitude(0.5)), ("*", lc.RTN(4, "channel"))], how, problem)
         assert found.loss < found.curve[0]["validation_loss"] - 0.1
+
+
+def test_distillation_follows_the_original_where_labels_are_noise() -> None:
+    """With labels that say nothing, training on them destroys the network; training on the original's answers does not."""
+    problem = task()
+    net = trained(mlp(), problem.train, 200)
+    noise = torch.Generator().manual_seed(1)
+    wrong = [(x, torch.randint(4, y.shape, generator=noise)) for x, y in problem.train]
+    noisy = Task(wrong, problem.validation)
+    last = {}
+    for share in (0.0, 1.0):
+        steps = Steps(lr=0.05, lr_end=0.01, distill=share)
+        last[share] = recover_task(net, "Magnitude(0.8, scope='model')", FineTune(40, steps, checks=1), noisy)[1].curve[-1]["score"]
+    assert last[1.0] > last[0.0] + 0.2
+
+
+def test_the_distance_to_the_original_by_hand() -> None:
+    own, other = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2 * math.log(3)]])
+    by_hand = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    assert float(distance_of(own, other, 2.0)) == pytest.approx(4 * by_hand)

@@ -1,6 +1,7 @@
 """L-C: its algorithm step by step, exact problems, limits, the paper's claim in miniature, and blindness to the scheme."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from laconic.errors import RecoveryError, SchemeError
 from laconic.memory import load_into, save
 from laconic.methods.base import Keep
 from laconic.recover import LC, Direct, FineTune, Recovery, Steps, Task, recover_task
+from laconic.recover.compressed import Bench
+from laconic.recover.projection import project_onto
 from laconic.weights.install import installed
 from tests.recover.nets import Words, conv, digits, mlp, outputs, seeded, task, trained, untouched, vectors, words_task
 
@@ -47,7 +50,7 @@ def test_every_line_of_the_algorithm(multipliers: bool) -> None:
     """Against the textbook in float64: L by gradient descent, C by keeping the three largest as bfloat16, lambda by the formula."""
     model, problem, _ = regression(3)
     X, y = (t.double() for t in problem.train[0])  # type: ignore[index]
-    mu, a, rate = 0.4, 1.5, 0.3
+    mu, a, rate = 0.7, 1.5, 0.3  # from j = 4 on 1 / mu_j bounds the rate
     _, found = recover_task(model, EXACT, LC(6, 5, first=9, mu=mu, a=a, learn=PLAIN, multipliers=multipliers), problem)
 
     def C(w: Tensor) -> Tensor:
@@ -73,14 +76,14 @@ def test_every_line_of_the_algorithm(multipliers: bool) -> None:
     assert [p["minibatches"] for p in found.curve] == [0, 9, 14, 19, 24, 29, 34]
 
 
-@pytest.mark.parametrize("seed", [0, 5, 10])
+@pytest.mark.parametrize("seed", [0, 5])
 def test_the_constrained_optimum_of_a_quadratic(seed: int) -> None:
     """L-C reaches the best three entries of all 56 choices, to 1%, where direct compression is at least 30% off. With multipliers the
     constraint is met at a fixed mu; the penalty alone, at the same mu, stays away from it."""
     model, problem, optimum = regression(seed)
-    how = LC(40, 30, mu=1.0, a=1.0, learn=PLAIN)
+    how = LC(30, 20, mu=1.0, a=1.0, learn=PLAIN)
     _, found = recover_task(model, EXACT, how, problem)
-    _, penalty = recover_task(model, EXACT, LC(40, 30, mu=1.0, a=1.0, learn=PLAIN, multipliers=False), problem)
+    _, penalty = recover_task(model, EXACT, LC(30, 20, mu=1.0, a=1.0, learn=PLAIN, multipliers=False), problem)
     assert found.curve[0]["validation_loss"] > 1.3 * optimum
     assert optimum * 0.999 < found.loss < 1.01 * optimum
     assert found.curve[-1]["distance"] < 0.02
@@ -91,8 +94,8 @@ def test_the_constrained_optimum_of_a_quadratic(seed: int) -> None:
 def test_it_finds_other_entries_than_direct_compression_does() -> None:
     """On this problem the three largest entries are the wrong ones; training them alone ends at twice the optimum."""
     model, problem, optimum = regression(10)
-    _, tuned = recover_task(model, EXACT, FineTune(600, PLAIN, checks=2), problem)
-    compressed, found = recover_task(model, EXACT, LC(40, 30, mu=1.0, a=1.0, learn=PLAIN), problem)
+    _, tuned = recover_task(model, EXACT, FineTune(400, PLAIN, checks=2), problem)
+    compressed, found = recover_task(model, EXACT, LC(30, 20, mu=1.0, a=1.0, learn=PLAIN), problem)
     assert tuned.loss > 2 * optimum
     assert found.loss < 1.01 * optimum
     kept, largest = compressed.weight[0] != 0, model.weight[0].abs() >= model.weight[0].abs().sort().values[-3]  # type: ignore[index, union-attr, operator]
@@ -105,7 +108,7 @@ def test_nothing_to_compress_leaves_the_score_and_meets_the_constraint(scheme: s
     net, problem = mlp().eval(), task()
     reference = problem.judge(net, problem.validation)
     for how in (Direct(), LC(3, 4), FineTune(4, checks=2)):
-        compressed, found = recover_task(net, scheme, how, problem)
+        _, found = recover_task(net, scheme, how, problem)
         assert found.direct == reference.score
         assert found.loss <= reference.loss
         assert all(p.get("distance", 0.0) < 1e-6 or p["minibatches"] for p in found.curve)
@@ -140,7 +143,7 @@ def written() -> tuple[nn.Module, Task]:
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(512, 10),
-        )  # fmt: skip
+        )
     )
     problem = Task(data, validation, test)
     assert problem.judge(trained(net, data), validation).score > 0.95
@@ -148,8 +151,8 @@ def written() -> tuple[nn.Module, Task]:
 
 
 def test_recovery_on_digits(written: tuple[nn.Module, Task]) -> None:
-    """At 97% sparsity and 400 minibatches each. Measured, 3 seeds, validation accuracy: direct compression 0.18, the quadratic penalty 0.24
-    to 0.27, fine-tuning with the masks kept 0.81, L-C 0.86; test 0.86 to 0.87 and 0.89 to 0.90 for the last two."""
+    """At 97% sparsity and 400 minibatches each. Measured, validation accuracy: direct compression 0.15, the quadratic penalty 0.45, fine-tuning
+    with the masks kept 0.82, L-C 0.88; validation loss 0.55 and 0.40 for the last two."""
     net, problem = written
     scheme, learn = lc.Magnitude(0.97, scope="model"), Steps(lr=0.05, lr_end=1e-3)
 
@@ -164,9 +167,13 @@ def test_recovery_on_digits(written: tuple[nn.Module, Task]) -> None:
     assert found.score > penalty.score + 0.3
     assert found.score > tuned.score + 0.02
     assert found.loss < tuned.loss - 0.05
-    assert found.test_score is not None
-    assert tuned.test_score is not None
-    assert found.test_score > tuned.test_score
+    assert found.notes == []
+
+
+def test_a_mu_that_is_too_small_is_noted() -> None:
+    _, found = recover_task(mlp(), "Magnitude(0.9)", LC(4, 6, mu=1e-5, learn=Steps(lr=0.1, lr_end=0.1)), task())
+    assert len(found.notes) == 1
+    assert "mu is too small for L-steps of 6 minibatches at lr 0.1" in found.notes[0]
 
 
 SCHEMES = (
@@ -256,6 +263,45 @@ def test_the_best_is_by_validation_loss() -> None:
     assert found.score == found.direct
 
 
+@pytest.mark.parametrize("how", [LC(5, 6, mu=0.01, a=1.0, refit=False), FineTune(30, checks=5)])
+def test_the_best_does_not_move_with_what_is_trained_after_it(how: Any) -> None:
+    """The rate is so high that the last models are worse; what is returned is what was judged, entry by entry."""
+    net, problem = conv(), task()
+    how = replace(how, learn=Steps(lr=2.0, lr_end=2.0, clip=2.0), norm_batches=2)
+    compressed, found = recover_task(net, "Magnitude(0.3) >> RTN(6, 'channel')", how, problem)
+    best = min(range(6), key=lambda i: found.curve[i]["validation_loss"])
+    assert 0 < best < 5
+    assert problem.judge(compressed, problem.validation).loss == pytest.approx(found.curve[best]["validation_loss"], rel=1e-6)
+
+
+def test_looking_at_a_compressed_point_changes_nothing() -> None:
+    """Neither the values in training, nor norms that were estimated anew or silenced for it, nor modes."""
+    pytest.importorskip("torch_pruning")
+    net, problem = conv().train(), task()
+    bench = Bench(net, project_onto(net, lc.parse("FilterPrune(0.5)"), example=problem.sample()), problem, norm_batches=2)
+    weights = bench.projection.compress(bench.values())
+    with untouched(net):
+        snapshot = bench.judged(weights, 0)
+    before = net.state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in snapshot.rest.items() if "running" in name)
+    assert any(not torch.equal(value, before[name]) for name, value in snapshot.rest.items() if "bias" in name)
+
+
+def test_every_minibatch_has_randomness_of_its_own() -> None:
+    """Dropout does not repeat itself from one L-step to the next; the same seed repeats all of it."""
+    drawn: list[float] = []
+
+    def loss(output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if torch.is_grad_enabled():
+            drawn.append(float(torch.rand(())))
+        return F.cross_entropy(output, batch[1])
+
+    for _ in range(2):
+        recover_task(mlp(), "Magnitude(0.5)", LC(4, 5, mu=0.1), task(loss=loss))
+    assert drawn[:20] == drawn[20:]
+    assert len(set(drawn)) == 20
+
+
 def test_same_seed_same_bytes_another_seed_other_bytes() -> None:
     net, problem, how = mlp(), task(), LC(2, 4, mu=0.1)
 
@@ -299,7 +345,8 @@ def test_a_loss_that_is_never_finite_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: LC(0), "steps"), (lambda: LC(2, 0), "minibatches.*at least 1, got 0"), (lambda: LC(first=0), "first"), (lambda: LC(2.5), "whole number"),
+        (lambda: LC(0), "steps"), (lambda: LC(2, 0), "minibatches.*at least 1, got 0"), (lambda: LC(first=0), "first"),
+        (lambda: LC(2.5), "whole number"),
         (lambda: LC(mu=0.0), "mu > 0"), (lambda: LC(mu=float("inf")), "mu > 0"), (lambda: LC(a=0.9), "a >= 1"),
         (lambda: LC(then=Direct()), "FineTune"), (lambda: LC(learn=0.1), "Steps"), (lambda: LC(norm_batches=-1), "norm_batches"),
         (lambda: Direct(-2), "norm_batches"), (lambda: FineTune(0), "minibatches"), (lambda: FineTune(checks=0), "checks"),

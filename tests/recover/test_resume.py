@@ -17,8 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import laconic as lc
 from laconic.errors import CheckpointError, OutputError
 from laconic.memory import save
-from laconic.recover import LC, Direct, FineTune, Recovery, Steps, StopRecovery, Task, recover_task
+from laconic.progress import Log
+from laconic.recover import LC, Direct, FineTune, Recovery, Steps, StopRecovery, Task, deliver, recover_task
 from laconic.recover.checkpoint import STATE
+from laconic.recover.deliver import recover_directory
+from laconic.recover.train import Trainer
 from tests.recover.nets import conv, mlp, task, vectors
 
 LEARN = Steps(lr=0.05, lr_end=0.005)
@@ -85,6 +88,18 @@ def test_killed_and_resumed_it_gives_the_same_bytes(kind: str, step: int, tmp_pa
     assert heard == expected.curve  # a listener that stops by the whole curve decides as it would have
     assert all(torch.equal(found.state[name], value) for name, value in expected.state.items())
     assert not (tmp_path / "run" / STATE).exists()
+
+
+def test_skipped_minibatches_are_still_counted(tmp_path: Path) -> None:
+    x, y = vectors(16, 9)
+    data = [(x * torch.nan, y), *(vectors(16, seed) for seed in range(20, 29))]
+    problem, how = Task(data, [vectors(64, 2)]), LC(4, 5, mu=0.1)
+    _, expected = recover_task(conv(), "Magnitude(0.5)", how, problem)
+    with pytest.raises(Killed):
+        recover_task(conv(), "Magnitude(0.5)", how, problem, folder=tmp_path, listen=killed_after(2))
+    _, found = recover_task(conv(), "Magnitude(0.5)", how, problem, folder=tmp_path, resume=True)
+    assert [p.get("skipped") for p in found.curve] == [None, 1, 1, 2, 2]
+    assert figures(found) == figures(expected)
 
 
 PROGRAM = """
@@ -234,3 +249,27 @@ def test_snapshots_do_not_move_with_what_is_trained_later() -> None:
 def vectors_of(width: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     return torch.randn(40, width, generator=g), torch.randint(width, (40,), generator=g)
+
+
+@pytest.mark.parametrize("when", ["save", "write_json"])
+def test_killed_while_it_is_stored_nothing_is_trained_again(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state of a directory's recovery stays until its model and its figures are there."""
+    net, how, out = mlp(), LC(3, 4, mu=0.1), tmp_path / "out"
+    arguments: dict[str, Any] = {"source": None, "overwrite": False, "seed": 0, "command": "", "progress": Log()}
+    whole = recover_directory(net, lc.Magnitude(0.5), how, task(), tmp_path / "whole", resume=False, **arguments)
+    with monkeypatch.context() as patched:
+        patched.setattr(deliver, when, raised)
+        with pytest.raises(Killed):
+            recover_directory(net, lc.Magnitude(0.5), how, task(), out, resume=False, **arguments)
+    with pytest.raises(OutputError, match="unfinished recovery"):
+        recover_directory(net, lc.Magnitude(0.5), how, task(), out, resume=False, **arguments)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "run", raised)
+        found = recover_directory(net, lc.Magnitude(0.5), how, task(), out, resume=True, **arguments)
+    assert found["curve"] == whole["curve"]
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert not (out / STATE).exists()
+
+
+def raised(*_: Any, **__: Any) -> Any:
+    raise Killed

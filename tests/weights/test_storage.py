@@ -116,7 +116,24 @@ def test_masks_come_back_in_the_bytes_they_say(pattern: masks.Pattern, sparsity:
 def test_a_sparse_mask_takes_the_cheaper_coding() -> None:
     score = torch.rand(64, 1024, generator=torch.Generator().manual_seed(0))
     assert masks.store_mask(masks.choose(score, "unstructured", 0.5), "unstructured")[0] == {"coding": "bitmap"}
-    assert masks.store_mask(masks.choose(score, "unstructured", 0.97), "unstructured")[0] == {"coding": "index"}
+    few = masks.choose(score, "unstructured", 0.97)
+    spec, tensors = masks.store_mask(few, "unstructured")
+    assert spec == {"coding": "entropy"}  # 0.194 bits per entry
+    assert sum(t.nbytes for t in tensors.values()) == masks.mask_bytes(few, "unstructured") < 1.1 * 0.194 * few.numel() / 8
+    assert torch.equal(masks.restore_mask(spec, tensors, (64, 1024), "unstructured"), few)
+    assert masks.store_mask(few[:2], "unstructured")[0] == {"coding": "index"}  # too small to pay for a head
+
+
+def test_a_damaged_entropy_coded_mask_is_refused() -> None:
+    few = torch.rand(64, 256, generator=torch.Generator().manual_seed(0)) > 0.97
+    spec, tensors = masks.store_mask(few, "unstructured")
+    assert spec == {"coding": "entropy"}
+    for damaged in ({"mask": tensors["mask"]}, tensors | {"stream": tensors["stream"][:-1]}, tensors | {"mask": tensors["mask"][:-1]}):
+        with pytest.raises(CheckpointError):
+            masks.restore_mask(spec, damaged, (64, 256), "unstructured")
+    numbers = masks.entropy.encode(torch.arange(64 * 256).view(64, 256).remainder(3).int().numpy())
+    with pytest.raises(CheckpointError, match="something else than 0 and 1"):
+        masks.restore_mask(spec, {"mask": numbers["head"], "stream": numbers["codes"]}, (64, 256), "unstructured")
 
 
 def test_whole_rows_and_columns_take_a_bit_each() -> None:
@@ -132,7 +149,7 @@ def test_whole_rows_and_columns_take_a_bit_each() -> None:
             with pytest.raises(CheckpointError, match="mask"):
                 masks.restore_mask(spec, {"mask": damaged}, (50, 70), "unstructured")
     mask[0, 0] = False
-    assert masks.store_mask(mask, "unstructured")[0] == {"coding": "bitmap"}
+    assert masks.store_mask(mask, "unstructured")[0] != {"coding": "cross"}
     with pytest.raises(CheckpointError, match="does not belong"):
         masks.restore_mask({"coding": "cross"}, {"mask": torch.zeros(15, dtype=torch.uint8)}, (50, 70), (1, 70))
 

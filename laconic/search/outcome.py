@@ -1,0 +1,138 @@
+"""What a search found, as plain values: its trials, the best one measured from its file, and what it costs and saves."""
+
+import copy
+import errno
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from laconic.machine import machine, versions
+from laconic.methods.free import Free, fix
+from laconic.objectives import Candidate, Floor, nonzero_bytes_of
+from laconic.profile import layers_table
+from laconic.progress import Progress
+from laconic.recover import Task
+from laconic.run import finite
+from laconic.scheme import describe
+from laconic.search import study as studies
+from laconic.search.trial import Goal, Trials
+from laconic.store import stored_bytes
+
+
+def figures_of(given: nn.Module, model: nn.Module, task: Task, goals: Sequence[Goal], original_bytes: int | None) -> dict[str, Any]:
+    """What is known of the original before the search: its bytes in its own types, its parameters, its objectives.
+
+    `model` is `given` in float32. `original_bytes`: of the original's file, where its types are not those of `given`.
+    Raises: SearchError for an objective that is not a finite number.
+    """
+    plain = sum({id(t): t.nbytes for t in given.state_dict(keep_vars=True).values()}.values())
+    size = plain if original_bytes is None else original_bytes
+    candidate = Candidate(model, copy.deepcopy(model), task.sample(), model)
+    objectives = [goal(candidate) for goal in goals]
+    return {
+        "stored_bytes": size, "nonzero_bytes": nonzero_bytes_of(given) * size / plain, "parameters": sum(p.numel() for p in given.parameters()),
+        "objective": objectives[0] if len(objectives) == 1 else objectives,
+    }  # fmt: skip
+
+
+def result_of(
+    search: studies.Search, trials: Trials, keep: Floor, free: Mapping[str, Free], facts: Mapping[str, Any], original: Mapping[str, Any],
+    notes: Sequence[str], **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything the search knows before its best trial is measured; numbers that are not finite are None."""
+    rows = []
+    for t in studies.trials(search):
+        objective = None if not t.values else t.values[0] if len(trials.goals) == 1 else list(t.values)
+        rows.append({"number": t.number, "values": dict(t.params), "objective": objective, "state": t.state.name.lower(), **t.user_attrs})
+    done = [row for row in rows if row["state"] == "complete"]
+    goals = [{"name": goal.name, "direction": goal.direction} for goal in trials.goals]
+    seen = dict.fromkeys(note for row in done for note in row.get("notes", []))
+    result = {
+        "scheme": describe(trials.scheme), "recovery": repr(trials.how), "objective": goals[0] if len(goals) == 1 else goals,
+        "floor": facts["level"], "keep": repr(keep), "margin": facts["reference"] - facts["level"],
+        "reference": {"score": facts["reference"], **original}, "free": {name: _bounds(one) for name, one in free.items()}, "trials": rows,
+        "noise": facts.get("noise", 0.0), "notes": [*notes, *seen],
+        "cost": {key: sum(row[key] for row in done) for key in ("minibatches", "cold_minibatches")},
+        "versions": versions(), "machine": machine(), **more,
+    }  # fmt: skip
+    return finite(result | ({"pareto": [t.number for t in studies.pareto(search)]} if len(goals) > 1 else {}))
+
+
+def _bounds(free: Free) -> dict[str, Any]:
+    return {"choices": list(free.choices)} if free.choices else {"low": free.low, "high": free.high, "log": free.log}
+
+
+def best_of(search: studies.Search) -> Any:
+    """The trial to deliver, or None: the best one; of a Pareto front, the one that is best for the first objective."""
+    if len(search.objectives) == 1:
+        return studies.best(search)
+    sign = 1 if next(iter(search.objectives.values())) == "maximize" else -1
+    return max(studies.pareto(search), key=lambda t: sign * t.values[0], default=None)
+
+
+def folder_of(trial: Any) -> int:
+    """The number of the folder that holds a trial's model: a result that came late is stored as another trial than it was begun as."""
+    return int(trial.user_attrs.get("late", trial.number))
+
+
+def nothing_kept(result: Mapping[str, Any]) -> str:
+    """What to say when no trial kept the floor."""
+    if not any(row["state"] == "complete" for row in result["trials"]):
+        return "no trial was finished: allow more time or trials, and go on with the study (resume)"
+    scores = [(row["score"], row["values"]) for row in result["trials"] if row.get("score") is not None]
+    if not scores:
+        return "training diverged in every trial: lower the learning rate of the recovery"
+    score, values = max(scores, key=lambda pair: pair[0])
+    return (
+        f"no trial kept the floor {result['floor']:.4f}: the best of {len(scores)} has {score:.4f}, at {values}. Recover longer, or allow more loss"
+    )
+
+
+def measure(trials: Trials, best: Any, original: Mapping[str, Any], progress: Progress) -> tuple[nn.Module, dict[str, Any]]:
+    """The best trial's model, read from its file, and the figures of it, of direct compression and of its layers; test data is used here only."""
+    progress.start("measuring", 4)
+    model, task = trials.model, trials.task
+    path = trials.place(folder_of(best)) / "model"
+    delivered = trials.reload(folder_of(best), best.params)
+    candidate = trials.candidate(delivered, path)
+    found = task.judge(delivered, task.validation)
+    progress.advance(1, "validation")
+    figures: dict[str, Any] = {
+        "trial": best.number, "values": dict(best.params), "score": found.score,
+        "objective": best.values[0] if len(trials.goals) == 1 else list(best.values),
+        "stored_bytes": stored_bytes(path), "nonzero_bytes": nonzero_bytes_of(delivered),
+        "parameters": sum(p.numel() for p in candidate.network.parameters()),
+    }  # fmt: skip
+    figures |= {"ratio": original["stored_bytes"] / figures["stored_bytes"], "nonzero_ratio": original["nonzero_bytes"] / figures["nonzero_bytes"]}
+    reference: dict[str, Any] = {}
+    if task.test is not None:
+        reference["test_score"] = task.judge(model, task.test).score
+        progress.advance(1, "the original on test data")
+        figures["test_score"] = task.judge(delivered, task.test).score
+        progress.advance(1, "the compressed model on test data")
+        direct = trials.direct(fix(trials.scheme, best.params, trials.slots))[0]
+        figures["direct_test_score"] = task.judge(direct, task.test).score
+        progress.advance(1, "direct compression on test data")
+    return delivered, {"reference": reference, "best": figures, "layers": layers_table(model, candidate.network, task.sample())}
+
+
+def deliver(source: Path, target: Path) -> None:
+    """Copy a folder to where an earlier one may be, whole or not at all; another worker may be doing the same."""
+    fresh = target.with_name(f".{target.name}-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(source, fresh)
+    for last in (False,) * _RACES + (True,):
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            fresh.rename(target)
+            return
+        except OSError as error:
+            if last or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+_RACES = 5

@@ -1,0 +1,281 @@
+"""`laconic search` and `laconic recover`: task files and language models, what they write and print, resuming, exit codes."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+pytest.importorskip("optuna")
+pytest.importorskip("torch_pruning")
+pytest.importorskip("sklearn")
+
+import laconic as lc
+from laconic.recover.deliver import RESULT
+from laconic.recover.text import text_task
+from laconic.store import MANIFEST, read_manifest, stored_bytes
+from laconic.weights import installed
+from tests.conftest import tiny_config
+from tests.recover.nets import bytes_of, mlp, task
+from tests.test_cli import laconic, only_json
+
+TASK = """
+import torch
+from tests.recover.nets import mlp, task, trained
+
+made = task()
+train, validation, test = made.train, made.validation, made.test
+model = trained(mlp(), train, 60)
+"""
+SHORT = "LC(3, 4, mu=0.5, learn=Steps(lr=0.05, lr_end=0.01))"
+SEARCH = ["--scheme", "Magnitude(Free(0.2, 0.95))", "--recovery", SHORT, "--keep", 0.1, "--trials", 3]
+RECOVER = ["--scheme", "Magnitude(0.5) >> Cast('float16')", "--recovery", SHORT]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take as long as searches of this size; `test_run.py` has a search with its pictures."""
+    monkeypatch.setattr(sys.modules["laconic.search.report"], "render_search", lambda result: "<html></html>")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A task file: four classes of points and a small network that knows them."""
+    made = tmp_path / "task.py"
+    made.write_text(TASK)
+    return made
+
+
+def words(text: Path, *more: object) -> list[object]:
+    return ["--data", text, "--length", 32, "--batch", 8, "--train-tokens", 2048, *more]
+
+
+def test_search_of_a_task_file(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = laconic("search", "--task", file, *SEARCH, "--out", out, "--objective", "nonzero_bytes", "--json")
+    assert done.exit_code == 0, done.stderr
+    result = only_json(done.stdout)
+    assert result == json.loads((out / "search.json").read_text())
+    assert result["objective"] == {"name": "nonzero_bytes", "direction": "minimize"}
+    assert result["best"]["score"] >= result["floor"] == pytest.approx(result["reference"]["score"] - 0.1)
+    assert result["command"].startswith("laconic ")
+    assert "trial 1: sparsity 0.575: score" in done.stderr
+    read = lc.load_into(mlp(), out / "model").eval()
+    problem = task()
+    assert problem.judge(read, problem.test or []).score == result["best"]["test_score"]
+    again = laconic("search", "--task", file, *SEARCH, "--out", out, "--objective", "nonzero_bytes", "--json")
+    assert again.exit_code == 8
+    assert "resume it, or give another name" in again.stderr
+    resumed = laconic("search", "--task", file, *SEARCH, "--out", out, "--objective", "nonzero_bytes", "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert "chosen" in resumed.stdout
+    assert "nonzero_bytes" in resumed.stdout
+    assert f"model: {out / 'model'}, report: {out / 'search.html'}" in resumed.stderr.replace("\n", "")
+    assert json.loads((out / "search.json").read_text())["trials"] == result["trials"]
+
+
+def test_search_for_two_objectives_with_a_plan(file: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.py"
+    plan.write_text("import laconic as lc\n\nscheme = [('0', lc.Keep()), ('*', lc.RTN(bits=lc.Free(choices=(3, 8)), group='channel'))]\n")
+    given = ["--objective", "stored_bytes", "--objective", "max parameters", "--sampler", "tpe", "--cold", "--no-early-stop", "--name", "two"]
+    done = laconic("search", "--task", file, "--plan", plan, "--recovery", "Direct()", "--keep", 1, "--trials", 3, "--out", tmp_path / "o", *given)
+    assert done.exit_code == 0, done.stderr
+    result = json.loads((tmp_path / "o" / "search.json").read_text())
+    assert [goal["direction"] for goal in result["objective"]] == ["minimize", "maximize"]
+    assert result["pareto"]
+    assert all(row["warm_from"] is None for row in result["trials"])
+
+
+def test_an_interrupted_search_says_how_to_go_on(file: Path, tmp_path: Path) -> None:
+    count = "\ncalls = 0\n\n\ndef score(output, batch):\n    global calls\n    calls += 1\n    if calls == 5:\n        raise KeyboardInterrupt\n"
+    usual = "    return (output.argmax(1) == batch[1]).float()\n"
+    file.write_text(TASK + count + usual)
+    stopped = laconic("search", "--task", file, *SEARCH, "--out", tmp_path / "out")
+    assert stopped.exit_code == 130
+    assert "interrupted; finished trials are kept: run the same command with --resume" in stopped.stderr
+    assert not (tmp_path / "out" / "search.json").exists()
+    file.write_text(TASK)
+    assert laconic("search", "--task", file, *SEARCH, "--out", tmp_path / "out", "--resume").exit_code == 0
+    whole = laconic("search", "--task", file, *SEARCH, "--out", tmp_path / "whole", "--json")
+    rows = json.loads((tmp_path / "out" / "search.json").read_text())["trials"]
+    kept = [(row["values"], row["score"]) for row in rows if row["state"] == "complete"]
+    assert kept == [(row["values"], row["score"]) for row in only_json(whole.stdout)["trials"]]
+
+
+def test_search_of_a_language_model(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """The folder loads by itself, in laconic and in transformers, and holds the scores that were reported."""
+    out = tmp_path / "out"
+    scheme = "Magnitude(Free(0.1, 0.6), scope='model') >> RTN(bits=8, group=32)"
+    given = ["--scheme", scheme, "--recovery", "LC(2, 2, mu=0.5)", "--keep", 2, "--trials", 2]
+    done = laconic("search", tiny, *words(text), *given, "--out", out, "--json")
+    assert done.exit_code == 0, done.stderr
+    result = only_json(done.stdout)
+    _, problem = text_task(tiny, text, length=32, batch=8, train_tokens=2048)
+    for read in (lc.load, transformers.AutoModelForCausalLM.from_pretrained):
+        assert problem.judge(read(out / "model", dtype=torch.float32).eval(), problem.validation).score == pytest.approx(result["best"]["score"], abs=1e-5)
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(folder) for folder in (out / "model", tiny)]
+    assert tokenizers[0]("The old fox").input_ids == tokenizers[1]("The old fox").input_ids
+    assert result["reference"]["stored_bytes"] == sum(t.nbytes for t in transformers.AutoModelForCausalLM.from_pretrained(tiny).parameters())
+    assert result["best"]["ratio"] == pytest.approx(result["reference"]["stored_bytes"] / stored_bytes(out / "model"))
+    assert result["reference"]["nonzero_bytes"] == result["reference"]["stored_bytes"]  # no zeros; two bytes each, as in the file
+
+
+def test_search_that_thins_a_language_model(text: Path, tiny: Path, tmp_path: Path) -> None:
+    """One block of one width can be said in a configuration; blocks that differ cannot, which is said."""
+    one = tmp_path / "one"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(tiny_config(num_hidden_layers=1)).save_pretrained(one)
+    transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(one)
+    scheme = "[('*.mlp.*', NeuronPrune(Free(0.2, 0.6))), ('*', Keep())]"
+    given = [*words(text), "--scheme", scheme, "--recovery", "Direct()", "--keep", 9, "--trials", 1, "--objective", "flops"]
+    done = laconic("search", one, *given, "--out", tmp_path / "a")
+    assert done.exit_code == 0, done.stderr
+    assert f"ordinary transformers checkpoint: {tmp_path / 'a' / 'transformers'}" in done.stderr.replace("\n", "")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "transformers")
+    assert stock.config.intermediate_size < 96
+    done = laconic("search", tiny, *given, "--out", tmp_path / "b", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert only_json(done.stdout)["best"]["parameters"] < only_json(done.stdout)["reference"]["parameters"]
+    assert "stock transformers cannot load the thinned model" in done.stderr
+    assert "laconic.load_into(original" in done.stderr.replace("\n", "")
+    assert not (tmp_path / "b" / "transformers").exists()
+    lc.load_into(transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tmp_path / "b" / "model")
+
+
+def test_recover_of_a_task_file(file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = laconic("recover", "--task", file, *RECOVER, "--out", out, "--json")
+    assert done.exit_code == 0, done.stderr
+    result = only_json(done.stdout)
+    assert result == json.loads((out / RESULT).read_text())
+    assert {file.name for file in out.iterdir()} == {RESULT, MANIFEST, "model.safetensors"}
+    assert result["stored_bytes"] == stored_bytes(out)
+    assert result["score"] > 0.8
+    read, problem = lc.load_into(mlp(), out).eval(), task()
+    assert problem.judge(read, problem.validation).score == result["score"]
+    assert problem.judge(read, problem.test or []).score == result["test_score"]
+    assert all(float((w() == 0).float().mean()) == pytest.approx(0.5, abs=0.01) for w in installed(read).values())
+    assert read_manifest(out)["recovery"] == result["recovery"]
+
+
+def test_recover_prints_a_table(file: Path, tmp_path: Path) -> None:
+    done = laconic("recover", "--task", file, "--scheme", "RTN(2, 'channel')", "--recovery", "FineTune(6)", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    for row in ("reference score", "direct score", "test score", "stored bytes", "minibatches"):
+        assert row in done.stdout
+    assert f"model: {tmp_path / 'out'}, figures: {tmp_path / 'out' / RESULT}" in done.stderr.replace("\n", "")
+
+
+def test_recover_of_a_language_model(tiny: Path, text: Path, tmp_path: Path) -> None:
+    done = laconic("recover", tiny, *words(text), "--scheme", "RTN(3, 32)", "--recovery", "Direct()", "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    result = only_json(done.stdout)
+    _, problem = text_task(tiny, text, length=32, batch=8, train_tokens=2048)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert problem.judge(model.eval(), problem.validation).score == pytest.approx(result["score"], abs=1e-5)
+    assert result["original_bytes"] == sum(t.nbytes for t in transformers.AutoModelForCausalLM.from_pretrained(tiny).parameters())
+    again = laconic("recover", tiny, *words(text), "--scheme", "RTN(4, 32)", "--recovery", "Direct()", "--out", tmp_path / "out", "--overwrite")
+    assert again.exit_code == 0, again.stderr
+    assert read_manifest(tmp_path / "out")["scheme"] == "RTN(bits=4, group=32)"
+
+
+def test_recover_goes_on_where_it_was_interrupted(file: Path, tmp_path: Path) -> None:
+    """Killed in the second L-step by its own score; the weights come out as from a run that was not."""
+    out = tmp_path / "out"
+    file.write_text(TASK + "\nclock = iter([0, 0, 0, 1])\n\n\ndef score(output, batch):\n    if next(clock):\n        raise KeyboardInterrupt\n")
+    file.write_text(file.read_text() + "    return (output.argmax(1) == batch[1]).float()\n")
+    stopped = laconic("recover", "--task", file, *RECOVER, "--out", out)
+    assert stopped.exit_code == 130
+    assert "what is finished is kept: run the same command with --resume" in stopped.stderr
+    file.write_text(TASK)
+    refused = laconic("recover", "--task", file, *RECOVER, "--out", out)
+    assert refused.exit_code == 5
+    assert "--resume to go on with it or --overwrite to replace it" in refused.stderr
+    resumed = laconic("recover", "--task", file, *RECOVER, "--out", out, "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    whole = laconic("recover", "--task", file, *RECOVER, "--out", tmp_path / "whole")
+    assert whole.exit_code == 0
+    assert bytes_of(lc.load_into(mlp(), out)) == bytes_of(lc.load_into(mlp(), tmp_path / "whole"))
+
+
+def test_what_recover_replaces(file: Path, tmp_path: Path) -> None:
+    """A result with --overwrite, and only when everything else is in order; nobody else's files."""
+    out = tmp_path / "out"
+    direct = ["--task", file, "--recovery", "Direct()", "--out", out]
+    assert laconic("recover", *direct, "--scheme", "Cast('float16')").exit_code == 0
+    before = (out / MANIFEST).read_bytes()
+    refused = laconic("recover", *direct, "--scheme", "Cast('bfloat16')", "--resume")
+    assert refused.exit_code == 5
+    assert "pass --overwrite to replace it" in refused.stderr
+    for bad in ("RTN(4, group=48)", "Magnitude(Free(0, 1))", "Magnitud(0.5)"):
+        assert laconic("recover", *direct, "--scheme", bad, "--overwrite").exit_code == 2
+    assert (out / MANIFEST).read_bytes() == before
+    (out / "thesis.tex").write_text("years of work")
+    refused = laconic("recover", *direct, "--scheme", "Cast('bfloat16')", "--overwrite")
+    assert refused.exit_code == 5
+    assert "files that no recovery wrote (thesis.tex)" in refused.stderr
+    (out / "thesis.tex").unlink()
+    assert laconic("recover", *direct, "--scheme", "Cast('bfloat16')", "--overwrite").exit_code == 0
+    assert read_manifest(out)["scheme"] == "Cast(dtype='bfloat16')"
+
+
+REFUSED: dict[str, tuple[int, str, list[Any]]] = {
+    "no scheme": (2, "give --scheme or --plan", ["search", "--task", "{file}"]),
+    "two schemes": (2, "give --scheme or --plan", ["recover", "--task", "{file}", "--scheme", "RTN(4)", "--plan", "{file}"]),
+    "nothing to work on": (2, "give a language model and --data, or --task FILE.py", ["search", "--scheme", "Magnitude(Free(0, 1))"]),
+    "a task and a text": (2, "a task file names its own data", ["recover", "--task", "{file}", "--data", "{text}", "--scheme", "RTN(4)"]),
+    "no text": (2, "needs --data, a text to learn from", ["recover", "{tiny}", "--scheme", "RTN(4, 32)"]),
+    "an unknown recovery": (2, "unknown 'LD'; did you mean 'LC'?", ["recover", "--task", "{file}", "--scheme", "RTN(4)", "--recovery", "LD()"]),
+    "a free value": (2, "search for it with lc.search", ["recover", "--task", "{file}", "--scheme", "Magnitude(Free(0, 1))"]),
+    "reversed bounds": (2, "the lower one first", ["search", "--task", "{file}", "--scheme", "Magnitude(Free(1, 0))"]),
+    "no model": (3, "expected a model directory or a hub id", ["search", "{tiny}/none/model", "--data", "{text}", "--scheme", "Magnitude(Free(0, 1))"]),
+    "no task file": (4, "no such task file", ["search", "--task", "{tiny}/none.py", "--scheme", "Magnitude(Free(0, 1))"]),
+    "an empty task file": (4, "no variable 'model'", ["recover", "--task", "{empty}", "--scheme", "RTN(4)"]),
+    "no such text": (4, "no such file", ["search", "{tiny}", "--data", "{tiny}.txt", "--scheme", "Magnitude(Free(0, 1))"]),
+    "nothing free": (8, "nothing to search", ["search", "--task", "{file}", "--scheme", "Magnitude(0.5)"]),
+    "an unknown objective": (8, "did you mean 'flops'?", ["search", "--task", "{file}", "--scheme", "Magnitude(Free(0, 1))", "--objective", "flop"]),
+    "an unknown sampler": (8, "'bayes'", ["search", "--task", "{file}", "--scheme", "Magnitude(Free(0, 1))", "--sampler", "bayes"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_refused(case: str, file: Path, tiny: Path, text: Path, tmp_path: Path) -> None:
+    code, message, given = REFUSED[case]
+    (tmp_path / "empty.py").write_text("")
+    names = {"file": file, "tiny": tiny, "text": text, "empty": tmp_path / "empty.py"}
+    result = laconic(*(word.format(**names) if word.startswith("{") else word for word in given), "--out", tmp_path / "out", "--json")
+    assert result.exit_code == code, result.stderr
+    assert message in result.stderr
+    assert result.stderr.count("error ") == 1
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+def test_training_that_diverges(file: Path, tmp_path: Path) -> None:
+    file.write_text(TASK + "\n\ndef loss(output, batch):\n    return output.sum() * float('nan')\n")
+    done = laconic("recover", "--task", file, *RECOVER, "--out", tmp_path / "out")
+    assert done.exit_code == 9
+    assert "lower lr" in done.stderr or "not finite" in done.stderr or "nan" in done.stderr
+
+
+def test_a_network_that_cannot_be_traced(file: Path, tmp_path: Path) -> None:
+    """Without --no-thin exit code 7 and the way out; with it, masks."""
+    file.write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.a, self.b = nn.Linear(16, 8), nn.Linear(8, 4)\n\n"
+        "    def forward(self, x):\n        x = torch.relu(self.a(x))\n        return self.b(x if x.sum() > 0 else -x)\n\n\n"
+        "from tests.recover.nets import task\nmade = task()\ntrain, validation, model = made.train, made.validation, Net()\n"
+    )
+    given = ["--task", file, "--scheme", "NeuronPrune(Free(0.2, 0.6))", "--recovery", "Direct()", "--keep", 1, "--trials", 1, "--out", tmp_path / "o"]
+    refused = laconic("search", *given)
+    assert refused.exit_code == 7
+    assert "Net: Tensor.__bool__" in refused.stderr
+    assert "--no-thin on the command line" in refused.stderr.replace("\n", " ")
+    done = laconic("search", *given, "--no-thin", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "rows are only set to zero, each for itself" in only_json(done.stdout)["notes"][0]
