@@ -67,7 +67,6 @@ def search(
     def work() -> None:
         from laconic.objectives import parse_objective, within
         from laconic.recover import parse_recovery
-        from laconic.recover.text import original_bytes
         from laconic.search.report import search_summary
         from laconic.search.run import SearchOptions, search_task
 
@@ -77,7 +76,6 @@ def search(
         options = SearchOptions(
             trials=trials, minutes=minutes, storage=storage, name=name, warm_share=None if cold else 0.5, early_stop=not no_early_stop,
             thin=not no_thin, sampler=sampler, resume=resume, seed=seed, command=shlex.join(["laconic", *sys.argv[1:]]),
-            original_bytes=original_bytes(source) if source is not None else None,
         )  # fmt: skip
         with Terminal(quiet=as_json, brief=True) as terminal:
             found = search_task(model, chosen, problem, goals, within(keep), how, out, options, terminal)
@@ -160,7 +158,8 @@ def _problem(
     if data is None:
         raise SchemeError(f"{source}: a language model needs --data, a text to learn from")
     model, problem = text_task(
-        str(source), data, test, train_tokens=train_tokens, length=length, batch=batch, seed=seed, trust_remote_code=trust_remote_code
+        str(source), data, test, train_tokens=train_tokens, length=length, batch=batch, seed=seed, trust_remote_code=trust_remote_code,
+        dtype="auto",  # what a search and a recovery compare their result with; they compute in float32
     )  # fmt: skip
     return model.to(pick_device(device)), problem
 
@@ -168,7 +167,7 @@ def _problem(
 def _complete(out: Path, delivered: nn.Module, original: nn.Module, source: str, example: Any) -> list[str]:
     """Make the folder of a language model one that loads by itself; says how to load one that cannot."""
     from laconic.errors import SurgeryError
-    from laconic.recover.text import complete_directory
+    from laconic.recover.text import complete_directory, copy_companions
     from laconic.surgery import save_pretrained, shapes
 
     if not shapes(delivered, original):
@@ -180,6 +179,7 @@ def _complete(out: Path, delivered: nn.Module, original: nn.Module, source: str,
         save_pretrained(delivered, folder, example)
     except SurgeryError as error:
         return [f"stock transformers cannot load the thinned model: {error}; laconic.load_into(original, {str(out / 'model')!r}) does"]
+    copy_companions(folder, source)
     return [f"the thinned model as an ordinary transformers checkpoint: {folder}"]
 
 

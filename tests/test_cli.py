@@ -120,7 +120,10 @@ def failing_with(error: Exception) -> Any:
 @pytest.mark.parametrize("kind", [c for c in vars(errors).values() if isinstance(c, type)], ids=lambda c: c.__name__)
 def test_every_error_class_has_its_exit_code(kind: type[errors.LaconicError], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The codes documented at the top of cli.py, and the message whole, whatever brackets it has."""
-    documented = {"LaconicError": 1, "SchemeError": 2, "CheckpointError": 3, "DataError": 4, "OutputError": 5, "VerificationError": 6}
+    documented = {
+        "LaconicError": 1, "SchemeError": 2, "CheckpointError": 3, "DataError": 4, "OutputError": 5, "VerificationError": 6, "SurgeryError": 7,
+        "SearchError": 8, "RecoveryError": 9,
+    }  # fmt: skip
     monkeypatch.setattr("laconic.pipeline.compress_directory", failing_with(kind("/some/[where]: expected [/this], came [out, in]")))
     result = laconic("compress", tiny)
     assert result.exit_code == documented[kind.__name__] == kind.exit_code

@@ -19,6 +19,7 @@ import laconic as lc
 from laconic import errors
 from laconic.cli import app
 from laconic.scheme import known_methods, parse
+from laconic.search import SearchOptions
 from laconic.weights import Weight
 from tests.conftest import make_site
 
@@ -108,6 +109,11 @@ def test_the_exit_codes_are_those_of_the_errors() -> None:
 def test_the_options_table_is_the_dataclass() -> None:
     table = {row[0].strip("`"): row[1].strip("`") for row in rows(section(DOCS / "python.md", "A model directory"))}
     assert table == {field.name: repr(field.default) for field in fields(lc.Options)}
+
+
+def test_the_table_of_search_options_is_the_dataclass() -> None:
+    table = {row[0].strip("`"): row[1].strip("`") for row in rows(section(DOCS / "python.md", "Searching"))}
+    assert table == {field.name: repr(field.default) for field in fields(SearchOptions)}
 
 
 def test_every_kind_of_weight_and_every_module_is_in_the_architecture() -> None:

@@ -108,19 +108,23 @@ def test_an_interrupted_search_says_how_to_go_on(file: Path, tmp_path: Path) -> 
 def test_search_of_a_language_model(tiny: Path, text: Path, tmp_path: Path) -> None:
     """The folder loads by itself, in laconic and in transformers, and holds the scores that were reported."""
     out = tmp_path / "out"
-    scheme = "Magnitude(Free(0.1, 0.6), scope='model') >> RTN(bits=8, group=32)"
+    scheme = "[('model.embed_tokens', Cast('bfloat16')), ('*', Magnitude(Free(0.1, 0.6), scope='model') >> RTN(bits=8, group=32))]"
     given = ["--scheme", scheme, "--recovery", "LC(2, 2, mu=0.5)", "--keep", 2, "--trials", 2]
     done = laconic("search", tiny, *words(text), *given, "--out", out, "--json")
     assert done.exit_code == 0, done.stderr
     result = only_json(done.stdout)
     _, problem = text_task(tiny, text, length=32, batch=8, train_tokens=2048)
     for read in (lc.load, transformers.AutoModelForCausalLM.from_pretrained):
-        assert problem.judge(read(out / "model", dtype=torch.float32).eval(), problem.validation).score == pytest.approx(result["best"]["score"], abs=1e-5)
+        assert problem.judge(read(out / "model", dtype=torch.float32).eval(), problem.validation).score == pytest.approx(
+            result["best"]["score"], abs=1e-5
+        )
     tokenizers = [transformers.AutoTokenizer.from_pretrained(folder) for folder in (out / "model", tiny)]
     assert tokenizers[0]("The old fox").input_ids == tokenizers[1]("The old fox").input_ids
     assert result["reference"]["stored_bytes"] == sum(t.nbytes for t in transformers.AutoModelForCausalLM.from_pretrained(tiny).parameters())
     assert result["best"]["ratio"] == pytest.approx(result["reference"]["stored_bytes"] / stored_bytes(out / "model"))
     assert result["reference"]["nonzero_bytes"] == result["reference"]["stored_bytes"]  # no zeros; two bytes each, as in the file
+    assert result["reference"]["objective"] == pytest.approx(result["reference"]["stored_bytes"], rel=0.05)  # the headers
+    assert result["best"]["ratio"] > 1.4
 
 
 def test_search_that_thins_a_language_model(text: Path, tiny: Path, tmp_path: Path) -> None:
@@ -137,6 +141,7 @@ def test_search_that_thins_a_language_model(text: Path, tiny: Path, tmp_path: Pa
     assert f"ordinary transformers checkpoint: {tmp_path / 'a' / 'transformers'}" in done.stderr.replace("\n", "")
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "transformers")
     assert stock.config.intermediate_size < 96
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "a" / "transformers")("The old fox").input_ids
     done = laconic("search", tiny, *given, "--out", tmp_path / "b", "--json")
     assert done.exit_code == 0, done.stderr
     assert only_json(done.stdout)["best"]["parameters"] < only_json(done.stdout)["reference"]["parameters"]
@@ -232,7 +237,7 @@ REFUSED: dict[str, tuple[int, str, list[Any]]] = {
     "an unknown recovery": (2, "unknown 'LD'; did you mean 'LC'?", ["recover", "--task", "{file}", "--scheme", "RTN(4)", "--recovery", "LD()"]),
     "a free value": (2, "search for it with lc.search", ["recover", "--task", "{file}", "--scheme", "Magnitude(Free(0, 1))"]),
     "reversed bounds": (2, "the lower one first", ["search", "--task", "{file}", "--scheme", "Magnitude(Free(1, 0))"]),
-    "no model": (3, "expected a model directory or a hub id", ["search", "{tiny}/none/model", "--data", "{text}", "--scheme", "Magnitude(Free(0, 1))"]),
+    "no model": (3, "expected a model directory or a hub id", ["recover", "{tiny}/none/model", "--data", "{text}", "--scheme", "RTN(4, 32)"]),
     "no task file": (4, "no such task file", ["search", "--task", "{tiny}/none.py", "--scheme", "Magnitude(Free(0, 1))"]),
     "an empty task file": (4, "no variable 'model'", ["recover", "--task", "{empty}", "--scheme", "RTN(4)"]),
     "no such text": (4, "no such file", ["search", "{tiny}", "--data", "{tiny}.txt", "--scheme", "Magnitude(Free(0, 1))"]),
@@ -254,6 +259,15 @@ def test_what_cannot_be_done_is_refused(case: str, file: Path, tiny: Path, text:
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_folder(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a letter")
+    for given in (["search", *SEARCH], ["recover", *RECOVER], ["recover", *RECOVER, "--overwrite"]):
+        done = laconic(*given, "--task", file, "--out", tmp_path / "out")
+        assert done.exit_code == 5
+        assert "expected a directory, found a file" in done.stderr
+    assert (tmp_path / "out").read_text() == "a letter"
 
 
 def test_training_that_diverges(file: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from laconic.progress import Progress
 from laconic.recover.call import How, recover_task
 from laconic.recover.checkpoint import STATE
 from laconic.recover.task import Task
-from laconic.recover.text import complete_directory, original_bytes
+from laconic.recover.text import complete_directory
 from laconic.run import companions, disk_errors, finite, write_json
 from laconic.scheme import Scheme, resolve
 from laconic.sites import find_slots
@@ -37,6 +37,7 @@ def recover_directory(
     `recover` raises.
     """
     _check(out, resume, overwrite)
+    original_bytes, model = _bytes_of(model), copy.deepcopy(model).float()
     resolve(scheme, find_slots(model))
     task = task.checked()
     reference = task.judge(model, task.validation)
@@ -48,7 +49,7 @@ def recover_directory(
         compressed, found = recover_task(model, scheme, how, unseen, folder=out, resume=resume, seed=seed, progress=progress, keep=True)
         size = save(compressed, out, scheme=found.scheme, recovery=repr(how), seed=seed, versions=versions(), copied=copied)
         size -= (out / STATE).stat().st_size if (out / STATE).is_file() else 0  # still there, and no part of the model
-    stored = load_into(copy.deepcopy(model).float(), out).to(next(model.parameters()).device).eval()
+    stored = load_into(copy.deepcopy(model), out).to(next(model.parameters()).device).eval()
     theirs = installed(stored)
     for name, weight in installed(compressed).items():
         if not weight.forward().equal(theirs[name].forward().to(weight.forward())):
@@ -58,7 +59,7 @@ def recover_directory(
         test = {"reference_test_score": task.judge(model, task.test).score, "test_score": task.judge(stored, task.test).score}
     result = {
         **found.as_dict(), "recovery": repr(how), "reference_score": reference.score, "direct_score": found.direct, "stored_bytes": size,
-        "original_bytes": original_bytes(source) if source is not None else _bytes_of(model),
+        "original_bytes": original_bytes,
         "seed": seed, "command": command, "versions": versions(), "machine": machine(), **test,
     }  # fmt: skip
     result = finite(result)
@@ -75,6 +76,8 @@ def _bytes_of(model: nn.Module) -> int:
 
 def _check(out: Path, resume: bool, overwrite: bool) -> None:
     """Make sure the folder is empty, holds this command's unfinished run (`resume`), or a result that may be replaced (`overwrite`)."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: expected a directory, found a file")
     if not out.exists() or not any(out.iterdir()):
         return
     if overwrite:

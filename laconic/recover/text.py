@@ -17,7 +17,6 @@ from laconic.load import fetch, load_tokenizer
 from laconic.recover.task import Task
 from laconic.run import companions, write_json
 from laconic.store import MANIFEST, SCHEMA
-from laconic.tensors import TensorFiles
 
 _LONG = 32  # characters per token wanted: from here on windows are looked for in a text, below it is tokenised whole
 
@@ -39,23 +38,26 @@ class Shuffled:
 
 
 def complete_directory(folder: Path, model: nn.Module, source: str | Path) -> None:
-    """Add to a saved language model what makes its folder one that `laconic.load` and transformers read: config, tokenizer files."""
-    origin, config = fetch(str(source)), model.config.to_dict()  # type: ignore[union-attr, operator]
-    for file in companions(origin):
+    """Add to a saved language model what makes its folder one that `laconic.load` and transformers read: config, tokenizer files.
+
+    The config says float32, whatever the original's type: that is what the model was trained and measured in.
+    """
+    copy_companions(folder, source)
+    config = model.config.to_dict()  # type: ignore[union-attr, operator]
+    write_json(folder / "config.json", config | {"dtype": "float32", "quantization_config": {"quant_method": "laconic", "schema": SCHEMA}}, indent=2)
+
+
+def copy_companions(folder: Path, source: str | Path) -> None:
+    """Copy tokenizer, generation settings and code of a language model to where another form of it is."""
+    for file in companions(fetch(str(source))):
         shutil.copyfile(file, folder / file.name)
-    write_json(folder / "config.json", config | {"quantization_config": {"quant_method": "laconic", "schema": SCHEMA}}, indent=2)
-
-
-def original_bytes(source: str | Path) -> int:
-    """Bytes of the tensors of a model directory or hub id, in the types they are stored in."""
-    return sum(tensor.bytes for tensor in TensorFiles(fetch(str(source))).tensors.values())
 
 
 def text_task(
     source: str | Path, data: str | Path, test: str | Path | None = None, *, train_tokens: int = 1_000_000, check_tokens: int = 32_768,
-    length: int = 128, batch: int = 16, seed: int = 0, trust_remote_code: bool = False,
+    length: int = 128, batch: int = 16, seed: int = 0, trust_remote_code: bool = False, dtype: str = "float32",
 ) -> tuple[nn.Module, Task]:  # fmt: skip
-    """A model directory or hub id as a module in memory, and the task of predicting a text.
+    """A model directory or hub id as a module in memory, and the task of predicting a text. `dtype`: of the module; "auto" is the file's own.
 
     Of `data`, the last tenth is for the test (unless `test` names a text of its own), the tenth before it for validation, the rest for
     training: at most `train_tokens` of it in windows of `length` drawn at random; validation and test use `check_tokens` each. The score is minus
@@ -64,7 +66,7 @@ def text_task(
     folder = fetch(str(source))
     if (folder / MANIFEST).is_file():
         raise CheckpointError(f"{source}: is compressed already; give the original")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     if not is_language_model(model):
         raise DataError(f"{source}: text needs a model that predicts the next token; describe another task in a file (--task)")
     tokenizer = load_tokenizer(folder, trust_remote_code)

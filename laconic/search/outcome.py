@@ -23,18 +23,16 @@ from laconic.search.trial import Goal, Trials
 from laconic.store import stored_bytes
 
 
-def figures_of(given: nn.Module, model: nn.Module, task: Task, goals: Sequence[Goal], original_bytes: int | None) -> dict[str, Any]:
-    """What is known of the original before the search: its bytes in its own types, its parameters, its objectives.
+def figures_of(given: nn.Module, model: nn.Module, task: Task, goals: Sequence[Goal]) -> dict[str, Any]:
+    """What is known of the original before the search: bytes in its own types, parameters, objectives. `model` is `given` in float32.
 
-    `model` is `given` in float32. `original_bytes`: of the original's file, where its types are not those of `given`.
     Raises: SearchError for an objective that is not a finite number.
     """
-    plain = sum({id(t): t.nbytes for t in given.state_dict(keep_vars=True).values()}.values())
-    size = plain if original_bytes is None else original_bytes
-    candidate = Candidate(model, copy.deepcopy(model), task.sample(), model)
+    candidate = Candidate(given, copy.deepcopy(model), task.sample(), model)
     objectives = [goal(candidate) for goal in goals]
     return {
-        "stored_bytes": size, "nonzero_bytes": nonzero_bytes_of(given) * size / plain, "parameters": sum(p.numel() for p in given.parameters()),
+        "stored_bytes": sum({id(t): t.nbytes for t in given.state_dict(keep_vars=True).values()}.values()),
+        "nonzero_bytes": nonzero_bytes_of(given), "parameters": sum(p.numel() for p in given.parameters()),
         "objective": objectives[0] if len(objectives) == 1 else objectives,
     }  # fmt: skip
 

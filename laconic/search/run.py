@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from laconic.blocks import Batch
-from laconic.errors import OutputError, SchemeError, SearchError
+from laconic.errors import OutputError, SearchError
 from laconic.methods.base import Keep
-from laconic.methods.free import Free, fix, free_of
+from laconic.methods.free import Free, fix
 from laconic.objectives import Floor, within
 from laconic.passes import allocations, needs_of
 from laconic.progress import Log, Progress
-from laconic.recover import LC, Direct, FineTune, Task
+from laconic.recover import LC, Task
 from laconic.recover.call import How, first_batches
 from laconic.run import disk_errors, finite
 from laconic.scheme import Scheme, describe, parse, resolve
+from laconic.search.checks import check_arguments, check_folder, original_score, remarks, some_value, variables
 from laconic.search.neighbours import Neighbour, nearest
 from laconic.search.report import SEARCH_HTML, write_search_report
 from laconic.search.trial import Goal, Trials
-from laconic.sites import Slot, Stats, find_slots
+from laconic.sites import Stats, find_slots
 
 if TYPE_CHECKING:
     import optuna
@@ -45,7 +46,7 @@ class SearchOptions:
     the floor and takes this share of the L-steps (None: every trial starts from the original). `early_stop` gives a trial up that can no
     longer reach the floor. `thin` removes cut channels for good; without it they stay as zeros, as they must where no graph can be traced.
     `sampler`: "auto", "drucb", "gp" or "tpe". `resume` goes on with the study in the storage, or joins it as another worker. A worker says
-    every `heartbeat` seconds that it lives. `original_bytes`: those of the original's file, where its types are not those of the module.
+    every `heartbeat` seconds that it lives.
     Raises: SearchError for numbers out of range.
     """
 
@@ -61,7 +62,6 @@ class SearchOptions:
     seed: int = 0
     command: str = ""
     heartbeat: int = 60
-    original_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.minutes is not None and not self.minutes > 0:
@@ -117,19 +117,19 @@ def search_task(
     began = time.time()
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
     slots = find_slots(model)
-    free = _free(scheme, slots)
-    _check_arguments(goals, keep, how)
+    free = variables(scheme, slots)
+    check_arguments(goals, keep, how)
     task, given, model = task.checked(), model, copy.deepcopy(model).float().eval()
-    reference, noise = _reference(model, task, keep)
-    original = outcome.figures_of(given, model, task, goals, options.original_bytes)
+    reference, noise = original_score(model, task, keep)
+    original = outcome.figures_of(given, model, task, goals)
     coupling, notes = _coupling(model, scheme, free, task, options.thin, progress)
     study, facts = _study(out, scheme, free, goals, keep, how, options, model, reference, noise)
     trials = Trials(
         model, scheme, how, task, goals, out, facts["reference"], facts["level"], coupling, first_batches(task, options.seed), options.thin,
         options.warm_share, options.early_stop, {"scheme": describe(scheme)}, options.seed, slots,
     )  # fmt: skip
-    _check_folder(study, trials)
-    notes += _remarks(facts, reference, noise)
+    check_folder(study, trials)
+    notes += remarks(facts, reference, noise)
     notes += _run_trials(study, trials, options, began, progress)
     about = {"seed": options.seed, "command": options.command}
     result = outcome.result_of(study, trials, keep, free, facts, original, notes, **about) | {"seconds": time.time() - began}
@@ -148,54 +148,6 @@ def search_task(
     return Found(delivered, dict(best.params), study.study, finite(result), out / "model", out / SEARCH_HTML)
 
 
-def _free(scheme: Scheme, slots: Sequence[Slot]) -> dict[str, Free]:
-    """The variables, after making sure that the scheme can be carried out at the ends of each one's range."""
-    from laconic.search.samplers import distribution_of
-
-    free = free_of(scheme, slots)
-    if not free:
-        raise SearchError(f"{describe(scheme)}: nothing to search; leave a hyper-parameter open, as in FilterPrune(sparsity=Free(0, 1))")
-    usual = {name: _some(one) for name, one in free.items()}
-    for name, one in free.items():
-        distribution: Any = distribution_of(one)
-        for value in one.choices or (distribution.low, distribution.high):
-            try:
-                resolve(fix(scheme, usual | {name: value}, slots), slots)
-            except SchemeError as error:
-                raise SchemeError(f"{name} = {value!r}, which {one!r} allows: {error}") from error
-    return free
-
-
-def _some(free: Free) -> Any:
-    """A value that a variable may have."""
-    if free.choices is not None:
-        return free.choices[0]
-    assert free.low is not None
-    assert free.high is not None
-    return free.high if free.integer else (free.low + free.high) / 2
-
-
-def _check_arguments(goals: Sequence[Any], keep: Any, how: Any) -> None:
-    if not goals or any(not isinstance(goal, Goal) for goal in goals):
-        raise SearchError(f"objective: expected Maximize(...) or Minimize(...), or several, got {list(goals)}")
-    if len({goal.name for goal in goals}) != len(goals):
-        raise SearchError(f"objective: expected different names, got {[goal.name for goal in goals]}; give them labels")
-    if not callable(getattr(keep, "floor", None)):
-        raise SearchError(f"keep: expected within(margin) or at_least(score), got {keep!r}")
-    if not isinstance(how, LC | FineTune | Direct):
-        raise SearchError(f"recover: expected LC(...), FineTune(...) or Direct(), got {how!r}")
-
-
-def _reference(model: nn.Module, task: Task, keep: Floor) -> tuple[float, float]:
-    """The original's score, and by how much a second measurement differs."""
-    first, second = (task.judge(model, task.validation).score for _ in range(2))
-    if not (math.isfinite(first) and math.isfinite(second)):
-        raise SearchError(f"the original's score on validation data is {first}; expected a finite number")
-    if not keep.floor(first) <= first:
-        raise SearchError(f"the floor {keep.floor(first):.6g} is above the score of the original, {first:.6g}: no compression is asked to gain that")
-    return first, abs(first - second)
-
-
 def _study(
     out: Path, scheme: Scheme, free: Mapping[str, Free], goals: Sequence[Goal], keep: Floor, how: How, options: SearchOptions, model: nn.Module,
     reference: float, noise: float,
@@ -205,9 +157,11 @@ def _study(
     from laconic.search.drucb import Rule
     from laconic.search.samplers import Settings
 
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: expected a directory, found a file")
+    settings = Settings(sampler=options.sampler, trials=options.trials, seed=options.seed, rule=Rule(margin=noise))  # type: ignore[arg-type]
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    settings = Settings(sampler=options.sampler, trials=options.trials, seed=options.seed, rule=Rule(margin=noise))  # type: ignore[arg-type]
     about = {"scheme": describe(scheme), "keep": repr(keep), "recovery": repr(how), "parameters": sum(p.numel() for p in model.parameters())}
     search = studies.open_study(
         options.storage or out / "study.db", options.name, free=free, objectives={goal.name: goal.direction for goal in goals},
@@ -216,38 +170,10 @@ def _study(
     return search, studies.set_reference(search, level=keep.floor(reference), reference=reference, noise=noise)
 
 
-def _check_folder(search: "Search", trials: Trials) -> None:
-    """Raises OutputError unless the folder holds the models of the study's finished trials, and nobody else's."""
-    from laconic.search import study as studies
-    from laconic.search.outcome import folder_of
-
-    used, known = (trials.folder / "trials").exists(), studies.trials(search)  # in this order: another worker may begin just now
-    done = [t for t in known if "score" in t.user_attrs]
-    lacking = [t.number + 1 for t in done if not (trials.place(folder_of(t)) / "model").is_dir()]
-    if lacking:
-        raise OutputError(
-            f"{trials.folder}: does not hold the models of trials {lacking} of the study; a search's folder and its storage belong together"
-        )
-    if used and not known:
-        raise OutputError(f"{trials.folder}: holds the trials of another search; choose another directory")
-
-
-def _remarks(facts: Mapping[str, Any], reference: float, noise: float) -> list[str]:
-    """What the user should know of the score."""
-    found = max(noise, facts.get("noise", 0.0))
-    notes = [f"the score differs by {found:.3g} when measured twice on the original: it is not deterministic"] if found else []
-    if abs(reference - facts["reference"]) > max(found, 1e-6 * abs(reference)):
-        notes.append(
-            f"the original scores {reference:.6g} here and {facts['reference']:.6g} where the study began; the latter holds. "
-            "Is it the same model, on the same data?"
-        )
-    return notes
-
-
 def _coupling(model: nn.Module, scheme: Scheme, free: Mapping[str, Free], task: Task, thin: bool, progress: Progress) -> tuple[Any, list[str]]:
     """The network's channels, if the scheme cuts any; and what to say of them. Without thinning, masks will do where nothing can be traced."""
     slots = find_slots(model)
-    fixed = fix(scheme, {name: _some(one) for name, one in free.items()}, slots)
+    fixed = fix(scheme, {name: some_value(one) for name, one in free.items()}, slots)
     chosen = {slot: method for slot, method in resolve(fixed, slots).items() if not isinstance(method, Keep)}
     wanted = [*needs_of(chosen).values(), *(allocation.wants for allocation in allocations(chosen).values())]
     if not any(need & Stats.CHANNELS for need in wanted):

@@ -137,19 +137,21 @@ class DRUCBSampler(BaseSampler):
 
 
 class SharedSampler(BaseSampler):
-    """Another sampler, made anew for each trial as `make(number)`, for a study that is resumed and shared.
+    """Another sampler, made anew for each trial as `make(count)`, of the trials before it that did not fail, for a study that is resumed and shared.
 
-    Its random numbers then depend on the trial's number and not on how often the study was opened. Before it samples it calls `beat(trial id)`,
-    and waits until the trials of other workers that began before have chosen their values, so that two do not choose the same.
+    Its random numbers then depend on what is known and not on how often the study was opened or a trial interrupted. Before it samples it
+    calls `beat(trial id)`, and waits until the trials of other workers that began before have chosen their values, so that two do not choose
+    the same.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler], beat: Callable[[int], None]) -> None:
         self.make, self.beat = make, beat
         self.made: tuple[int, BaseSampler] | None = None
 
-    def _inner(self, trial: FrozenTrial) -> BaseSampler:
+    def _inner(self, study: Study, trial: FrozenTrial) -> BaseSampler:
         if self.made is None or self.made[0] != trial.number:
-            self.made = trial.number, self.make(trial.number)
+            before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number and t.state is not TrialState.FAIL]
+            self.made = trial.number, self.make(len(before))
         return self.made[1]
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
@@ -159,19 +161,19 @@ class SharedSampler(BaseSampler):
             if time.monotonic() > limit:
                 break  # it was killed just there, and is found by its missing heartbeat later
             time.sleep(0.02)
-        self._inner(trial).before_trial(study, trial)
+        self._inner(study, trial).before_trial(study, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._inner(trial).infer_relative_search_space(study, trial)
+        return self._inner(study, trial).infer_relative_search_space(study, trial)
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        return self._inner(trial).sample_relative(study, trial, search_space)
+        return self._inner(study, trial).sample_relative(study, trial, search_space)
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
-        return self._inner(trial).sample_independent(study, trial, param_name, param_distribution)
+        return self._inner(study, trial).sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        self._inner(trial).after_trial(study, trial, state, values)
+        self._inner(study, trial).after_trial(study, trial, state, values)
 
 
 def chosen_sampler(free: Mapping[str, Free], objectives: int, settings: Settings) -> str:
@@ -190,8 +192,8 @@ def chosen_sampler(free: Mapping[str, Free], objectives: int, settings: Settings
 
 
 def sampler_of(free: Mapping[str, Free], objectives: int, settings: Settings) -> Callable[[int], BaseSampler]:
-    """The sampler of a trial by its number: DR-UCB, or Optuna's GPSampler or TPESampler, which handle the score's floor as a constraint
-    (`Trial.set_constraint`), any number of variables of any kind, and several objectives.
+    """The sampler of a trial by the number of those before it: DR-UCB, or Optuna's GPSampler or TPESampler, which handle the score's floor as
+    a constraint (`Trial.set_constraint`), any number of variables of any kind, and several objectives.
 
     Source: GP: log constrained expected improvement or hypervolume improvement, Matern 5/2 with a length scale per variable (Optuna's
     documentation of GPSampler); TPE: Watanabe and Hutter 2023 (constraints). Both take other workers' running trials into account.

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from laconic.blocks import Batch
-from laconic.errors import RecoveryError, SchemeError, SearchError
-from laconic.memory import compress_module, load_into, save
-from laconic.methods.base import Keep, Method, Then
+from laconic.errors import RecoveryError, SearchError
+from laconic.memory import load_into, save
 from laconic.methods.free import fix
 from laconic.objectives import Candidate, Maximize, Minimize
 from laconic.progress import Progress
@@ -25,7 +24,8 @@ from laconic.recover.projection import Projection
 from laconic.run import atomically, disk_errors
 from laconic.scheme import Scheme
 from laconic.search.neighbours import Neighbour, hopeless, nearest
-from laconic.sites import Slot, Stats
+from laconic.search.remains import after_cut, encode_remains
+from laconic.sites import Slot
 from laconic.store import read_manifest
 from laconic.weights import bake, installed
 
@@ -139,19 +139,7 @@ class Trials:
         from laconic.surgery import thin
 
         thinned = thin(compressed, self.task.sample(), projection.coupling)
-        rest = {slot.name: after_cut(method) for slot, method in projection.chosen.items()}
-        if all(isinstance(method, Keep) for method in rest.values()):
-            return thinned
-
-        def method_of(slot: Slot) -> Method:
-            return rest.get(slot.name, Keep())
-
-        try:
-            return compress_module(thinned, method_of, self.statistics, seed=self.seed)[0]
-        except SchemeError as error:
-            raise SchemeError(
-                f"{error}. That is a matrix from which channels were cut: choose what fits any width, such as group='channel', or thin=False"
-            ) from error
+        return encode_remains(thinned, compressed, projection.chosen, self.statistics, self.seed)
 
     def store(self, stored: nn.Module, place: Path, values: Mapping[str, Any]) -> None:
         """Save the delivered form, with the shapes of what is smaller than in the original."""
@@ -189,14 +177,6 @@ def copy_baked(model: nn.Module) -> nn.Module:
     if installed(network):
         bake(network)
     return network.eval()
-
-
-def after_cut(method: Method) -> Method:
-    """What of a method is left to do once the channels it cuts are gone; `Keep()` if nothing is."""
-    if isinstance(method, Then):
-        first = after_cut(method.first)
-        return method.second if isinstance(first, Keep) else Then(first, method.second)
-    return Keep() if method.wants & Stats.CHANNELS else method
 
 
 def _minibatches(how: How) -> int:

@@ -171,6 +171,14 @@ def test_networks_that_cannot_be_traced(problem: Problem, tmp_path: Path) -> Non
     assert "still work" not in found.result["notes"][0]
 
 
+def test_recovery_masks_a_network_that_cannot_be_traced(problem: Problem) -> None:
+    """It never thins, so nothing has to be traced; the notes say that rows go one by one."""
+    compressed, found = lc.recover(seeded(Branching), "FilterPrune(0.5)", Direct(), train=problem[1].train, validation=problem[1].validation)
+    assert "rows are only set to zero, each for itself" in found.notes[0]
+    gone = sum(int((weight() == 0).all(1).sum()) * weight().shape[1] for weight in installed(compressed).values())
+    assert abs(gone - 324) <= 36  # half of 8 x 9 + 8 x 72 entries, to within half a filter
+
+
 def test_a_missing_optuna_says_what_to_install(problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = sys.modules["laconic.search"]
     for name in ("outcome", "study", "storage", "samplers"):

@@ -8,7 +8,7 @@ import pytest
 import laconic as lc
 from laconic.methods.base import Keep
 from laconic.search.neighbours import Neighbour, hopeless, nearest
-from laconic.search.trial import after_cut
+from laconic.search.remains import Survivors, after_cut
 
 
 def point(minibatches: int, score: float) -> dict[str, Any]:
@@ -80,9 +80,11 @@ def test_the_nearest_of_several_variables() -> None:
     [
         (lc.FilterPrune(0.5), Keep()),
         (lc.FilterPrune(0.5) >> lc.Cast("float16"), lc.Cast("float16")),
-        (lc.NeuronPrune(0.5) >> lc.Magnitude(0.5) >> lc.RTN(4), lc.Magnitude(0.5) >> lc.RTN(4)),
-        (lc.StructurePrune(0.5) >> (lc.Magnitude(0.5) >> lc.RTN(4)), lc.Magnitude(0.5) >> lc.RTN(4)),
-        (lc.Magnitude(0.5) >> lc.RTN(4), lc.Magnitude(0.5) >> lc.RTN(4)),
+        (lc.NeuronPrune(0.5) >> lc.Magnitude(0.5) >> lc.RTN(4), Survivors() >> lc.RTN(4)),
+        (lc.Magnitude(0.5) >> lc.RTN(4), Survivors() >> lc.RTN(4)),
+        (lc.StructurePrune(0.5) >> (lc.Magnitude(0.5) >> lc.RTN(4)), Survivors() >> lc.RTN(4)),
+        (lc.BlockPrune(0.5), Survivors()),
+        (lc.GPTQ(4), lc.GPTQ(4)),
         (Keep(), Keep()),
     ],
     ids=str,

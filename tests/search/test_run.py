@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 pytest.importorskip("optuna")
@@ -28,6 +29,7 @@ from tests.recover.nets import bytes_of, untouched
 from tests.search.digits import Problem, conv, run, sampled
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
+PAIR = "Magnitude(Free(0.1, 0.9), scope='model') >> KMeans(bits=Free(choices=(3, 6)))"
 
 
 class Counted(list[Any]):
@@ -185,6 +187,13 @@ def test_an_interrupted_search_takes_the_trials_it_would_have_taken(
     assert found.values == small[0].values
 
 
+def test_random_samplers_go_on_after_an_interruption_too(problem: Problem, tmp_path: Path) -> None:
+    options = {"scheme": PAIR, "recover": Direct(2), "keep": lc.within(0.5), "trials": 3}
+    with pytest.raises(KeyboardInterrupt):  # twice the original, twice a trial: in the second one
+        run(problem, tmp_path / "s", score=broken(5, _interrupt), **options)
+    assert sampled(run(problem, tmp_path / "s", resume=True, **options)) == sampled(run(problem, tmp_path / "w", **options))
+
+
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the workers are forked")
 
 
@@ -247,6 +256,21 @@ def test_filters_and_neurons_are_taken_out(problem: Problem, tmp_path: Path) -> 
     assert all(w.pack()[0]["dtype"] == "float16" for w in installed(read).values())
 
 
+def test_what_was_trained_is_not_compressed_again_after_the_cut(problem: Problem, tmp_path: Path) -> None:
+    """Filters of one layer go, single weights of the next keep their masks, and a layer that lost nothing keeps its codes."""
+    scheme = [("1", lc.RTN(6, "channel")), ("4", lc.FilterPrune(lc.Free(0.2, 0.4))), ("8", lc.Magnitude(0.7) >> lc.RTN(6, "channel"))]
+    found = run(problem, tmp_path / "s", scheme, keep=lc.within(0.3), trials=1)
+    read = fresh(found.path)
+    masked = lc.load_into(conv(), run(problem, tmp_path / "m", scheme, keep=lc.within(0.3), trials=1, thin=False).path).eval()
+    assert torch.equal(read[1].weight, masked[1].weight)
+    left = (masked[4].weight.flatten(1) != 0).any(1)
+    assert 9 < int(left.sum()) < 16
+    columns = left.repeat_interleave(16)
+    assert torch.equal(read[8].weight != 0, masked[8].weight[:, columns] != 0)
+    assert torch.allclose(read[8].weight, masked[8].weight[:, columns], atol=0.02)
+    assert found.result["best"]["score"] == pytest.approx(problem[1].judge(masked, problem[1].validation).score, abs=0.02)
+
+
 def test_without_thinning_channels_stay_as_zeros(problem: Problem, tmp_path: Path) -> None:
     found = run(problem, tmp_path / "s", "FilterPrune(Free(0.2, 0.6))", recover=Direct(4), keep=lc.at_least(0.0), trials=2, thin=False)
     read = fresh(found.path)
@@ -272,8 +296,7 @@ def test_schemes_that_are_programs(kind: str, problem: Problem, tmp_path: Path) 
 
 
 def test_several_variables(problem: Problem, tmp_path: Path) -> None:
-    scheme = "Magnitude(Free(0.1, 0.9), scope='model') >> KMeans(bits=Free(choices=(3, 6)))"
-    found = run(problem, tmp_path / "s", scheme, recover=Direct(4), keep=lc.within(0.1), trials=6)
+    found = run(problem, tmp_path / "s", PAIR, recover=Direct(4), keep=lc.within(0.1), trials=6)
     rows = found.result["trials"]
     assert found.result["free"] == {"sparsity": {"low": 0.1, "high": 0.9, "log": False}, "bits": {"choices": [3, 6]}}
     assert {row["values"]["bits"] for row in rows} == {3, 6}
@@ -289,8 +312,7 @@ def test_two_objectives_have_a_pareto_front(problem: Problem, tmp_path: Path) ->
         return -float(candidate.network[8].weight.unique().numel())
 
     goals = [lc.Minimize(stored_bytes), lc.Minimize(coarseness)]
-    scheme = "Magnitude(Free(0.1, 0.9), scope='model') >> KMeans(bits=Free(choices=(3, 6)))"
-    found = run(problem, tmp_path / "s", scheme, recover=Direct(4), keep=lc.within(0.1), trials=6, objective=goals)
+    found = run(problem, tmp_path / "s", PAIR, recover=Direct(4), keep=lc.within(0.1), trials=5, objective=goals, sampler="tpe")
     result = found.result
     kept = [row for row in result["trials"] if row["score"] >= result["floor"]]
 
