@@ -4,7 +4,7 @@ Table 2 of eDKM: four d x d projections in bfloat16, clustered at 3 bits, then a
 learners runs in processes of its own. `saved` is what one learner holds for the backward pass of the clustering beyond the weights
 themselves, counted byte for byte by `laconic.offload`; the rows none to M+U+S hold it as copies, as another device would need, `plain` is
 autograd without hooks, where tensors of one storage share it anyway. What attention itself saves is the same in all rows, and apart.
-The gradient, in bfloat16 as the weights are, is compared with that of `plain`; its last bit is 2^-8 = 0.0039. Rows that would not fit into
+The gradient, in bfloat16 as the weights are, is compared with that of `plain`; a last bit is up to 2^-7 = 0.0078. Rows that would not fit into
 the free memory are left out, with a message.
 """
 

@@ -6,6 +6,7 @@ Besides the names below, every method of `laconic.methods` is an attribute of th
 from typing import Any
 
 from laconic import hf as _hf  # noqa: F401 - importing it registers compressed directories with transformers
+from laconic.clustering import dkm_decode
 from laconic.errors import (
     CheckpointError,
     DataError,
@@ -23,6 +24,7 @@ from laconic.memory import load_into, save
 from laconic.methods.base import Keep, Method
 from laconic.methods.free import Free
 from laconic.objectives import Maximize, Minimize, at_least, within
+from laconic.offload import offload_saved
 from laconic.pipeline import Options, compress
 from laconic.recover import LC, Direct, FineTune, Steps, Task, recover
 from laconic.report import Report
@@ -55,9 +57,11 @@ __all__ = [
     "__version__",
     "at_least",
     "compress",
+    "dkm_decode",
     "evaluate_source",
     "load",
     "load_into",
+    "offload_saved",
     "parse",
     "recover",
     "save",

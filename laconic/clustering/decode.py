@@ -14,6 +14,8 @@ from laconic.errors import SchemeError
 
 Way = Literal["auto", "table", "blocks"]
 
+_COLD = "towards 0 the nearest centroid is taken"
+
 _TABLE_FROM = 1 << 14  # entries per table from which counting 65,536 codes costs less than treating every entry
 
 
@@ -21,7 +23,7 @@ def dkm_decode(
     weight: Tensor,
     centroids: Tensor,
     *,
-    tau: float,
+    tau: float | Tensor,
     iterations: int,
     tolerance: float = 0.0,
     zero: bool = False,
@@ -37,6 +39,7 @@ def dkm_decode(
     of them); decoded = A c, in the weight's dtype and shape. Gradients flow to the weight and to the starting centroids. Detach the centroids
     that are returned before they are carried to the next step.
 
+    A `tau` that is a tensor of one number (a constant) may change between calls of a compiled function without compiling it again.
     `weight` [out, ...]; `centroids` [K], [K, d] or [tables, K, d], where d neighbouring columns are one vector and a table serves
     `rows_per_table` rows (None: one table for all). `zero` keeps the first centroid of every table at exactly 0. `scale` [out]: row r is
     clustered as w / scale[r] and multiplied back; a constant. `rounded`: float32 weights are clustered as this 16-bit type has them, and the
@@ -48,15 +51,25 @@ def dkm_decode(
     Raises: SchemeError for arguments that cannot be carried out, and for weights that are not finite.
     Source: Cho et al. 2022 (DKM) section 3; Cho et al. 2023 (eDKM) section 2; the gradient is derived in docs/edkm.md.
     Cost: "table": a count, a look-up, a scatter-add and a look-up over the entries and O(65,536 K iterations); "blocks": O(entries K iterations).
-    Saved for the backward pass: `weight` itself, `centroids` and `scale`.
+    Saved for the backward pass: `weight` itself, `centroids`, and `scale` and `tau` where they are tensors.
     """
     shape = centroids.shape
     weight, group, restore = _local(weight, group)
     tables = centroids.reshape(1, -1, 1) if centroids.dim() == 1 else centroids.unsqueeze(0) if centroids.dim() == 2 else centroids
-    how = _How(tau, iterations, tolerance, zero, rows_per_table or 0, rounded, False, group.group_name if group is not None else "")
-    how.check(weight, tables, scale, shared=group is not None)
+    warmth = tau.detach() if isinstance(tau, Tensor) else None
+    how = _How(
+        1.0 if isinstance(tau, Tensor) else tau,
+        iterations,
+        tolerance,
+        zero,
+        rows_per_table or 0,
+        rounded,
+        False,
+        group.group_name if group is not None else "",
+    )
+    how.check(weight, tables, scale, warmth, shared=group is not None)
     how = replace(how, by_table=_by_table(weight, tables, rounded, way, shared=group is not None))
-    decoded, last = _Decode.apply(weight, tables, scale, how)
+    decoded, last = _Decode.apply(weight, tables, scale, warmth, how)
     return restore(decoded), last.reshape(shape)
 
 
@@ -77,10 +90,10 @@ class _How:
     def flat(self) -> tuple[Any, ...]:
         return (self.tau, self.iterations, self.tolerance, self.zero, self.rounded, self.by_table, self.group)
 
-    def check(self, weight: Tensor, tables: Tensor, scale: Tensor | None, shared: bool) -> None:
+    def check(self, weight: Tensor, tables: Tensor, scale: Tensor | None, warmth: Tensor | None, shared: bool) -> None:
         """Whether the shapes and numbers fit together. Raises: SchemeError."""
-        if not 0 < self.tau < math.inf:
-            raise SchemeError(f"dkm_decode: tau must be a positive number, got {self.tau}; towards 0 the nearest centroid is taken")
+        if not 0 < self.tau < math.inf or (warmth is not None and warmth.numel() != 1):
+            raise SchemeError(f"dkm_decode: tau must be a positive number, got {self.tau if warmth is None else list(warmth.shape)}; {_COLD}")
         if self.iterations < 0 or not self.tolerance >= 0:
             raise SchemeError(f"dkm_decode: iterations and tolerance must be 0 or more, got {self.iterations} and {self.tolerance}")
         if not weight.is_floating_point() or weight.dim() == 0 or not tables.is_floating_point():
@@ -141,26 +154,26 @@ class _Decode(torch.autograd.Function):
     """Two opaque operators, so that a compiler sees one node forward and one backward."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, tables: Tensor, scale: Tensor | None, how: _How) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(weight, tables, scale)
+    def forward(ctx: Any, weight: Tensor, tables: Tensor, scale: Tensor | None, warmth: Tensor | None, how: _How) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight, tables, scale, warmth)
         ctx.how = how
-        return _forward(weight, tables, scale, *how.flat)
+        return _forward(weight, tables, scale, warmth, *how.flat)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        weight, tables, scale = ctx.saved_tensors
-        grad_weight, grad_tables = _backward(weight, tables, scale, grads[0], grads[1], *ctx.how.flat)
-        return grad_weight, grad_tables, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        weight, tables, scale, warmth = ctx.saved_tensors
+        grad_weight, grad_tables = _backward(weight, tables, scale, warmth, grads[0], grads[1], *ctx.how.flat)
+        return grad_weight, grad_tables, None, None, None
 
 
 @torch.library.custom_op("laconic::dkm_forward", mutates_args=())
 def _forward(
-    weight: Tensor, tables: Tensor, scale: Tensor | None,
+    weight: Tensor, tables: Tensor, scale: Tensor | None, warmth: Tensor | None,
     tau: float, iterations: int, tolerance: float, zero: bool, rounded: torch.dtype | None, by_table: bool, group: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     values, start = _clustered(weight, tables, scale, rounded), tables.to(_precision(weight, by_table))
     decode = table.forward if by_table else blocks.forward
-    decoded, last = decode(values, start, Rule(tau, iterations, tolerance, zero), _sum_over(group), weight.dtype)
+    decoded, last = decode(values, start, Rule(_number(tau, warmth), iterations, tolerance, zero), _sum_over(group), weight.dtype)
     if not (bool(last.isfinite().all()) and (by_table or bool(decoded.isfinite().all()))):
         raise SchemeError("dkm_decode: the weight or the centroids hold NaN or infinity, or numbers whose squares overflow")
     decoded = decoded.view(weight.shape)
@@ -172,13 +185,15 @@ def _forward(
 
 @torch.library.custom_op("laconic::dkm_backward", mutates_args=())
 def _backward(
-    weight: Tensor, tables: Tensor, scale: Tensor | None, grad: Tensor, grad_last: Tensor,
+    weight: Tensor, tables: Tensor, scale: Tensor | None, warmth: Tensor | None, grad: Tensor, grad_last: Tensor,
     tau: float, iterations: int, tolerance: float, zero: bool, rounded: torch.dtype | None, by_table: bool, group: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     values, start = _clustered(weight, tables, scale, rounded), tables.to(_precision(weight, by_table))
     grad = (grad if scale is None else grad * _per_row(scale, weight)).reshape(values.shape)
     backward = table.backward if by_table else blocks.backward
-    into, first = backward(values, start, grad, grad_last.to(start.dtype), Rule(tau, iterations, tolerance, zero), _sum_over(group), weight.dtype)
+    into, first = backward(
+        values, start, grad, grad_last.to(start.dtype), Rule(_number(tau, warmth), iterations, tolerance, zero), _sum_over(group), weight.dtype
+    )
     into = into.view(weight.shape)
     if scale is not None:
         into.div_(_per_row(scale, weight))
@@ -199,6 +214,16 @@ def _clustered(weight: Tensor, tables: Tensor, scale: Tensor | None, rounded: to
     values = values if rounded is None else values.to(rounded)
     count, _, d = tables.shape
     return values.reshape(count, weight.numel() // (count * d), d).contiguous()
+
+
+def _number(tau: float, warmth: Tensor | None) -> float:
+    """The temperature; that of a tensor is read here, behind the compiler's back."""
+    if warmth is None:
+        return tau
+    found = float(warmth)
+    if not 0 < found < math.inf:
+        raise SchemeError(f"dkm_decode: tau must be a positive number, got a tensor of {found}; {_COLD}")
+    return found
 
 
 def _per_row(scale: Tensor, weight: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from laconic.search.study import Search
 
+# of the loss that is allowed: a warm-started trial less than this below the floor might keep it from a better start, so it closes nothing alone
+_DOUBT = 0.15
 _WORTHWHILE = 0.3  # of a trial's usual time must be left for another to begin
 
 
@@ -159,7 +161,9 @@ def _study(
 
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: expected a directory, found a file")
-    settings = Settings(sampler=options.sampler, trials=options.trials, seed=options.seed, rule=Rule(margin=noise))  # type: ignore[arg-type]
+    level = keep.floor(reference)
+    doubt = _DOUBT * (reference - level) if options.warm_share is not None and isinstance(how, LC) else 0.0
+    settings = Settings(sampler=options.sampler, trials=options.trials, seed=options.seed, rule=Rule(margin=max(noise, doubt)))  # type: ignore[arg-type]
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     about = {"scheme": describe(scheme), "keep": repr(keep), "recovery": repr(how), "parameters": sum(p.numel() for p in model.parameters())}
@@ -167,7 +171,7 @@ def _study(
         options.storage or out / "study.db", options.name, free=free, objectives={goal.name: goal.direction for goal in goals},
         settings=settings, about=about, resume=options.resume, heartbeat=options.heartbeat,
     )  # fmt: skip
-    return search, studies.set_reference(search, level=keep.floor(reference), reference=reference, noise=noise)
+    return search, studies.set_reference(search, level=level, reference=reference, noise=noise)
 
 
 def _coupling(model: nn.Module, scheme: Scheme, free: Mapping[str, Free], task: Task, thin: bool, progress: Progress) -> tuple[Any, list[str]]:

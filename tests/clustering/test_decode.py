@@ -156,6 +156,22 @@ def test_a_compiler_sees_no_break(backend: str) -> None:
     assert_equal(results(compiled, weight, centroids, **RULE), results(decode, weight, centroids, **RULE), 0.0)
 
 
+def test_a_compiled_function_is_annealed_without_compiling_again() -> None:
+    weight, centroids, graphs = draw(16, 16).requires_grad_(), torch.linspace(-2, 2, 4), []
+
+    def backend(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda w, c, tau: dkm_decode(w * 1, c, tau=tau, iterations=2)[0], backend=backend, fullgraph=True)
+    for tau in (0.5, 0.2, 0.1):
+        found, wanted = compiled(weight, centroids, torch.tensor(tau, dtype=torch.float64)), dkm_decode(weight, centroids, tau=tau, iterations=2)[0]
+        assert torch.equal(found, wanted)
+        assert torch.equal(*(torch.autograd.grad(x.square().sum(), weight)[0] for x in (found, wanted)))
+    assert len(graphs) == 1
+
+
 def test_a_cold_temperature_is_the_nearest_centroid_and_hard_k_means() -> None:
     weight, centroids = draw(8, 64), torch.tensor([-1.0, 0.1, 1.2], dtype=torch.float64)
     index = (weight.unsqueeze(2) - centroids).abs().argmin(2)
@@ -213,6 +229,8 @@ def test_a_gradient_that_is_not_finite_shows() -> None:
     [
         (dict(tau=0.0), "tau must be a positive number"),
         (dict(tau=-1.0), "tau must be a positive number"),
+        (dict(tau=torch.tensor(0.0)), "tau must be a positive number, got a tensor of 0.0"),
+        (dict(tau=torch.ones(2)), "tau must be a positive number"),
         (dict(tau=float("nan")), "tau must be a positive number"),
         (dict(iterations=-1), "iterations and tolerance"),
         (dict(tolerance=float("nan")), "iterations and tolerance"),

@@ -219,11 +219,24 @@ def test_refusals_say_why(between: Callable[[Tensor], Tensor], width: int, reaso
     assert any(re.match(reason, line) for line in coupling.refused), coupling.refused
 
 
-def test_a_failing_group_does_not_take_the_others_with_it() -> None:
-    layers = [nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 5, 1), nn.Sigmoid(), nn.Conv2d(5, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)]
+@pytest.mark.parametrize("seed", range(6))
+def test_a_failing_group_does_not_take_the_others_with_it(seed: int) -> None:
+    """Whatever the weights: where a ReLU is dead on the example, the sigmoid's group is refused for that."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 5, 1), nn.Sigmoid(), nn.Conv2d(5, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)]
     coupling = couple(shaken(nn.Sequential(*layers)), torch.randn(2, 3, 4, 4, generator=generator()))
-    assert [group.layers for group in coupling.groups] == [("0",), ("4",)]
-    assert coupling.channels["4"].tolist() == [5, 6, 7, 8, 9]
+    assert not any("2" in group.layers for group in coupling.groups)
+    assert (coupling.channels["2"] == -1).all()
+
+
+def test_a_group_that_the_example_does_not_reach_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    with torch.no_grad():
+        net[2].bias.fill_(-1e3)  # the second ReLU is dead whatever comes in
+    coupling = couple(net, torch.randn(2, 3, generator=generator()))
+    assert len(coupling) == 0
+    assert any("does not change the output" in line for line in coupling.refused)
 
 
 def test_what_is_normalised_over_channels_may_be_silent_but_not_unread() -> None:
