@@ -30,8 +30,8 @@ _STATISTICS = 32  # minibatches of training data that statistics are gathered fr
 class Recovery:
     """What a recovery found: scores on validation data (and, where there is some, test data), before and after, and its learning curve.
 
-    `direct` is direct compression's validation score. `state` holds the uncompressed values the last training step left, from which
-    another recovery can start.
+    `direct` is direct compression's validation score. `state` holds the values from which another recovery can start: the uncompressed
+    ones the last L-step left, or, after fine-tuning, those of the compressed model.
     """
 
     scheme: str
@@ -108,6 +108,9 @@ def recover_task(
     except StopRecovery:
         stopped = True
     snapshot, curve = best.finite(), checkpoints.curve
+    if isinstance(how, FineTune) or (isinstance(how, lc.LC) and how.then is not None):
+        bench.put(snapshot.weights)  # the w behind a straight-through estimate drifts within what rounds to the same: it is no model by itself
+        bench.put_rest(snapshot.rest)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     bench.finish(snapshot)
     model.zero_grad(set_to_none=True)
