@@ -24,8 +24,8 @@ from laconic.progress import Log
 from laconic.recover.text import text_task
 from laconic.search import SearchOptions, search_task
 from laconic.search.profiles import profile_picture
-from laconic.search.trial import copy_baked
 from laconic.timing import side_by_side
+from laconic.weights import baked
 
 WORK = tasks.WORK / "condensa"
 FREE = "sparsity=Free(0, 1)"
@@ -104,7 +104,7 @@ def run(row: Row, args: Namespace) -> dict[str, Any]:
         model, task = problem(row, args)
         options = SearchOptions(trials=args.trials, minutes=args.minutes, resume=True, seed=args.seed)
         found = search_task(model, row.scheme, task, (row.goal,), lc.within(row.margin), recovery(row, args.paper), out, options, Said())
-        timed = side_by_side({"reference": model, "compressed": copy_baked(found.model)}, task.sample(), repeats=20)
+        timed = side_by_side({"reference": model, "compressed": baked(found.model)}, task.sample(), repeats=20)
         figures = row_of(row, found.result, timed)
         (out / "row.json").write_text(json.dumps(figures))
         (RESULTS / f"condensa-{row.name.replace(' ', '')}.svg").write_text(profile_picture(found.result))

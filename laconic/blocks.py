@@ -32,6 +32,24 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
+def examples_in(batch: Batch) -> int:
+    """The number of examples in a batch: the length of its first tensor."""
+    first = next(iter(batch.values())) if isinstance(batch, dict) else batch[0] if isinstance(batch, list | tuple) else batch
+    return len(first)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every module's mode is put back."""
+    training, modes = model.training, {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            module.training = modes.get(module, training)  # a module that came inside (an installed weight) takes the model's
+
+
 class Residency(Protocol):
     """Whoever knows how to bring a model's tensors into memory, on a device, and let them go again."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from laconic.blocks import Batch, BlockModel, InMemory, find_chain
+from laconic.blocks import Batch, BlockModel, InMemory, examples_in, find_chain, in_evaluation
 from laconic.calibrate import INPUTS, Loss, Shelf, default_loss, parameters_of
 from laconic.errors import CheckpointError, DataError
 from laconic.methods.base import Keep
@@ -69,7 +69,7 @@ def compress_module(
     for name, parameter in model.named_parameters():
         if not is_finite(parameter.detach()):
             raise CheckpointError(f"{name}: holds NaN or infinity")
-    original = sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())
+    original = plain_bytes(model)
     count = sum(p.numel() for p in model.parameters())
     batches = _take(data, samples)
     if not batches and needs_data(chosen):
@@ -93,19 +93,22 @@ def compress_module(
     return model, report
 
 
+def plain_bytes(model: nn.Module) -> int:
+    """Bytes of a plain module's state, every tie once."""
+    return sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())
+
+
 @contextmanager
 def _at_rest(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode and without gradients; every module's mode and every parameter's flag are put back."""
-    training, modes = model.training, {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
-        yield
+        with in_evaluation(model):
+            yield
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-        for module in model.modules():
-            module.training = modes.get(module, training)
 
 
 def _take(data: Iterable[Batch] | None, samples: int) -> list[Batch]:
@@ -114,8 +117,7 @@ def _take(data: Iterable[Batch] | None, samples: int) -> list[Batch]:
     seen = 0
     for batch in data if data is not None else ():
         batches.append(batch)
-        first = next(iter(batch.values())) if isinstance(batch, dict) else batch[0] if isinstance(batch, list | tuple) else batch
-        seen += len(first)
+        seen += examples_in(batch)
         if seen >= samples:
             break
     return batches

@@ -1,6 +1,5 @@
 """What a search maximises or minimises, and the score it may not fall below."""
 
-import difflib
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -12,11 +11,12 @@ import torch
 from torch import nn
 
 from laconic import store
-from laconic.blocks import Batch
+from laconic.blocks import Batch, examples_in
 from laconic.errors import SearchError
+from laconic.expressions import nearest
 from laconic.memory import save
 from laconic.profile import count_macs, nonzeros
-from laconic.timing import examples_in, resized, seconds_per_call, spread
+from laconic.timing import resized, seconds_per_call, spread
 from laconic.weights import Dense, LowRank, Permuted, Rotated, Scaled, Shared, Sparse, Sum, Weight, installed
 
 
@@ -287,10 +287,7 @@ def parse_objective(text: str) -> Maximize | Minimize:
     """
     *before, name = text.split() or [""]
     if name not in OBJECTIVES:
-        close = difflib.get_close_matches(name, OBJECTIVES, 1, 0.5)
-        raise SearchError(
-            f"objective {text!r}: unknown name {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(OBJECTIVES)}")
-        )
+        raise SearchError(f"objective {text!r}: unknown name {name!r}{nearest(name, list(OBJECTIVES))}")
     if len(before) > 1 or (before and before[0].lower() not in _WORDS):
         raise SearchError(f"objective {text!r}: expected NAME, 'min NAME' or 'max NAME'")
     function, usual = OBJECTIVES[name]

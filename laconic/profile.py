@@ -1,6 +1,5 @@
 """What each layer of a network holds, computes and takes: entries, multiply-accumulates with weights that are not zero, milliseconds."""
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from laconic.blocks import Batch, call, to_device
+from laconic.blocks import Batch, call, examples_in, to_device
 from laconic.errors import SearchError
-from laconic.timing import device_of, evaluating, examples_in, fixed_threads, spread
-from laconic.weights import bake, installed
+from laconic.timing import device_of, evaluating, fixed_threads, spread
+from laconic.weights import baked, installed
 
 REST = "everything else"
 """The last row of a table of layers: the time of norms, activations, additions and the Python between the layers."""
@@ -121,16 +120,7 @@ def _steps(output: Tensor | nn.utils.rnn.PackedSequence) -> int:
 
 def plain(network: nn.Module) -> nn.Module:
     """The network itself, or, if Weights are installed in it, a copy in which they are decoded."""
-    if not installed(network):
-        return network
-    decoded = copy.deepcopy(network)
-    for module in decoded.modules():
-        if isinstance(getattr(module, "parametrizations", None), nn.ModuleDict):
-            # torch makes a class per parametrized module, its copy shares that, and baking empties it: the original would lose its weight
-            shared = type(module)
-            module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
-    bake(decoded)
-    return decoded
+    return baked(network) if installed(network) else network
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Schemes: which method each site gets, written as Python values or as text that is parsed and never evaluated."""
 
 import ast
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 import laconic.methods
 from laconic.errors import SchemeError
+from laconic.expressions import instance, nearest, parsed, where
 from laconic.methods.base import Keep, Method
 from laconic.methods.free import Free
 from laconic.sites import Slot
@@ -46,11 +46,7 @@ def parse(text: str) -> Scheme:
     `GPTQ(bits=4) if "v_proj" in name or block < 2 else GPTQ(bits=3)`. Conditions may use name, rows, columns, entries, block and role.
     Raises: SchemeError naming what was not understood and where, with the nearest spelling of an unknown name.
     """
-    try:
-        tree = ast.parse(text.strip(), mode="eval")
-    except SyntaxError as error:
-        raise SchemeError(f"scheme {text!r}: not a Python expression: {error.msg} at column {error.offset}") from error
-    node = tree.body
+    node = parsed("scheme", text)
     if isinstance(node, ast.List | ast.Tuple):
         return [_rule(item) for item in node.elts]
     if isinstance(node, ast.IfExp):
@@ -123,21 +119,12 @@ def _first_matches(rules: list[Rule], slots: Sequence[Slot]) -> dict[Slot, Metho
     for i, (test, _) in enumerate(rules):
         if i not in used:
             names = sorted({"*." + name.rsplit(".", 1)[-1] for slot in slots for name in slot.names} | {n for s in slots for n in s.names})
-            raise SchemeError(f"rule {i + 1} ({getattr(test, 'text', test)!r}) matches no site{_nearest(str(test), names)}")
+            raise SchemeError(f"rule {i + 1} ({getattr(test, 'text', test)!r}) matches no site{nearest(str(test), names)}")
     return chosen
 
 
 def _matches(test: str | Predicate, slot: Slot) -> bool:
     return any(fnmatchcase(name, test) for name in slot.names) if isinstance(test, str) else bool(test(slot))
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, 1, 0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known[:8])}"
-
-
-def _where(node: ast.AST) -> str:
-    return f"{ast.unparse(node)!r} (column {getattr(node, 'col_offset', 0) + 1})"
 
 
 def _method(node: ast.expr) -> Method:
@@ -149,38 +136,20 @@ def _method(node: ast.expr) -> Method:
         return _build(node, node.id, [], [])
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         return _build(node, node.func.id, node.args, node.keywords)
-    raise SchemeError(f"scheme: expected a method such as GPTQ(bits=4), got {_where(node)}; only methods can be called")
+    raise SchemeError(f"scheme: expected a method such as GPTQ(bits=4), got {where(node)}; only methods can be called")
 
 
 def _build(node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Method:
     known = known_methods()
     if name not in known:
-        raise SchemeError(f"scheme: unknown method {name!r} in {_where(node)}{_nearest(name, list(known))}")
-    return _call(node, known[name], args, keywords)
-
-
-def _call(node: ast.expr, cls: type[T], args: list[ast.expr], keywords: list[ast.keyword]) -> T:
-    """The instance of a known class that an expression describes."""
-    name, parameters = cls.__name__, list(inspect.signature(cls).parameters)
-    if len(args) > len(parameters):
-        raise SchemeError(f"scheme: {name} takes {len(parameters)} arguments, got {len(args)} in {_where(node)}")
-    values = {parameter: _value(arg) for parameter, arg in zip(parameters, args, strict=False)}
-    for keyword in keywords:
-        if keyword.arg is None or keyword.arg not in parameters:
-            raise SchemeError(f"scheme: {name} has no argument {keyword.arg!r}{_nearest(str(keyword.arg), parameters)}")
-        if keyword.arg in values:
-            raise SchemeError(f"scheme: {name} got {keyword.arg!r} twice in {_where(node)}")
-        values[keyword.arg] = _value(keyword.value)
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise SchemeError(f"scheme: {_where(node)}: {error}") from error
+        raise SchemeError(f"scheme: unknown method {name!r} in {where(node)}{nearest(name, list(known))}")
+    return instance("scheme", node, known[name], args, keywords, _value)
 
 
 def _value(node: ast.expr) -> Any:
     """A literal, a float('inf'), a Free, a method given to a method, or a tuple of these."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Free":
-        return _call(node, Free, node.args, node.keywords)
+        return instance("scheme", node, Free, node.args, node.keywords, _value)
     if isinstance(node, ast.Tuple):
         return tuple(_value(item) for item in node.elts)
     if isinstance(node, ast.Call | ast.Name) or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift | ast.Add)):
@@ -190,12 +159,12 @@ def _value(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError as error:
-        raise SchemeError(f"scheme: expected a literal value, got {_where(node)}") from error
+        raise SchemeError(f"scheme: expected a literal value, got {where(node)}") from error
 
 
 def _rule(node: ast.expr) -> Rule:
     if not (isinstance(node, ast.Tuple) and len(node.elts) == 2):
-        raise SchemeError(f"scheme: a rule of a plan is a pair (pattern, method), got {_where(node)}")
+        raise SchemeError(f"scheme: a rule of a plan is a pair (pattern, method), got {where(node)}")
     test, method = node.elts
     if isinstance(test, ast.Constant) and isinstance(test.value, str):
         return test.value, _method(method)
@@ -230,7 +199,7 @@ def _predicate(node: ast.expr) -> Predicate:
         try:
             return bool(_evaluate(node, slot))
         except TypeError as error:
-            raise SchemeError(f"scheme: {_where(node)} compares things that do not compare: {error}") from error
+            raise SchemeError(f"scheme: {where(node)} compares things that do not compare: {error}") from error
 
     test.text = ast.unparse(node)  # type: ignore[attr-defined]
     return test
@@ -254,4 +223,4 @@ def _evaluate(node: ast.expr, slot: Slot | None) -> Any:
         return None if slot is None else getattr(slot, str(field))
     if isinstance(node, ast.Constant | ast.Tuple | ast.List | ast.UnaryOp):
         return _value(node)
-    raise SchemeError(f"scheme: a condition compares {', '.join(_FIELDS)} and literals, got {_where(node)}")
+    raise SchemeError(f"scheme: a condition compares {', '.join(_FIELDS)} and literals, got {where(node)}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import Batch, call, to_device
+from laconic.blocks import Batch, call, examples_in, in_evaluation, to_device
 from laconic.errors import SearchError
 
 _LEAST = 0.005  # seconds per measurement, so that the clock and the call of a short network do not count
@@ -20,14 +20,8 @@ _LEAST = 0.005  # seconds per measurement, so that the clock and the call of a s
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """The network in evaluation mode and without gradients; every module's mode is put back."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_evaluation(network), torch.no_grad():
+        yield
 
 
 @contextmanager
@@ -41,12 +35,6 @@ def fixed_threads(threads: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-
-
-def examples_in(batch: Batch) -> int:
-    """The number of examples in a batch: the length of its first tensor."""
-    first = next(iter(batch.values())) if isinstance(batch, dict) else batch[0] if isinstance(batch, list | tuple) else batch
-    return len(first)
 
 
 def resized(batch: Batch, count: int) -> Batch:

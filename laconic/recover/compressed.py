@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import call, to_device
+from laconic.blocks import call, in_evaluation, to_device
 from laconic.errors import RecoveryError
 from laconic.recover.batches import private_randomness, stream
 from laconic.recover.projection import Projection
@@ -119,20 +119,16 @@ class Bench:
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
         if not (norms and self.norm_batches):
             return
-        kept, modes = {norm: norm.momentum for norm in norms}, {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # torch then takes the cumulative average
-            norm.train()
-        device = next(self.model.parameters()).device
-        with torch.no_grad(), private_randomness(self.seed, 0, device):
+        kept, device = {norm: norm.momentum for norm in norms}, next(self.model.parameters()).device
+        with in_evaluation(self.model), torch.no_grad(), private_randomness(self.seed, 0, device):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # torch then takes the cumulative average
+                norm.train()
             for _, batch in zip(range(self.norm_batches), stream(self.task.train, self.seed), strict=False):
                 call(self.model, to_device(batch, device))
         for norm in norms:
             norm.momentum = kept[norm]
-        for module, mode in modes.items():
-            module.training = mode
         self.silence()
 
     def finish(self, snapshot: Snapshot) -> None:

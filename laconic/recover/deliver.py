@@ -10,7 +10,7 @@ from torch import nn
 from laconic.errors import OutputError, VerificationError
 from laconic.load import fetch
 from laconic.machine import machine, versions
-from laconic.memory import load_into, save
+from laconic.memory import load_into, plain_bytes, save
 from laconic.progress import Progress
 from laconic.recover.call import How, recover_task
 from laconic.recover.checkpoint import STATE
@@ -37,7 +37,7 @@ def recover_directory(
     `recover` raises.
     """
     _check(out, resume, overwrite)
-    original_bytes, model = _bytes_of(model), copy.deepcopy(model).float()
+    original_bytes, model = plain_bytes(model), copy.deepcopy(model).float()
     resolve(scheme, find_slots(model))
     task = task.checked()
     reference = task.judge(model, task.validation)
@@ -68,10 +68,6 @@ def recover_directory(
     write_json(out / RESULT, result, indent=1)
     (out / STATE).unlink(missing_ok=True)  # only now is nothing lost by a kill
     return result
-
-
-def _bytes_of(model: nn.Module) -> int:
-    return sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())
 
 
 def _check(out: Path, resume: bool, overwrite: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import Batch, call, to_device
+from laconic.blocks import Batch, call, in_evaluation, to_device
 from laconic.calibrate import GRADIENTS, MEASURED, Loss, default_loss, parameters_of, survey_whole
 from laconic.errors import CheckpointError, DataError, SchemeError
 from laconic.methods.base import Keep, Method
@@ -118,30 +118,28 @@ def _wanted(model: nn.Module, scheme: Scheme) -> tuple[dict[Slot, Method], dict[
 def _gather(model: nn.Module, needs: dict[Slot, Stats], data: Iterable[Batch], loss: Loss, seed: int) -> Statistics:
     device = next(model.parameters()).device
     slots = list(needs)
-    flags, modes = {p: (p.requires_grad, p.grad) for p in model.parameters()}, {m: m.training for m in model.modules()}
-    model.eval()
+    flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     try:
-        if any(need & GRADIENTS for need in needs.values()):
-            for parameter in flags:
-                parameter.requires_grad_(parameter.is_floating_point())
-                parameter.grad = None
-            batches = [_detached(batch) for batch in data]  # a gradient is asked of them, which the user's own must not carry
-            statistics = survey_whole(model, batches, slots, needs, device, seed=seed, loss=loss).statistics
-            assert statistics is not None
+        with in_evaluation(model):
+            if any(need & GRADIENTS for need in needs.values()):
+                for parameter in flags:
+                    parameter.requires_grad_(parameter.is_floating_point())
+                    parameter.grad = None
+                batches = [_detached(batch) for batch in data]  # a gradient is asked of them, which the user's own must not carry
+                statistics = survey_whole(model, batches, slots, needs, device, seed=seed, loss=loss).statistics
+                assert statistics is not None
+                return statistics
+            model.requires_grad_(False)
+            statistics = Statistics(parameters_of(model, slots), needs)
+            if any(needs.values()):
+                with torch.no_grad(), statistics.watch():
+                    for batch in data:
+                        call(model, to_device(batch, device))
             return statistics
-        model.requires_grad_(False)
-        statistics = Statistics(parameters_of(model, slots), needs)
-        if any(needs.values()):
-            with torch.no_grad(), statistics.watch():
-                for batch in data:
-                    call(model, to_device(batch, device))
-        return statistics
     finally:
         for parameter, (flag, grad) in flags.items():
             parameter.requires_grad_(flag)
             parameter.grad = grad
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _detached(value: Any) -> Any:

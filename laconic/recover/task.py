@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.blocks import Batch, call, to_device
+from laconic.blocks import Batch, call, in_evaluation, to_device
 from laconic.errors import DataError
 from laconic.recover.batches import digests, private_randomness, size_of, unlabelled
 
@@ -68,22 +68,16 @@ class Task:
         device = device or next(model.parameters()).device
         losses = scores = 0.0
         items = examples = 0
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            with torch.no_grad(), nn.utils.parametrize.cached(), private_randomness(0, 0, device, data):
-                for given in data:
-                    batch = to_device(given, device)
-                    output = call(model, batch)
-                    size, loss = size_of(batch), self.loss_of(output, batch)
-                    values = self.scores_of(output, batch, loss)
-                    weight = size if values.numel() == 1 else values.numel()
-                    losses += float(loss) * size
-                    scores += float(values.double().mean()) * weight
-                    examples, items = examples + size, items + weight
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with in_evaluation(model), torch.no_grad(), nn.utils.parametrize.cached(), private_randomness(0, 0, device, data):
+            for given in data:
+                batch = to_device(given, device)
+                output = call(model, batch)
+                size, loss = size_of(batch), self.loss_of(output, batch)
+                values = self.scores_of(output, batch, loss)
+                weight = size if values.numel() == 1 else values.numel()
+                losses += float(loss) * size
+                scores += float(values.double().mean()) * weight
+                examples, items = examples + size, items + weight
         if not examples:
             raise DataError("expected batches to measure a model on, got none")
         return Judgement(losses / examples, scores / items, examples)

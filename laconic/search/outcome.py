@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from laconic.machine import machine, versions
+from laconic.memory import plain_bytes
 from laconic.methods.free import Free, fix
 from laconic.objectives import Candidate, Floor, nonzero_bytes_of
 from laconic.profile import layers_table
@@ -31,7 +32,7 @@ def figures_of(given: nn.Module, model: nn.Module, task: Task, goals: Sequence[G
     candidate = Candidate(given, copy.deepcopy(model), task.sample(), model)
     objectives = [goal(candidate) for goal in goals]
     return {
-        "stored_bytes": sum({id(t): t.nbytes for t in given.state_dict(keep_vars=True).values()}.values()),
+        "stored_bytes": plain_bytes(given),
         "nonzero_bytes": nonzero_bytes_of(given), "parameters": sum(p.numel() for p in given.parameters()),
         "objective": objectives[0] if len(objectives) == 1 else objectives,
     }  # fmt: skip

@@ -163,7 +163,7 @@ def _study(
         raise OutputError(f"{out}: expected a directory, found a file")
     level = keep.floor(reference)
     doubt = _DOUBT * (reference - level) if options.warm_share is not None and isinstance(how, LC) else 0.0
-    settings = Settings(sampler=options.sampler, trials=options.trials, seed=options.seed, rule=Rule(margin=max(noise, doubt)))  # type: ignore[arg-type]
+    settings = Settings(sampler=options.sampler, trials=options.trials, seed=options.seed, rule=Rule(margin=doubt))  # type: ignore[arg-type]
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     about = {"scheme": describe(scheme), "keep": repr(keep), "recovery": repr(how), "parameters": sum(p.numel() for p in model.parameters())}

@@ -27,9 +27,9 @@ from laconic.search.neighbours import Neighbour, hopeless, nearest
 from laconic.search.remains import after_cut, encode_remains
 from laconic.sites import Slot
 from laconic.store import read_manifest
-from laconic.weights import bake, installed
+from laconic.weights import baked
 
-__all__ = ["Goal", "Neighbour", "Trials", "after_cut", "copy_baked", "hopeless", "nearest"]
+__all__ = ["Goal", "Neighbour", "Trials", "after_cut", "hopeless", "nearest"]
 
 Goal = Maximize | Minimize
 
@@ -168,15 +168,7 @@ class Trials:
 
     def candidate(self, delivered: nn.Module, path: Path) -> Candidate:
         """What objectives measure."""
-        return Candidate(delivered, copy_baked(delivered), self.task.sample(), self.model, dict(self.fields), path)
-
-
-def copy_baked(model: nn.Module) -> nn.Module:
-    """A plain copy of a module: installed weights decoded."""
-    network = copy.deepcopy(model)
-    if installed(network):
-        bake(network)
-    return network.eval()
+        return Candidate(delivered, baked(delivered).eval(), self.task.sample(), self.model, dict(self.fields), path)
 
 
 def _minibatches(how: How) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 from laconic.blocks import Batch
 from laconic.errors import SurgeryError
 from laconic.surgery.verify import answers, apart, few, laboratory
-from laconic.weights.install import bake
+from laconic.weights.install import baked
 
 Shape = tuple[int, ...]
 MODELS = 64  # configurations tried before giving up; each builds a skeleton without memory
@@ -33,8 +33,7 @@ def save_pretrained(thinned: nn.Module, path: str | Path, example: Batch, *, tol
 
     if not isinstance(thinned, PreTrainedModel):
         raise SurgeryError(f"expected a transformers model, got {type(thinned).__name__}; save other modules with laconic.save(..., shapes=...)")
-    dense = copy.deepcopy(thinned)
-    bake(dense)
+    dense: Any = baked(thinned)
     wanted = {name: tuple(p.shape) for name, p in dense.named_parameters()}
     changed = _changes(_skeleton(dense, dense.config), wanted)
     config = _config(dense, wanted, changed)

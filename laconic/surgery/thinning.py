@@ -13,7 +13,7 @@ from laconic.surgery.channels import couple
 from laconic.surgery.coupling import Coupling, dead_channels, remove
 from laconic.surgery.ports import hush
 from laconic.surgery.verify import FAILURES, answers, apart, few, first_line, laboratory
-from laconic.weights.install import bake
+from laconic.weights.install import baked
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ def thin(model: nn.Module, example: Batch, coupling: Coupling | None = None, *, 
     layers. Source: Condensa, section 3.4. Cost: two copies and two passes, beside `couple` when no coupling is given.
     """
     coupling = coupling if coupling is not None else couple(model, example)
-    slim = copy.deepcopy(model).eval()
-    bake(slim)
+    slim = baked(model).eval()
     silence(slim, coupling)
     silent, unread = dead_channels(slim, coupling)
     dead = _spare(coupling, (silent | unread).nonzero().flatten())
@@ -65,12 +64,8 @@ def thin(model: nn.Module, example: Batch, coupling: Coupling | None = None, *, 
 
 def report(model: nn.Module, thinned: nn.Module) -> list[Cut]:
     """What thinning did: every layer that lost rows or columns, in module order."""
-    dense = []
-    for network in (model, thinned):
-        made = copy.deepcopy(network)
-        bake(made)
-        dense.append({slot.name: slot.shape for slot in find_slots(made)})
-    return [Cut(name, before, dense[1][name]) for name, before in dense[0].items() if name in dense[1] and dense[1][name] != before]
+    whole, slim = ({slot.name: slot.shape for slot in find_slots(baked(network))} for network in (model, thinned))
+    return [Cut(name, before, slim[name]) for name, before in whole.items() if name in slim and slim[name] != before]
 
 
 def _spare(coupling: Coupling, dead: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Two networks side by side: a private copy to experiment on, its inputs, and how far two outputs are apart."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.blocks import Batch, call
-from laconic.weights.install import bake
+from laconic.weights.install import baked
 
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, ZeroDivisionError)
 """What a forward pass raises when shapes no longer fit, and what tracing raises on operations it does not know."""
@@ -19,9 +18,7 @@ SAMPLES = 4
 
 def laboratory(model: nn.Module) -> nn.Module:
     """A copy of a model to compute with: dense, float32, on the CPU, in evaluation mode."""
-    made = copy.deepcopy(model)
-    bake(made)
-    return made.eval().float().cpu()
+    return baked(model).eval().float().cpu()
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """How a tensor of a module is seen as a matrix, and how a Weight takes its place."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -96,3 +97,10 @@ def bake(module: nn.Module) -> None:
                         dense[key] = nn.Parameter(getattr(child, name).detach().contiguous(), requires_grad=False)
                 parametrize.remove_parametrizations(child, name)
                 setattr(child, name, dense[key])
+
+
+def baked(module: nn.Module) -> nn.Module:
+    """A copy in which every installed Weight is the dense parameter it decodes to."""
+    decoded = copy.deepcopy(module)
+    bake(decoded)
+    return decoded

@@ -22,9 +22,8 @@ from laconic.errors import SearchError
 from laconic.objectives import Candidate, flops, stored_bytes
 from laconic.recover import Direct, FineTune, recover_task
 from laconic.search import Found
-from laconic.search.trial import copy_baked
 from laconic.store import read_manifest
-from laconic.weights import installed
+from laconic.weights import baked, installed
 from tests.recover.nets import bytes_of, untouched
 from tests.search.digits import Problem, conv, run, sampled
 
@@ -246,7 +245,7 @@ def test_filters_and_neurons_are_taken_out(problem: Problem, tmp_path: Path) -> 
     best, reference = found.result["best"], found.result["reference"]
     assert found.result["objective"] == {"name": "speed", "direction": "maximize"}
     assert best["objective"] > reference["objective"]
-    assert best["parameters"] == sum(p.numel() for p in copy_baked(found.model).parameters()) < reference["parameters"]
+    assert best["parameters"] == sum(p.numel() for p in baked(found.model).parameters()) < reference["parameters"]
     macs = sum(row["macs_after"] for row in found.result["layers"])
     assert best["objective"] == pytest.approx(1e6 / (2 * macs))
     read, task = fresh(found.path), problem[1]
