@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from laconic.errors import CheckpointError
 from laconic.sites import find_slots
 from laconic.store import MANIFEST, SCHEMA, Compressed
+from laconic.weights.inputs import set_rounding
 
 
 @register_quantization_config("laconic")
@@ -24,7 +25,7 @@ class LaconicConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer("laconic")
 class LaconicQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Decodes the stored weights into the model's dense parameters after the plain tensors are loaded."""
+    """Decodes the stored weights into the model's dense parameters after the plain tensors are loaded; layers round inputs that are to be."""
 
     requires_calibration = True  # transformers' word for: only models that were compressed before can be loaded
 
@@ -64,6 +65,11 @@ class LaconicQuantizer(HfQuantizer):  # type: ignore[misc]
                 path, parameter = slots[name].users[0]
                 target = getattr(model.get_submodule(path), parameter)
                 target.copy_(slots[name].view.restore(stored.weight(name).forward()))
+                layers = [model.get_submodule(path) for path, _ in slots[name].users]
+                stored.check_layers(name, layers)
+                for layer in layers:
+                    if (rounding := stored.rounding(name)) is not None:
+                        set_rounding(layer, rounding.to(target.device))
         return model
 
     def is_serializable(self, **_: Any) -> bool:

@@ -51,7 +51,8 @@ def inspect_directory(path: str | Path) -> dict[str, Any]:
 def _kind(spec: dict[str, Any]) -> str:
     inner = [_kind(value) for key, value in spec.items() if isinstance(value, dict) and key in ("weight", "values", "left", "right")]
     inner += [_kind(term) for term in spec.get("terms", [])]
-    return f"{spec['kind']}({', '.join(inner)})" if inner else str(spec["kind"])
+    kind = f"{spec['kind']}({', '.join(inner)})" if inner else str(spec["kind"])
+    return f"{kind}, inputs {spec['input_bits']} bits" if "input_bits" in spec else kind
 
 
 def _errors(folder: Path) -> dict[str, float]:

@@ -19,6 +19,7 @@ from laconic.sites import Slot, find_slots, tied_names
 from laconic.store import MANIFEST, Compressed
 from laconic.tensors import TensorFiles, is_finite
 from laconic.weights import install
+from laconic.weights.inputs import Rounding
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -132,6 +133,9 @@ class Checkpoint:
                 found |= {key: value[0] if isinstance(value, list) else value for key, value in converted.items() if key in names}
         return found
 
+    def rounding(self, name: str) -> Rounding | None:
+        return None
+
     def nbytes(self, name: str) -> int:
         return sum(self.files.tensors[stored].bytes for _, stored in self._routes[name][1]) if name in self._routes else 0
 
@@ -217,6 +221,7 @@ class CompressedCheckpoint:
                 raise CheckpointError(f"{self.path}: the manifest stores {name}, which the configured model does not have")
             if tuple(spec["shape"]) != by_parameter[name].shape:
                 raise CheckpointError(f"{self.path}: {name} is stored as {tuple(spec['shape'])}, the config asks for {by_parameter[name].shape}")
+            self.stored.check_layers(name, [self.skeleton.get_submodule(path) for path, _ in by_parameter[name].users])
         return {name: by_parameter[name] for name in self.stored.weights}
 
     def check(self) -> None:
@@ -235,6 +240,9 @@ class CompressedCheckpoint:
                 elif name in self.stored.files.tensors:
                     found[name] = reader.get(name)
         return found
+
+    def rounding(self, name: str) -> Rounding | None:
+        return self.stored.rounding(name)
 
     def nbytes(self, name: str) -> int:
         return self.stored.nbytes(name)
@@ -259,7 +267,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 
 def load(path: str | Path, *, dense: bool = True, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:
     """The model of a compressed directory, ready to run: decoded once into dense parameters, or with `dense=False` with its Weights
-    installed (they decode on every read and can be trained).
+    installed (they decode on every read and can be trained). Layers whose weights ask for it round their inputs, in either form.
 
     `dtype` is that of the dense parameters, by default the config's. Raises: CheckpointError when the directory is damaged or incomplete.
     """
@@ -269,7 +277,8 @@ def load(path: str | Path, *, dense: bool = True, dtype: torch.dtype | None = No
     dtype = dtype or getattr(checkpoint.config, "dtype", None) or torch.float32
     residence = Residence(model, checkpoint, None, dtype, torch.device("cpu"))
     residence.keep_all(skip=() if dense else checkpoint.slots)
-    if dense and hasattr(model.config, "quantization_config"):
+    rounds = any("input_bits" in spec for spec in checkpoint.stored.weights.values())
+    if dense and not rounds and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # `save_pretrained` writes what is there: an ordinary dense model
     if not dense:
         for name, slot in checkpoint.slots.items():

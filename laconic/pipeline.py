@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from laconic.blocks import Batch, BlockModel, find_chain
-from laconic.calibrate import INPUTS, Shelf
+from laconic.calibrate import Shelf
 from laconic.data import Windows, calibration_windows, evaluation_windows, read_text, sample_windows, split_text
 from laconic.errors import CheckpointError, DataError, SchemeError
 from laconic.evaluate import count_parameters, is_language_model, open_blocks, perplexity, similarity
@@ -44,7 +44,7 @@ from laconic.report import Report, generation_samples, original_file_bytes, samp
 from laconic.residence import Residence
 from laconic.run import Run
 from laconic.scheme import Scheme, describe, parse, resolve
-from laconic.sites import find_slots
+from laconic.sites import INPUTS, find_slots
 from laconic.store import manifest_of, stored_bytes
 
 SURVEY_SAMPLES = 32  # windows of the backward pass: what it estimates per site are means over millions of entries

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import CheckpointError
+from laconic.weights.inputs import Rounding, set_rounding
 
 
 class Provider(Protocol):
@@ -19,10 +20,14 @@ class Provider(Protocol):
     def nbytes(self, name: str) -> int:
         """Bytes the parameter takes on disk."""
 
+    def rounding(self, name: str) -> Rounding | None:
+        """How the layer of a parameter is to round its inputs, made anew; None if it takes them as they are."""
+
 
 class Residence:
     """Brings parts of a skeleton into memory from a provider, in one dtype on one device, and drops them again.
 
+    A layer rounds its inputs, if its weight asks for it, as long as the weight is held.
     With dtype None tensors keep their stored type and stay on the disk's pages: right for methods that only read them.
     """
 
@@ -67,6 +72,8 @@ class Residence:
                 for users in self._ties:
                     if self._inside(users[0][2], path):
                         self._put(users, self._meta[users[0][2]])
+                        for module, _, _ in users:
+                            set_rounding(module, None)
 
     def _untied_head(self) -> set[str]:
         find = getattr(self.model, "get_output_embeddings", None)
@@ -89,6 +96,9 @@ class Residence:
                 raise CheckpointError(f"{name}: stored with shape {tuple(tensor.shape)}, the config asks for {expected}")
             held = tensor.to(self.device) if self.dtype is None else tensor.to(self.device, self.dtype, copy=True)
             self._put(users, nn.Parameter(held, requires_grad=False))
+            for module, _, _ in users:
+                if (rounding := self.provider.rounding(name)) is not None:
+                    set_rounding(module, rounding.to(self.device))
         buffers = {n: b for n, b in self.model.named_buffers() if self._inside(n, path)}
         stored = self.provider.read(list(buffers)) if buffers else {}
         for name, buffer in buffers.items():

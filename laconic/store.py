@@ -1,17 +1,19 @@
 """Compressed models on disk: safetensors shards and one JSON that says how each weight decodes; checked before anything is read."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laconic.errors import CheckpointError
 from laconic.tensors import INDEX, TensorFiles
 from laconic.weights import Weight, unpack
-from laconic.weights.base import Spec
+from laconic.weights.base import Spec, input_bits_of, pack
 from laconic.weights.dense import DTYPES
+from laconic.weights.inputs import Rounding, why_not
 
 MANIFEST = "laconic.json"
 SCHEMA = 1
@@ -27,6 +29,7 @@ class Compressed:
         self.weights: dict[str, Spec] = {name: self.manifest["specs"][i] for name, i in self.manifest["weights"].items()}
         for name, spec in self.weights.items():
             _check_spec(spec, spec.get("shape"), f"{path / MANIFEST}: {name}")
+            _check_inputs(spec, f"{path / MANIFEST}: {name}")
 
     def packed(self, name: str) -> dict[str, Any]:
         """The stored tensors of a weight by their names within it, as (file, dtype, shape, bytes)."""
@@ -40,6 +43,16 @@ class Compressed:
             return unpack(self.weights[name], tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {name}: {error}") from error
+
+    def rounding(self, name: str) -> Rounding | None:
+        """How a parameter's layer is to round its inputs, or None; what is not a stored weight takes them as they are."""
+        return Rounding.of(self.weight(name)) if "input_bits" in self.weights.get(name, {}) else None
+
+    def check_layers(self, name: str, layers: Iterable[nn.Module]) -> None:
+        """Raises CheckpointError where the layers of a parameter cannot round their inputs as its weight asks for."""
+        for layer in layers if "input_bits" in self.weights[name] else ():
+            if (reason := why_not(layer)) is not None:
+                raise CheckpointError(f"{self.path}: {name} is stored with input_bits: {reason}")
 
     def nbytes(self, name: str) -> int:
         if name in self.weights:
@@ -83,12 +96,26 @@ def _check_spec(spec: Any, shape: Any, where: str) -> None:
             _check_spec(value, shape, where)
 
 
+def _check_inputs(spec: Spec, where: str) -> None:
+    """Raises CheckpointError unless `input_bits` is absent, or a number of bits that stands at the outermost spec."""
+    try:
+        input_bits_of(spec)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    todo: list[Any] = list(spec.values())
+    while todo:
+        value = todo.pop()
+        todo += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if isinstance(value, dict) and "input_bits" in value:
+            raise CheckpointError(f"{where}: input_bits in a part of a weight; the manifest is damaged")
+
+
 def pack_weights(weights: dict[str, Weight]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
-    """Stored tensors (`parameter.name within the weight`) and specs of some weights by parameter name."""
+    """Stored tensors (`parameter.name within the weight`) and specs of some weights by parameter name. Raises: SchemeError as `pack` does."""
     tensors: dict[str, Tensor] = {}
     specs: dict[str, Spec] = {}
     for name, weight in weights.items():
-        spec, packed = weight.pack()
+        spec, packed = pack(weight)
         tensors |= {f"{name}.{key}": value.cpu() for key, value in packed.items()}
         specs[name] = spec
     return tensors, specs

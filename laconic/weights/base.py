@@ -18,12 +18,15 @@ class Weight(nn.Module, ABC):
     `forward()` decodes (D), `right_inverse(W)` projects W onto the set and keeps the side information (scales, tables, masks): the C of
     "minimise L(w) subject to w = D(Theta)". The two names are those of `torch.nn.utils.parametrize`, with which a Weight is installed.
     Float state is held as parameters with `requires_grad=False`, so a recovery method only has to switch on what it trains.
+    `input_bits`, which a method sets on the weight it returns, asks that the layer's inputs are rounded too, token by token, whenever it runs
+    (`weights.inputs`); it belongs to the whole weight, never to a part of one.
 
     Source: Carreira-Perpinan 2017, "Model compression as constrained optimization", eq. 1; Condensa section 3.
     """
 
     kind: str
     shape: tuple[int, int]
+    input_bits: int | None = None
 
     @abstractmethod
     def forward(self) -> Tensor:
@@ -90,6 +93,27 @@ class EntryWeight(ColumnWeight):
     def unpack(cls, spec: Spec, tensors: dict[str, Tensor], keep: Tensor | None = None) -> Self: ...
 
 
+def check_bits(bits: object) -> None:
+    """Raises SchemeError unless the bits of inputs are None (they stay as they are) or a whole number from 2 to 16."""
+    if bits is not None and (type(bits) is not int or not 2 <= bits <= 16):
+        raise SchemeError(f"input_bits should be a whole number from 2 to 16, got {bits!r}")
+
+
+def check_input_bits(weight: Weight) -> None:
+    """Raises SchemeError for `input_bits` that are no such number, or that a part of the weight has, where nobody would heed them."""
+    check_bits(weight.input_bits)
+    for part in weight.modules():
+        if isinstance(part, Weight) and part is not weight and part.input_bits is not None:
+            raise SchemeError(f"a {part.kind} weight with input_bits inside a {weight.kind} one; a method that rounds inputs has to come last")
+
+
+def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:
+    """A whole weight in canonical form, `input_bits` included; `unpack` is the inverse. Raises: SchemeError as `check_input_bits`."""
+    check_input_bits(weight)
+    spec, tensors = weight.pack()
+    return (spec if weight.input_bits is None else spec | {"input_bits": weight.input_bits}), tensors
+
+
 @overload
 def unpack(spec: Spec, tensors: dict[str, Tensor]) -> Weight: ...
 
@@ -106,12 +130,22 @@ def unpack(spec: Spec, tensors: dict[str, Tensor], keep: Tensor | None = None) -
         cls = todo.pop()
         todo += cls.__subclasses__()
         if getattr(cls, "kind", None) == kind and kind is not None:
-            if keep is None:
-                return cls.unpack(spec, tensors)
-            if issubclass(cls, EntryWeight):
-                return cls.unpack(spec, tensors, keep)
-            raise CheckpointError(f"the values of a sparse weight cannot be of kind {kind!r}")
+            if keep is not None and not issubclass(cls, EntryWeight):
+                raise CheckpointError(f"the values of a sparse weight cannot be of kind {kind!r}")
+            weight: Weight = cls.unpack(spec, tensors) if keep is None else cls.unpack(spec, tensors, keep)
+            weight.input_bits = input_bits_of(spec)
+            return weight
     raise CheckpointError(f"unknown kind of weight {kind!r}; this file needs a newer laconic, or is damaged")
+
+
+def input_bits_of(spec: Spec) -> int | None:
+    """The bits a spec says inputs are rounded to, None where it says nothing. Raises: CheckpointError for anything but 2 to 16."""
+    bits: int | None = spec.get("input_bits")
+    try:
+        check_bits(bits)
+    except SchemeError as error:
+        raise CheckpointError(f"{spec.get('kind')}: {error}") from error
+    return bits
 
 
 def shape_of(spec: Spec) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from laconic.weights.base import Weight
+from laconic.weights.inputs import Rounding, check_rounding, set_rounding
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,17 @@ class View:
 
 
 class Installed(nn.Module):
-    """The parametrization that puts a Weight in a parameter's place, in that parameter's own shape."""
+    """The parametrization that puts a Weight in a parameter's place, in that parameter's own shape and type (which follows the module's)."""
 
-    def __init__(self, weight: Weight, view: View) -> None:
+    like: Tensor
+
+    def __init__(self, weight: Weight, view: View, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.view = weight, view
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self) -> Tensor:
-        return self.view.restore(self.weight())
+        return self.view.restore(self.weight()).to(self.like.dtype)
 
     def right_inverse(self, value: Tensor) -> tuple[()]:
         return self.weight.right_inverse(self.view.matrix(value))
@@ -60,13 +64,16 @@ class Installed(nn.Module):
 def install(module: nn.Module, name: str, weight: Weight, view: View) -> None:
     """Let `weight` take the place of `module.name`: reading decodes it, assigning projects onto its set. Its codes are not touched.
 
-    A tie is installed by calling this once per user with the same Weight object.
+    With `input_bits` the module rounds its inputs from now on; without, it does not any more. A tie is installed by calling this once per
+    user with the same Weight object. Raises: SchemeError where inputs are to be rounded that cannot be.
     """
-    installed = Installed(weight, view)
+    check_rounding(module, weight, f"{type(module).__name__}.{name}")
+    installed = Installed(weight, view, getattr(module, name).dtype)
     # torch projects the present value at registration; the codes are solved already, so that one call must do nothing
     installed.right_inverse = lambda value: ()  # type: ignore[method-assign]
     parametrize.register_parametrization(module, name, installed, unsafe=True)
     del installed.right_inverse
+    set_rounding(module, weight)
 
 
 def installed(module: nn.Module) -> dict[str, Weight]:
@@ -81,13 +88,15 @@ def installed(module: nn.Module) -> dict[str, Weight]:
 
 
 def bake(module: nn.Module) -> None:
-    """Replace every installed Weight below `module` by the dense parameter it decodes to; ties stay one parameter."""
+    """Replace every installed Weight below `module` by the dense parameter it decodes to; ties stay one parameter.
+
+    What is computed stays the same: a layer that rounds its inputs goes on doing so.
+    """
     dense: dict[int, nn.Parameter] = {}
     for child in list(module.modules()):
         if not isinstance(getattr(child, "parametrizations", None), nn.ModuleDict):
             continue
-        own = type(child)  # torch makes a class per parametrized module; a deep copy shares it, and removal would take the original's property
-        child.__class__ = type(own.__name__, own.__bases__, dict(vars(own)))
+        own_class(child)
         chains: Any = child.parametrizations
         for name, chain in list(chains.items()):
             if isinstance(chain[0], Installed):
@@ -95,8 +104,17 @@ def bake(module: nn.Module) -> None:
                     key = id(chain[0].weight)
                     if key not in dense:
                         dense[key] = nn.Parameter(getattr(child, name).detach().contiguous(), requires_grad=False)
+                    rounding = Rounding.of(chain[0].weight)
                 parametrize.remove_parametrizations(child, name)
                 setattr(child, name, dense[key])
+                if rounding is not None:
+                    set_rounding(child, rounding)
+
+
+def own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own: a deep copy shares the one torch made, and removal would take the original's property."""
+    shared = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
 
 
 def baked(module: nn.Module) -> nn.Module:
