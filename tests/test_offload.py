@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from laconic.clustering import dkm_naive
 from laconic.errors import SchemeError
 from laconic.offload import Saved, offload_saved
+from laconic.offload.rows import Weight
 
 MB = 1 << 20
 VIEWS = {"ViewBackward0", "TBackward0", "TransposeBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0",
@@ -343,6 +344,56 @@ def test_unique_is_exact_where_rows_differ() -> None:
     distinct = torch.arange(64 * 48).to(torch.int16).view(torch.bfloat16).view(64, 48).requires_grad_()
     _, saved = gradients(lambda: dkm_loss(distinct, c), [distinct], weights=[distinct], unique=True)
     assert saved.maps == 0
+
+
+def test_weights_of_one_size_are_ranked_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranked: list[int] = []
+    ranks = Weight.ranks
+    monkeypatch.setattr(Weight, "ranks", lambda self: (ranked.append(id(self)), ranks(self))[1])
+    layers = [clustered(seed) for seed in range(6)]
+    weights = [w for w, _ in layers]
+    noise = torch.rand(64, 48).requires_grad_()
+
+    def loss() -> Tensor:
+        return sum(dkm_loss(w, c) for w, c in layers) + noise.exp().sum()  # the exponential could be a row map of any, and is of none
+
+    expected, _ = gradients(loss, weights)
+    for options in (dict(unique=True), dict(unique=True, copy=True)):
+        ranked.clear()
+        found, saved = gradients(loss, weights, weights=weights, **options)
+        assert equal(found, expected)
+        assert saved.maps >= 48
+        assert len(set(ranked)) == 6
+        assert len(ranked) <= 2 * 6
+
+
+def test_an_index_list_of_other_values_is_not_used() -> None:
+    """The weight is written to behind the version counter's back while its row maps are held."""
+    w, c = clustered()
+    before = w.detach().clone()
+    after = clustered(1)[0].detach()
+    other = clustered(2)[0]
+
+    def loss() -> Tensor:
+        first = dkm_loss(w, c)
+        second = dkm_loss(other, c)  # the ranks of `w` are dropped for those of another weight
+        w.data.copy_(after)
+        return first + second + dkm_loss(w, c)
+
+    expected, _ = gradients(loss, [w], keep=[], copy=True)
+    w.data.copy_(before)
+    found, saved = gradients(loss, [w], weights=[w, other], unique=True, copy=True)
+    assert saved.maps >= 16
+    assert equal(found, expected)
+
+
+def test_weights_without_entries_have_no_rows() -> None:
+    w, c = clustered()
+    nothing = torch.zeros(0, 8).bfloat16()
+    expected, _ = gradients(lambda: dkm_loss(w, c), [w])
+    found, saved = gradients(lambda: dkm_loss(w, c), [w], weights=[nothing, w], unique=True, keep=[nothing, torch.zeros(2, 2).to_sparse()])
+    assert equal(found, expected)
+    assert saved.maps >= 8
 
 
 def _learner(rank: int, file: str) -> None:

@@ -1,6 +1,8 @@
 """Which entries survive, on disk: a bit per entry or block, a combination's index per n:m group, column indices, whole rows and columns, or
 an entropy-coded bit per entry."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
 from math import comb, log2
@@ -83,18 +85,15 @@ def _index_bytes(mask: Tensor) -> int:
     return _count_dtype(columns).itemsize * rows + dense_bytes(int(mask.sum()), max(1, (columns - 1).bit_length()))
 
 
+def _index(mask: Tensor) -> dict[str, Tensor]:
+    width = max(1, (mask.shape[1] - 1).bit_length())
+    return {"mask": pack_dense(mask.nonzero()[:, 1].int(), width), "counts": mask.sum(1).to(_count_dtype(mask.shape[1]))}
+
+
 def _cross(mask: Tensor) -> Tensor | None:
     """Which rows and then which columns survive, if every entry where they cross does."""
     rows, columns = mask.any(1), mask.any(0)
     return torch.cat([rows, columns]) if int(rows.sum()) * int(columns.sum()) == int(mask.sum()) else None
-
-
-def _streams(mask: Tensor, limit: float) -> dict[str, Tensor] | None:
-    """The entropy-coded mask, where that promises to take less than `limit` bytes; encoding takes longer than estimating."""
-    if _coded_bytes(mask.numel(), float(mask.float().mean())) > limit:
-        return None
-    coded = entropy.encode(mask.cpu().numpy().astype(np.int32))
-    return {"mask": coded["head"], "stream": coded["codes"]}
 
 
 def _coded_bytes(entries: int, density: float) -> float:
@@ -106,13 +105,26 @@ def _coded_bytes(entries: int, density: float) -> float:
 _HEAD = 44  # bytes of an entropy-coded mask's head with one table, and what the last word of a stream leaves unused
 
 
-def _codings(mask: Tensor) -> dict[str, int]:
-    """The bytes that every coding of an unstructured mask would take, the one to prefer first among equals."""
-    found = {"bitmap": dense_bytes(mask.numel(), 1), "index": _index_bytes(mask)}
-    if _cross(mask) is not None:
-        found = {"cross": dense_bytes(sum(mask.shape), 1), **found}
-    coded = _streams(mask, min(found.values()))
-    return found if coded is None else found | {"entropy": sum(t.nbytes for t in coded.values())}
+@dataclass(frozen=True)
+class _Coding:
+    """One way to store an unstructured mask: its name, the bytes of its tensors, and what makes these."""
+
+    name: str
+    bytes: int
+    make: Callable[[], dict[str, Tensor]]
+
+
+def _cheapest(mask: Tensor) -> _Coding:
+    """The coding of an unstructured mask that takes the fewest bytes, among equals the one that comes first here."""
+    cross = _cross(mask)
+    found = [] if cross is None else [_Coding("cross", dense_bytes(sum(mask.shape), 1), lambda: {"mask": pack_dense(cross.int(), 1)})]
+    found.append(_Coding("bitmap", dense_bytes(mask.numel(), 1), lambda: {"mask": pack_dense(mask.int(), 1)}))
+    found.append(_Coding("index", _index_bytes(mask), lambda: _index(mask)))
+    if _coded_bytes(mask.numel(), float(mask.float().mean())) <= min(coding.bytes for coding in found):  # encoding takes longer than estimating
+        coded = entropy.encode(mask.cpu().numpy().astype(np.int32))
+        stored = {"mask": coded["head"], "stream": coded["codes"]}
+        found.append(_Coding("entropy", sum(t.nbytes for t in stored.values()), lambda: stored))
+    return min(found, key=lambda coding: coding.bytes)
 
 
 def mask_bytes(mask: Tensor, pattern: Pattern) -> int:
@@ -122,7 +134,7 @@ def mask_bytes(mask: Tensor, pattern: Pattern) -> int:
         return dense_bytes(mask.numel() // group[1], (comb(group[1], group[0]) - 1).bit_length())
     if not isinstance(pattern, str):
         return dense_bytes(blocks_of(pattern, (mask.shape[0], mask.shape[1])).count, 1)
-    return min(_codings(mask).values())
+    return _cheapest(mask).bytes
 
 
 def density_of(pattern: Pattern, sparsity: float) -> float:
@@ -155,19 +167,8 @@ def store_mask(mask: Tensor, pattern: Pattern) -> tuple[dict[str, Any], dict[str
         return {"coding": "nm"}, {"mask": pack_dense(ranks, (comb(m, n) - 1).bit_length())}
     if not isinstance(pattern, str):
         return {"coding": "block"}, {"mask": pack_dense(blocks_of(pattern, (mask.shape[0], mask.shape[1])).corners(mask).int(), 1)}
-    sizes = _codings(mask)
-    coding, cross = min(sizes, key=lambda name: sizes[name]), _cross(mask)
-    if coding == "cross" and cross is not None:
-        return {"coding": "cross"}, {"mask": pack_dense(cross.int(), 1)}
-    if coding == "entropy":
-        coded = _streams(mask, float("inf"))
-        assert coded is not None
-        return {"coding": "entropy"}, coded
-    if coding == "bitmap":
-        return {"coding": "bitmap"}, {"mask": pack_dense(mask.int(), 1)}
-    columns = mask.nonzero()[:, 1].int()
-    width = max(1, (mask.shape[1] - 1).bit_length())
-    return {"coding": "index"}, {"mask": pack_dense(columns, width), "counts": mask.sum(1).to(_count_dtype(mask.shape[1]))}
+    coding = _cheapest(mask)
+    return {"coding": coding.name}, coding.make()
 
 
 def restore_mask(spec: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern) -> Tensor:

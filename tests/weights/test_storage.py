@@ -124,6 +124,16 @@ def test_a_sparse_mask_takes_the_cheaper_coding() -> None:
     assert masks.store_mask(few[:2], "unstructured")[0] == {"coding": "index"}  # too small to pay for a head
 
 
+def test_a_mask_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, calls = masks.entropy.encode, []
+    monkeypatch.setattr(masks.entropy, "encode", lambda codes: calls.append(codes.shape) or encode(codes))
+    few = torch.rand(64, 256, generator=torch.Generator().manual_seed(0)) > 0.97
+    assert masks.store_mask(few, "unstructured")[0] == {"coding": "entropy"}
+    masks.store_mask(few.logical_not(), "unstructured")
+    masks.store_mask(torch.rand(64, 256, generator=torch.Generator().manual_seed(1)) > 0.5, "unstructured")  # not worth a try
+    assert calls == [(64, 256)] * 2
+
+
 def test_a_damaged_entropy_coded_mask_is_refused() -> None:
     few = torch.rand(64, 256, generator=torch.Generator().manual_seed(0)) > 0.97
     spec, tensors = masks.store_mask(few, "unstructured")
