@@ -19,19 +19,26 @@ Source = Annotated[str | None, typer.Argument(help="A language model: a director
 TaskFile = Annotated[
     Path | None, typer.Option("--task", help="A Python file that defines model, train, validation (and test, loss, score, example).")
 ]
-Text = Annotated[str | None, typer.Option(help="Text for a language model: trained on, the last fifth kept for validation and test.")]
+Text = Annotated[
+    str | None,
+    typer.Option(help="Text for a language model: trained on, the last fifth kept for validation and test; self: text it writes itself."),
+]
 Test = Annotated[str | None, typer.Option(help="Text for the final figures; without it, the last tenth of --data.")]
 Scheme = Annotated[str | None, typer.Option(help="The scheme, as an expression.")]
 Plan = Annotated[Path | None, typer.Option(help="A Python file whose variable `scheme` is the scheme.")]
-How = Annotated[str, typer.Option("--recovery", help="LC(...), FineTune(...) or Direct(), as an expression.")]
+How = Annotated[
+    str | None, typer.Option("--recovery", help="LC(...), FineTune(...) or Direct(), as an expression; if not given, what suits the scheme.")
+]
 Tokens = Annotated[int, typer.Option(min=1, help="Training tokens drawn from --data.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
-Batch = Annotated[int, typer.Option(min=1, help="Windows per minibatch.")]
+Length = Annotated[int | None, typer.Option(min=2, help="Tokens per window; 128, or what --method has.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Windows per minibatch; 16, or what --method has.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Goals = Annotated[
     list[str] | None,
     typer.Option(help="What to improve, such as throughput or 'min flops'; stored_bytes if not given. Several give a Pareto front."),
 ]
+
+_LENGTH, _BATCH = 128, 16
 
 
 def search(
@@ -43,7 +50,7 @@ def search(
     plan: Plan = None,
     objective: Goals = None,
     keep: Annotated[float, typer.Option(min=0, help="How far the validation score may fall below the original's.")] = 0.02,
-    recovery: How = "LC()",
+    recovery: How = None,
     trials: Annotated[int, typer.Option(min=1, help="Trials, shared by all workers.")] = 10,
     minutes: Annotated[float | None, typer.Option(min=0, help="Wall-clock time of this worker.")] = None,
     out: Annotated[Path, typer.Option(help="The folder of models, study and report.")] = Path("search"),
@@ -55,8 +62,8 @@ def search(
     no_thin: Annotated[bool, typer.Option("--no-thin", help="Leave cut channels in place, as zeros.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study, or join it as another worker.")] = False,
     train_tokens: Tokens = 1_000_000,
-    length: Length = 128,
-    batch: Batch = 16,
+    length: Length = None,
+    batch: Batch = None,
     seed: Seed = 0,
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -66,19 +73,20 @@ def search(
 
     def work() -> None:
         from laconic.objectives import parse_objective, within
-        from laconic.recover import parse_recovery
+        from laconic.recover import parse_recovery, usual_recovery
         from laconic.search.report import search_summary
         from laconic.search.run import SearchOptions, search_task
 
-        chosen, how = _scheme(scheme, plan), parse_recovery(recovery)
+        chosen = _scheme(scheme, plan)
+        asked = parse_recovery(recovery) if recovery is not None else None
         goals = tuple(parse_objective(text) for text in objective or ["stored_bytes"])
-        model, problem = _problem(source, task, data, test, train_tokens, length, batch, seed, device, trust_remote_code)
+        model, problem = _problem(source, task, data, test, train_tokens, length or _LENGTH, batch or _BATCH, seed, device, trust_remote_code)
         options = SearchOptions(
             trials=trials, minutes=minutes, storage=storage, name=name, warm_share=None if cold else 0.5, early_stop=not no_early_stop,
             thin=not no_thin, sampler=sampler, resume=resume, seed=seed, command=shlex.join(["laconic", *sys.argv[1:]]),
         )  # fmt: skip
         with Terminal(quiet=as_json, brief=True) as terminal:
-            found = search_task(model, chosen, problem, goals, within(keep), how, out, options, terminal)
+            found = search_task(model, chosen, problem, goals, within(keep), asked or usual_recovery(chosen, model), out, options, terminal)
         notes = _complete(out, found.model, model, source, problem.sample()) if source is not None else []
         for note in notes:
             err.print(note, markup=False)
@@ -98,13 +106,15 @@ def recover(
     test: Test = None,
     scheme: Scheme = None,
     plan: Plan = None,
-    recovery: How = "LC()",
+    recovery: How = None,
+    method: Annotated[str | None, typer.Option(help="A published recipe instead of --scheme and --recovery: dkm or llm-qat.")] = None,
+    bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits per weight of --method; 3 for dkm, 4 for llm-qat.")] = None,
     out: Annotated[Path, typer.Option(help="The directory to write.")] = Path("recovered"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")] = False,
     train_tokens: Tokens = 1_000_000,
-    length: Length = 128,
-    batch: Batch = 16,
+    length: Length = None,
+    batch: Batch = None,
     seed: Seed = 0,
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -113,14 +123,14 @@ def recover(
     """Compress a model under a scheme and train it so that it loses less: L-C, or fine-tuning with masks, scales and tables kept."""
 
     def work() -> None:
-        from laconic.recover import parse_recovery
+        from laconic.recover import usual_recovery
         from laconic.recover.deliver import recover_directory
 
-        chosen, how = _scheme(scheme, plan), parse_recovery(recovery)
-        model, problem = _problem(source, task, data, test, train_tokens, length, batch, seed, device, trust_remote_code)
+        chosen, asked, windows, text = _way(scheme, plan, recovery, method, bits, length, batch, data, task)
+        model, problem = _problem(source, task, text, test, train_tokens, *windows, seed, device, trust_remote_code)
         with Terminal(quiet=as_json, brief=True) as terminal:
             result = recover_directory(
-                model, chosen, how, problem, out, source=source, resume=resume, overwrite=overwrite, seed=seed,
+                model, chosen, asked or usual_recovery(chosen, model), problem, out, source=source, resume=resume, overwrite=overwrite, seed=seed,
                 command=shlex.join(["laconic", *sys.argv[1:]]), progress=terminal,
             )  # fmt: skip
         if as_json:
@@ -138,6 +148,26 @@ def _scheme(scheme: str | None, plan: Path | None) -> Any:
     if (scheme is None) == (plan is None):
         raise SchemeError("give --scheme or --plan, one of them")
     return load_plan(plan) if plan is not None else parse(str(scheme))
+
+
+def _way(
+    scheme: str | None, plan: Path | None, recovery: str | None, method: str | None, bits: int | None, length: int | None, batch: int | None,
+    data: str | None, task: Path | None,
+) -> tuple[Any, Any, tuple[int, int], str | None]:  # fmt: skip
+    """The scheme, how it is trained if that is said, tokens per window and windows per minibatch, and the text: as given, or a recipe's."""
+    from laconic.recover import parse_recovery
+    from laconic.recover.recipes import recipe
+    from laconic.scheme import parse
+
+    asked = parse_recovery(recovery) if recovery is not None else None
+    if method is None:
+        if bits is not None:
+            raise SchemeError("--bits belongs to --method; a scheme names its bits itself")
+        return _scheme(scheme, plan), asked, (length or _LENGTH, batch or _BATCH), data
+    if scheme is not None or plan is not None:
+        raise SchemeError(f"--method {method} brings its own scheme: give it or --scheme (or --plan)")
+    found = recipe(method, bits)
+    return parse(found.scheme), asked or found.how, (length or found.length, batch or found.batch), data or (found.data if task is None else None)
 
 
 def _problem(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from laconic.clustering import blocks, table
 from laconic.clustering.recursion import Reduce, Rule
@@ -33,7 +33,7 @@ def dkm_decode(
     way: Way = "auto",
     group: "dist.ProcessGroup | None" = None,
 ) -> tuple[Tensor, Tensor]:
-    """The weight as differentiable k-means decodes it, and the centroids it ends with; both exactly differentiable.
+    """The weight as differentiable k-means decodes it, and the centroids it ends with; both exactly differentiable, once.
 
     A = softmax(-|w - c|^2 / tau), c <- A^T w / sum A, `iterations` times or until no centroid of a table moves by more than `tolerance` (0: all
     of them); decoded = A c, in the weight's dtype and shape. Gradients flow to the weight and to the starting centroids. Detach the centroids
@@ -41,13 +41,14 @@ def dkm_decode(
 
     A `tau` that is a tensor of one number (a constant) may change between calls of a compiled function without compiling it again.
     `weight` [out, ...]; `centroids` [K], [K, d] or [tables, K, d], where d neighbouring columns are one vector and a table serves
-    `rows_per_table` rows (None: one table for all). `zero` keeps the first centroid of every table at exactly 0. `scale` [out]: row r is
-    clustered as w / scale[r] and multiplied back; a constant. `rounded`: float32 weights are clustered as this 16-bit type has them, and the
-    gradient passes straight through the rounding. `way`: "table" (distinct 16-bit values, d = 1), "blocks" (every entry), or what suits. `group`:
-    the weight is this process's rows of a matrix that the group's processes share, centroids and their gradients are the same everywhere.
+    `rows_per_table` rows (None: one table for all). `zero` keeps the first centroid of every table at exactly 0. `scale` [out], a constant: row r
+    is clustered as w / scale[r], in the weight's dtype, and multiplied back. `rounded`: float32 weights are clustered as this 16-bit type has
+    them, and the gradient passes straight through the rounding. `way`: "table" (distinct 16-bit values, d = 1), "blocks" (every entry), or what
+    suits. `group`: the weight is this process's rows of a matrix that the group's processes share (`scale` is of these rows); centroids and
+    their gradients are the same everywhere.
 
     Fewer distinct values than centroids are fine: several centroids then meet at one value. 16-bit weights are computed in float64 by table and in
-    float32 by blocks.
+    float32 by blocks, under autocast too.
     Raises: SchemeError for arguments that cannot be carried out, and for weights that are not finite.
     Source: Cho et al. 2022 (DKM) section 3; Cho et al. 2023 (eDKM) section 2; the gradient is derived in docs/edkm.md.
     Cost: "table": a count, a look-up, a scatter-add and a look-up over the entries and O(65,536 K iterations); "blocks": O(entries K iterations).
@@ -58,14 +59,14 @@ def dkm_decode(
     tables = centroids.reshape(1, -1, 1) if centroids.dim() == 1 else centroids.unsqueeze(0) if centroids.dim() == 2 else centroids
     warmth = tau.detach() if isinstance(tau, Tensor) else None
     how = _How(
-        1.0 if isinstance(tau, Tensor) else tau,
-        iterations,
-        tolerance,
-        zero,
-        rows_per_table or 0,
-        rounded,
-        False,
-        group.group_name if group is not None else "",
+        tau=1.0 if isinstance(tau, Tensor) else tau,
+        iterations=iterations,
+        tolerance=tolerance,
+        zero=zero,
+        rows_per_table=rows_per_table or 0,
+        rounded=rounded,
+        by_table=False,
+        group=group.group_name if group is not None else "",
     )
     how.check(weight, tables, scale, warmth, shared=group is not None)
     how = replace(how, by_table=_by_table(weight, tables, rounded, way, shared=group is not None))
@@ -75,7 +76,7 @@ def dkm_decode(
 
 @dataclass(frozen=True)
 class _How:
-    """All settings, in the order the operators take them."""
+    """All settings; `flat` in the order the operators take them, which know the rows of a table by the number of tables."""
 
     tau: float
     iterations: int
@@ -126,6 +127,8 @@ def _by_table(weight: Tensor, tables: Tensor, rounded: torch.dtype | None, way: 
             raise SchemeError(f"dkm_decode: way='table' needs scalars, got vectors of {d}")
         if dtype == torch.float32:
             raise SchemeError("dkm_decode: way='table' needs 16-bit weights, got float32; rounded=torch.bfloat16 clusters them as bfloat16 has them")
+        if shared and dtype not in table.HALVES:
+            raise SchemeError(f"dkm_decode: processes count values of 16 bits together, got {dtype}; way='blocks' shares any")
         return True
     if way not in ("auto", "blocks"):
         raise SchemeError(f"dkm_decode: way must be 'auto', 'table' or 'blocks', got {way!r}")
@@ -166,34 +169,33 @@ class _Decode(torch.autograd.Function):
         return grad_weight, grad_tables, None, None, None
 
 
-@torch.library.custom_op("laconic::dkm_forward", mutates_args=())
+@library.custom_op("laconic::dkm_forward", mutates_args=())
 def _forward(
     weight: Tensor, tables: Tensor, scale: Tensor | None, warmth: Tensor | None,
     tau: float, iterations: int, tolerance: float, zero: bool, rounded: torch.dtype | None, by_table: bool, group: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     values, start = _clustered(weight, tables, scale, rounded), tables.to(_precision(weight, by_table))
-    decode = table.forward if by_table else blocks.forward
-    decoded, last = decode(values, start, Rule(_number(tau, warmth), iterations, tolerance, zero), _sum_over(group), weight.dtype)
+    rule, decode = Rule(_number(tau, warmth), iterations, tolerance, zero), table.forward if by_table else blocks.forward
+    with torch.autocast(weight.device.type, enabled=False):  # products in 16 bits would be neither exact nor those of the backward pass
+        decoded, last = decode(values, start, rule, _sum_over(group), weight.dtype)
     if not (bool(last.isfinite().all()) and (by_table or bool(decoded.isfinite().all()))):
         raise SchemeError("dkm_decode: the weight or the centroids hold NaN or infinity, or numbers whose squares overflow")
     decoded = decoded.view(weight.shape)
-    last = last.to(tables.dtype)
     if scale is not None:
         decoded.mul_(_per_row(scale, weight))
-    return decoded, last.clone() if last is tables else last
+    return decoded, last.to(tables.dtype)
 
 
-@torch.library.custom_op("laconic::dkm_backward", mutates_args=())
+@library.custom_op("laconic::dkm_backward", mutates_args=())
 def _backward(
     weight: Tensor, tables: Tensor, scale: Tensor | None, warmth: Tensor | None, grad: Tensor, grad_last: Tensor,
     tau: float, iterations: int, tolerance: float, zero: bool, rounded: torch.dtype | None, by_table: bool, group: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     values, start = _clustered(weight, tables, scale, rounded), tables.to(_precision(weight, by_table))
     grad = (grad if scale is None else grad * _per_row(scale, weight)).reshape(values.shape)
-    backward = table.backward if by_table else blocks.backward
-    into, first = backward(
-        values, start, grad, grad_last.to(start.dtype), Rule(_number(tau, warmth), iterations, tolerance, zero), _sum_over(group), weight.dtype
-    )
+    rule, backward = Rule(_number(tau, warmth), iterations, tolerance, zero), table.backward if by_table else blocks.backward
+    with torch.autocast(weight.device.type, enabled=False):
+        into, first = backward(values, start, grad, grad_last.to(start.dtype), rule, _sum_over(group), weight.dtype)
     into = into.view(weight.shape)
     if scale is not None:
         into.div_(_per_row(scale, weight))

@@ -22,17 +22,21 @@ def init_centroids(
     """
     if not 1 <= bits <= 8:
         raise SchemeError(f"init_centroids: bits must be 1 to 8, got {bits}")
-    W = weight.detach()
-    W = W.reshape(len(W), -1) if W.dim() > 1 else W.reshape(1, -1)
+    W = _matrix(weight)
     if not bool(W.isfinite().all()):
         raise SchemeError("init_centroids: the weight holds NaN or infinity")
     book = Codebook((W.shape[0], W.shape[1]), bits=bits, dimension=dimension, rows_per_table=rows_per_table)
     tables = fit_tables(Site("weight", W, seed=seed), book, None, iterations).to(weight.device)
-    if zero:
-        nearest = tables.square().sum(2).argmin(1)
-        for found, entries in zip(nearest.tolist(), tables, strict=True):
-            entries[found] = entries[0]
-            entries[0] = 0
+    return with_zero(tables) if zero else tables
+
+
+def with_zero(tables: Tensor) -> Tensor:
+    """Tables [tables, K, d] in which the centroid nearest to zero is zero and stands first."""
+    tables = tables.clone()
+    nearest = tables.square().sum(2).argmin(1)
+    for found, entries in zip(nearest.tolist(), tables, strict=True):
+        entries[found] = entries[0]
+        entries[0] = 0
     return tables
 
 
@@ -44,8 +48,7 @@ def temperature(weight: Tensor, relative: float, *, dimension: int = 1, scale: T
     """
     if not (math.isfinite(relative) and relative > 0):
         raise SchemeError(f"temperature: relative must be a positive number, got {relative}")
-    W = weight.detach()
-    W = (W if W.dim() > 1 else W.unsqueeze(0)).reshape(len(W) if W.dim() > 1 else 1, -1, dimension).float()
+    W = _matrix(weight).unflatten(1, (-1, dimension)).float()
     if scale is not None:
         W = W / scale.reshape(-1, 1, 1)
     variance = float((W - W.mean((0, 1))).square().mean(dtype=torch.float64)) * dimension
@@ -66,11 +69,13 @@ def harden(
 ) -> Codebook:
     """The trained weight [out, in] (further dimensions are flattened into `in`) with every entry at its nearest centroid, as a weight to be stored.
 
-    `centroids`, `rows_per_table` and `scale` as in `dkm_decode`. A table of K centroids takes ceil(log2 K) bits; spare codes repeat the last.
-    Raises: SchemeError when the shapes do not fit. Cost: entries x log K, or entries x K for vectors.
+    `centroids`, `rows_per_table` and `scale` as in `dkm_decode`; `scale` is stored in bfloat16. A table of K centroids takes ceil(log2 K) bits;
+    spare codes repeat the last.
+    Raises: SchemeError when the shapes do not fit, and for numbers that are not finite. Cost: entries x log K, or entries x K for vectors.
     """
-    W = weight.detach()
-    W = W.reshape(len(W), -1) if W.dim() > 1 else W.reshape(1, -1)
+    W = _matrix(weight)
+    if not (bool(W.isfinite().all()) and bool(centroids.isfinite().all())):
+        raise SchemeError("harden: the weight or the centroids hold NaN or infinity")
     c = centroids.detach().float()
     c = c.reshape(1, -1, 1) if c.dim() == 1 else c.reshape(-1, *c.shape[-2:])
     bits = max(1, math.ceil(math.log2(c.shape[1])))
@@ -82,3 +87,8 @@ def harden(
     book.set_tables(torch.cat([c, c[:, -1:].expand(-1, 2**bits - c.shape[1], -1)], 1), scale)
     book.to(W.device).right_inverse(W.float())
     return book
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """A tensor as [out, in], without its graph; one of a single dimension as one row."""
+    return weight.detach().reshape(len(weight) if weight.dim() > 1 else 1, -1)

@@ -2,7 +2,7 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +13,7 @@ from laconic.errors import SchemeError
 from laconic.methods.free import free_within
 from laconic.sites import NONE, Site, Stats
 from laconic.weights import EntryWeight, Sparse, Sum, Weight
+from laconic.weights.relax import Relaxation, StraightThrough
 
 if TYPE_CHECKING:
     from laconic.methods.allocation import Allocation
@@ -41,7 +42,7 @@ def _refused(compute: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-_GUARDS = {"__post_init__": _skipped, "__call__": _refused, "expected_bits": _refused, "allocation": _refused}
+_GUARDS = {"__post_init__": _skipped, "__call__": _refused, "together": _refused, "expected_bits": _refused, "allocation": _refused}
 
 
 class Method(ABC):
@@ -75,6 +76,24 @@ class Method(ABC):
     def wants(self) -> Stats:
         """The statistics this configuration reads; `needs` unless a hyper-parameter says otherwise."""
         return self.needs
+
+    @property
+    def joint(self) -> bool:
+        """Whether sites that read one input are to be treated together, which keeps all of them in memory at a time."""
+        return False
+
+    def together(self, sites: Sequence[Site]) -> list[Weight]:
+        """The weights of sites that read one input, in their order; each is found alone unless the method is `joint`."""
+        return [self(site) for site in sites]
+
+    @property
+    def soft(self) -> bool:
+        """Whether training is what the method is for, through a soft form of its weight (`relax`)."""
+        return False
+
+    def relax(self, weight: Weight, W: Tensor) -> Relaxation:
+        """What stands in the place of W while it is trained towards a weight this method made of it: straight through, unless it is `soft`."""
+        return StraightThrough(weight)
 
     def allocation(self) -> "Allocation | None":
         """How this method spreads one number (a global sparsity, a byte budget) over many sites, or None if each site stands alone."""
@@ -140,6 +159,8 @@ class Then(Method):
             raise SchemeError(
                 f"{self!r}: a rate counts every entry, but only the survivors of {self.first!r} are stored; give {type(self.second).__name__} bits"
             )
+        if self._pruning() is not None and self.second.joint:
+            raise SchemeError(f"{self!r}: {self.second!r} scales whole columns, which a sparse weight of single surviving entries has no place for")
 
     def _pruning(self) -> Pruning | None:
         """The method at the head of the chain, if it prunes."""
@@ -152,9 +173,19 @@ class Then(Method):
     def wants(self) -> Stats:
         return self.first.wants | self.second.wants
 
+    @property
+    def joint(self) -> bool:
+        return self.first.joint or self.second.joint
+
+    def together(self, sites: Sequence[Site]) -> list[Weight]:
+        if not self.joint:
+            return super().together(sites)
+        firsts = self.first.together([site.having(values_dtype="float32") for site in sites])
+        return self.second.together([site.having(W=self._values(site, first)) for site, first in zip(sites, firsts, strict=True)])
+
     def __call__(self, site: Site) -> Weight:
         first = self.first(site.having(values_dtype="float32"))
-        W = first.forward().detach().to(site.W)
+        W = self._values(site, first)
         if not isinstance(first, Sparse):
             return self.second(site.having(W=W))
         values = self.second(site.having(W=W, mask=first.mask))
@@ -163,6 +194,18 @@ class Then(Method):
         sparse = Sparse(values, pattern=first.pattern, sparsity=first.sparsity)
         sparse.set_mask(first.mask)
         return sparse
+
+    def _values(self, site: Site, first: Weight) -> Tensor:
+        if first.input_bits is not None:
+            raise SchemeError(f"{site.name}: {self.first!r} rounds inputs, which {self.second!r} would forget: it has to come last")
+        return first.forward().detach().to(site.W)
+
+    @property
+    def soft(self) -> bool:
+        return self.second.soft
+
+    def relax(self, weight: Weight, W: Tensor) -> Relaxation:
+        return self.second.relax(weight, W)
 
     def expected_bits(self, shape: tuple[int, int]) -> float:
         self.first.expected_bits(shape)  # which checks that the first method can treat the shape
@@ -193,10 +236,22 @@ class Plus(Method):
     def wants(self) -> Stats:
         return self.first.wants | self.second.wants
 
+    @property
+    def joint(self) -> bool:
+        return self.first.joint or self.second.joint
+
+    def together(self, sites: Sequence[Site]) -> list[Weight]:
+        firsts = self.first.together(sites)
+        residuals = [site.having(W=site.W - first.forward().detach().to(site.W)) for site, first in zip(sites, firsts, strict=True)]
+        return [Sum(*terms) for terms in zip(firsts, self.second.together(residuals), strict=True)]
+
     def __call__(self, site: Site) -> Weight:
-        first = self.first(site)
-        residual = site.W - first.forward().detach().to(site.W)
-        return Sum(first, self.second(site.having(W=residual)))
+        return self.together([site])[0]
+
+    def relax(self, weight: Weight, W: Tensor) -> Relaxation:
+        if self.first.soft or self.second.soft:
+            raise SchemeError(f"{self!r}: a clustering cannot be trained as a term of a sum; use KMeans there")
+        return super().relax(weight, W)
 
     def allocation(self) -> "Allocation | None":
         from laconic.methods.allocation import composed
@@ -224,15 +279,16 @@ def output_error(site: Site, weight: Weight) -> float:
         for start in range(g * rows, (g + 1) * rows, max(1, rows // _PARTS)):
             stop = min(start + max(1, min(_ROWS // _PARTS, rows // _PARTS)), (g + 1) * rows)
             W = site.W[start:stop].float()
-            left += _energy(W - weight.rows(start, stop).to(W), metric)
-            total += _energy(W, metric)
+            left += energy(W - weight.rows(start, stop).to(W), metric)
+            total += energy(W, metric)
     return left / total if total > 0 else 0.0
 
 
 _ROWS, _PARTS = 512, 8  # rows looked at, and the runs of neighbouring rows they come in
 
 
-def _energy(E: Tensor, metric: Tensor | None) -> float:
+def energy(E: Tensor, metric: Tensor | None) -> float:
+    """tr(E H E^T) for E [rows, in] and H [in, in], its diagonal [in], or None for the identity; products in float32, the sum in float64."""
     if metric is None:
         return E.square().sum(dtype=torch.float64).item()
     image = E @ metric if metric.dim() == 2 else E * metric

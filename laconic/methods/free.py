@@ -100,7 +100,7 @@ def free_within(value: Any) -> list[tuple[str, Free]]:
 def free_of(scheme: "Scheme", slots: Sequence["Slot"]) -> dict[str, Free]:
     """The variables of a scheme by name, in order of appearance; a function is asked for every slot."""
     names = _Names()
-    for method in _methods(scheme, slots):
+    for method in methods_of(scheme, slots):
         for parameter, free in free_within(method):
             names.key(parameter, free)
     return names.known
@@ -124,7 +124,8 @@ def fix(scheme: "Scheme", values: Mapping[str, Any], slots: Sequence["Slot"] = (
     return [(test, _fixed(method, values, names)) for test, method in scheme]
 
 
-def _methods(scheme: Any, slots: Sequence["Slot"]) -> list[Any]:
+def methods_of(scheme: Any, slots: Sequence["Slot"]) -> list[Any]:
+    """The methods a scheme names; a function is asked for every slot. Raises: SchemeError for a rule that is none."""
     if is_dataclass(scheme):
         return [scheme]
     if callable(scheme):

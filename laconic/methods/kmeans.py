@@ -50,15 +50,17 @@ class KMeans(Method):
         weight = Codebook(
             (site.W.shape[0], site.W.shape[1]), bits=self.bits, dimension=self.dimension, rows_per_table=self.rows, codec=self.codec
         )  # fmt: skip
-        weight.set_tables(fit_tables(site, weight, self._weights(site), self.iterations))
+        weight.set_tables(fit_tables(site, weight, table_weights(site, self.weights, "KMeans"), self.iterations))
         weight.to(site.W.device).right_inverse(site.W)
         return weight
 
-    def _weights(self, site: Site) -> Tensor | None:
-        f = {"none": None, "hessian": site.importance, "fisher": site.fisher}[self.weights]
-        if (self.weights == "hessian" and f is None) or (self.weights == "fisher" and f is None):
-            raise SchemeError(f"{site.name}: KMeans(weights={self.weights!r}) needs statistics this site has none of")
-        return f
+
+def table_weights(site: Site, which: str, method: str) -> Tensor | None:
+    """How much every entry counts when a table is fitted: f [out or 1, in], None if all count alike. Raises: SchemeError without statistics."""
+    f = {"none": None, "hessian": site.importance, "fisher": site.fisher}[which]
+    if which != "none" and f is None:
+        raise SchemeError(f"{site.name}: {method}(weights={which!r}) needs statistics this site has none of")
+    return f
 
 
 def fit_tables(site: Site, weight: Codebook, f: Tensor | None, iterations: int) -> Tensor:

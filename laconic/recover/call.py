@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.blocks import Batch
+from laconic.methods.free import methods_of
 from laconic.progress import Log, Progress
 from laconic.recover import lc
 from laconic.recover.batches import private_randomness, stream
@@ -19,8 +20,10 @@ from laconic.recover.checkpoint import Checkpoints
 from laconic.recover.compressed import Bench, Best
 from laconic.recover.finetune import Direct, FineTune, Listener, StopRecovery, run_direct, run_finetune
 from laconic.recover.projection import Projection, project_onto, reads_data
+from laconic.recover.recipes import dkm
 from laconic.recover.task import OutputLoss, OutputScore, Task
 from laconic.scheme import Scheme, parse
+from laconic.sites import find_slots
 
 How = lc.LC | FineTune | Direct
 _STATISTICS = 32  # minibatches of training data that statistics are gathered from
@@ -60,13 +63,19 @@ def recover(
 ) -> tuple[nn.Module, Recovery]:  # fmt: skip
     """Compress a copy of a module and recover its accuracy by training; the module given is not changed.
 
-    `how`: `LC(...)` (default), `FineTune(...)` or `Direct()`. `train` is trained on, `validation` picks the best model, `test` is only
-    measured at the end. With `folder`, the state is written there after every L-step and `resume=True` goes on from it.
+    `how`: `LC(...)`, `FineTune(...)` or `Direct()`; by default what `usual_recovery` says. `train` is trained on, `validation` picks the best
+    model, `test` is only measured at the end. With `folder`, the state is written there after every L-step and `resume=True` goes on from it.
     Returns the compressed module (installed weights, evaluation mode) and what happened. Raises: SchemeError, DataError (splits that
     share samples), RecoveryError (training diverged), SurgeryError (structures of a network that cannot be traced).
     """
     task = Task(train if train is not None else [], validation if validation is not None else [], test, loss, score, example).checked()
-    return recover_task(model, scheme, how or lc.LC(), task, folder=folder, resume=resume, seed=seed, progress=progress)
+    scheme = parse(scheme) if isinstance(scheme, str) else scheme
+    return recover_task(model, scheme, how or usual_recovery(scheme, model), task, folder=folder, resume=resume, seed=seed, progress=progress)
+
+
+def usual_recovery(scheme: Scheme, model: nn.Module) -> How:
+    """How a module is trained under a scheme if nobody says: by eDKM's fine-tuning where clusters are trained (`DKM`), else by L-C."""
+    return dkm().how if any(method.soft for method in methods_of(scheme, find_slots(model))) else lc.LC()
 
 
 def recover_task(
@@ -80,6 +89,7 @@ def recover_task(
     """
     began, progress = time.time(), progress or Log()
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
+    how = how.over(task.train)
     original = model
     model, flags = _working_copy(model)
     if start is not None:
@@ -92,8 +102,7 @@ def recover_task(
     mark = _mark(bench) if folder is not None else ""
     checkpoints = Checkpoints(Path(folder) if folder is not None else None, f"{projection.scheme} by {how!r}, seed {seed}{mark}", resume)
     checkpoints.claim()
-    total = how.total if isinstance(how, lc.LC) else how.minibatches
-    progress.start("recovering", max(total, 1))
+    progress.start("recovering", max(how.total, 1))
     best, stopped = Best(), False
 
     def heard(found: dict[str, Any]) -> None:
@@ -108,11 +117,11 @@ def recover_task(
     except StopRecovery:
         stopped = True
     snapshot, curve = best.finite(), checkpoints.curve
-    if isinstance(how, FineTune) or (isinstance(how, lc.LC) and how.then is not None):
-        bench.put(snapshot.weights)  # the w behind a straight-through estimate drifts within what rounds to the same: it is no model by itself
-        bench.put_rest(snapshot.rest)
+    if _tunes(how):
+        bench.show(snapshot)  # the w behind a straight-through estimate drifts within what rounds to the same: it is no model by itself
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    bench.finish(snapshot)
+    bench.show(snapshot)
+    bench.install(snapshot)
     model.zero_grad(set_to_none=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags.get(name, parameter.requires_grad))
@@ -123,6 +132,11 @@ def recover_task(
         projection.scheme, snapshot.judgement.score, snapshot.judgement.loss, curve[0]["score"], curve[-1]["minibatches"], curve,
         time.time() - began, stopped, test_score, projection.notes, state, projection,
     )  # fmt: skip
+
+
+def _tunes(how: How) -> bool:
+    """Whether a recovery ends in fine-tuning."""
+    return isinstance(how, FineTune) or (isinstance(how, lc.LC) and how.then is not None)
 
 
 def _distills(how: How) -> bool:
@@ -158,6 +172,6 @@ def _carry_out(bench: Bench, how: How, best: Best, listen: Listener, checkpoints
     if isinstance(how, lc.LC):
         lc.run(bench, how, best, listen, checkpoints, seed)
     elif isinstance(how, FineTune):
-        run_finetune(bench, how, best, listen, seed)
+        run_finetune(bench, how, best, listen, checkpoints, seed)
     else:
         run_direct(bench, best, listen)

@@ -1,8 +1,9 @@
-"""A recovery's state on disk after every L-step, so that a killed run goes on from the last one."""
+"""A recovery's state on disk after every L-step or check, so that a killed run goes on from the last one."""
 
 import json
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,19 @@ from laconic.recover.train import Trainer, optimizer_tensors, restore_optimizer
 from laconic.run import atomically, disk_errors
 from laconic.sites import Slot
 from laconic.weights import Weight, unpack
-from laconic.weights.base import nested, prefixed
+from laconic.weights.base import nested, pack, prefixed
 
 STATE = "recovery.safetensors"
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a checkpoint held: the L-steps (or checks) done, the weights, the curve until then, and what relaxations carry. Empty without one."""
+
+    done: int = 0
+    weights: dict[Slot, Weight] | None = None
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    relaxed: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -61,40 +72,37 @@ class Checkpoints:
         return told
 
     def write(
-        self, bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dict[Slot, Tensor], best: Snapshot, done: int
+        self, bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dict[Slot, Tensor], best: Snapshot, done: int,
+        relaxed: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """The state after `done` L-steps, whole or not at all. Raises: OutputError when the disk is full."""
+        """The state after `done` L-steps (or checks), whole or not at all. Raises: OutputError when the disk is full."""
         if self.folder is None:
             return
         parts = {
             "w": {slot.name: value for slot, value in bench.values().items()},
             "lambda": {slot.name: value for slot, value in lam.items()},
-            "rest": bench.rest(), "best": best.rest, "optimizer": optimizer_tensors(trainer.optimizer),
+            "rest": bench.rest(), "best": best.rest, "optimizer": optimizer_tensors(trainer.optimizer), "relaxed": dict(relaxed or {}),
         }  # fmt: skip
         specs: dict[str, list[dict[str, Any]]] = {}
         for which, these in (("now", weights), ("best", best.weights)):
-            packed = [these[slot].pack() for slot in bench.parameters]
+            packed = [pack(these[slot]) for slot in bench.parameters]
             specs[which] = [spec for spec, _ in packed]
             parts |= {f"{which}-{i}": tensors for i, (_, tensors) in enumerate(packed)}
         flat = {name: t.detach().cpu().contiguous().clone() for part, tensors in parts.items() for name, t in prefixed(part, tensors).items()}
         told = {
             "fingerprint": self.fingerprint, "crc": _crc(flat), "done": done, "taken": trainer.taken, "skipped": trainer.skipped,
+            "faults": trainer.faults,
             "best": [best.judgement.loss, best.judgement.score, best.judgement.examples, best.minibatches], "specs": specs, "curve": self.curve,
         }  # fmt: skip
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             atomically(self.folder / STATE, flat, {"state": json.dumps(told)})
 
-    def resume(
-        self, bench: Bench, trainer: Trainer, lam: dict[Slot, Tensor], best: Best
-    ) -> tuple[int, dict[Slot, Weight] | None, list[dict[str, Any]]]:  # fmt: skip
-        """Bring everything to where the last checkpoint left it. Returns the L-steps done, the weights, and the curve until then.
-
-        Without a checkpoint (0, None, []). Raises: as `claim` does.
-        """
+    def resume(self, bench: Bench, trainer: Trainer, lam: dict[Slot, Tensor], best: Best) -> Resumed:
+        """Bring everything to where the last checkpoint left it. Raises: as `claim` does."""
         told = self.claim()
         if told is None or self._file is None:
-            return 0, None, []
+            return Resumed()
         try:
             with safe_open(self._file, framework="pt") as reader:
                 tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - not a dict
@@ -104,14 +112,15 @@ class Checkpoints:
                 w, multipliers = nested(tensors, "w"), nested(tensors, "lambda")
                 for slot, parameter in bench.parameters.items():
                     parameter.copy_(w[slot.name])
-                    lam[slot].copy_(multipliers[slot.name])
+                    if slot in lam:
+                        lam[slot].copy_(multipliers[slot.name])
                 bench.put_rest(nested(tensors, "rest"))
             restore_optimizer(trainer.optimizer, nested(tensors, "optimizer"))
-            trainer.taken, trainer.skipped = told["taken"], told["skipped"]
+            trainer.taken, trainer.skipped, trainer.faults = told["taken"], told["skipped"], told["faults"]
             found = {which: _unpacked(bench, told["specs"][which], tensors, which) for which in ("now", "best")}
             loss, score, examples, minibatches = told["best"]
             best.offer(Snapshot(found["best"], nested(tensors, "best"), Judgement(loss, score, examples), minibatches))
-            return told["done"], found["now"], told["curve"]
+            return Resumed(told["done"], found["now"], told["curve"], nested(tensors, "relaxed"))
         except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
             raise CheckpointError(f"{self._file}: damaged, or of another version: {error}") from error
 

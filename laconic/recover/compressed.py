@@ -1,7 +1,8 @@
 """A module whose parameters change places: trained values, the values a compressed weight decodes to, and snapshots of the best."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from laconic.recover.projection import Projection
 from laconic.recover.task import Judgement, Task
 from laconic.sites import Slot
 from laconic.weights import Weight, install
+from laconic.weights.inputs import check_rounding, rounding_of, set_rounding
 
 
 @dataclass
@@ -99,6 +101,21 @@ class Bench:
 
             silence(self.model, self.projection.coupling)
 
+    @contextmanager
+    def rounding(self, weights: Mapping[Slot, Weight]) -> Iterator[None]:
+        """Inside this context layers round their inputs as these weights ask for. Raises: SchemeError where they cannot."""
+        layers = [(self.model.get_submodule(path), slot, weight) for slot, weight in weights.items() for path, _ in slot.users]
+        for layer, slot, weight in layers:
+            check_rounding(layer, weight, slot.name)
+        before = [(layer, rounding_of(layer)) for layer, _, _ in layers]
+        try:
+            for layer, _, weight in layers:
+                set_rounding(layer, weight)
+            yield
+        finally:
+            for layer, source in before:
+                set_rounding(layer, source)
+
     def judged(self, weights: dict[Slot, Weight], minibatches: int) -> Snapshot:
         """The compressed model at these weights, judged on validation data. The module is afterwards as it was.
 
@@ -107,8 +124,9 @@ class Bench:
         with torch.no_grad():
             saved, rest = {slot: value.clone() for slot, value in self.values().items()}, self.rest()
             self.put(weights)
-            self.estimate_norms()
-            found = Snapshot(weights, self.rest(), self.task.judge(self.model, self.task.validation), minibatches)
+            with self.rounding(weights):
+                self.estimate_norms()
+                found = Snapshot(weights, self.rest(), self.task.judge(self.model, self.task.validation), minibatches)
             for slot, value in saved.items():
                 self.parameters[slot].copy_(value)
             self.put_rest(rest)
@@ -131,10 +149,13 @@ class Bench:
             norm.momentum = kept[norm]
         self.silence()
 
-    def finish(self, snapshot: Snapshot) -> None:
-        """Leave the module compressed: the snapshot's weights installed, the rest of its state as judged, in evaluation mode."""
+    def show(self, snapshot: Snapshot) -> None:
+        """Bring the module's parameters and the rest of its state to a compressed model's."""
         self.put(snapshot.weights)
         self.put_rest(snapshot.rest)
+
+    def install(self, snapshot: Snapshot) -> None:
+        """Leave the module compressed: the snapshot's weights installed, in evaluation mode. The rest must be shown before."""
         self.model.eval()
         for slot, weight in snapshot.weights.items():
             for path, name in slot.users:

@@ -1,15 +1,18 @@
 """The learning-compression algorithm: training and compression in turns, bound together by an augmented Lagrangian."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from laconic.blocks import Batch
 from laconic.errors import SchemeError
 from laconic.recover.checkpoint import Checkpoints
 from laconic.recover.compressed import Bench, Best
-from laconic.recover.finetune import FineTune, Listener, check_counts, clones, point, tune
+from laconic.recover.finetune import FineTune, Listener, check_counts, clones, point, tell_faults, tune
+from laconic.recover.relaxed import Trained
 from laconic.recover.train import Steps, Trainer
 from laconic.sites import Slot
 from laconic.weights import Weight
@@ -72,7 +75,11 @@ class LC:
     @property
     def total(self) -> int:
         """All minibatches of a run."""
-        return sum(self.count(j) for j in range(self.steps)) + (self.then.minibatches if self.then else 0)
+        return sum(self.count(j) for j in range(self.steps)) + (self.then.total if self.then else 0)
+
+    def over(self, train: Iterable[Batch]) -> "LC":
+        """The same with the epochs of `then` counted in minibatches of this data."""
+        return replace(self, then=self.then.over(train)) if self.then is not None else self
 
     def warmed(self, share: float = 0.5) -> "LC":
         """What a run from a neighbour's solution needs: no longer first step, and the later `share` of the steps, at their values of mu."""
@@ -84,14 +91,15 @@ def run(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkp
     """Carry out L-C from the w in the bench's module, and `then`; offer every compressed model to `best`."""
     trainer = Trainer(bench.model, bench.task, how.learn, sum(how.count(j) for j in range(how.steps)), seed, bench.teacher)
     lam = {slot: torch.zeros_like(value) for slot, value in bench.values().items()}
-    start, weights, told = checkpoints.resume(bench, trainer, lam, best)
-    for earlier in told:
+    resumed = checkpoints.resume(bench, trainer, lam, best)
+    weights = resumed.weights
+    for earlier in resumed.curve:
         listen(earlier)
     if weights is None:
         weights = bench.projection.compress(bench.values())
         best.offer(bench.judged(clones(weights), 0))
         listen(point(best.found, step=-1, mu=0.0, phase="direct", distance=_distance(bench, weights)))
-    for j in range(start, how.steps):
+    for j in range(resumed.done, how.steps):
         mu = how.start_mu * how.a**j
         loss = _learn(bench, trainer, weights, lam, mu, how.count(j))
         values = bench.values()
@@ -106,6 +114,7 @@ def run(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkp
         best.offer(found)
         listen(point(found, step=j, mu=mu, loss=loss, phase="L-C", distance=_distance(bench, weights), skipped=trainer.skipped))
         checkpoints.write(bench, trainer, weights, lam, best.found, j + 1)
+    tell_faults(bench, trainer)
     apart = _distance(bench, weights)
     if apart > _FAR:
         bench.projection.notes.append(
@@ -113,11 +122,9 @@ def run(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkp
             f"{how.learn.lr:g}; see docs/recovery.md"
         )
     if how.then is not None:  # from the best compressed point: w is what it decodes to, its masks stay
-        weights = clones(best.found.weights)
-        bench.put(weights)
-        bench.put_rest(best.found.rest)
+        bench.show(best.found)
         tail = Trainer(bench.model, bench.task, how.then.learn, how.then.minibatches, seed + 1, bench.teacher)
-        tune(bench, how.then, tail, weights, best, listen, trainer.taken)
+        tune(bench, how.then, tail, Trained(bench, clones(best.found.weights)), best, listen, trainer.taken)
 
 
 def _learn(bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dict[Slot, Tensor], mu: float, count: int) -> float:

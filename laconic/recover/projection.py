@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from laconic.blocks import Batch, call, in_evaluation, to_device
-from laconic.calibrate import GRADIENTS, MEASURED, Loss, default_loss, parameters_of, survey_whole
-from laconic.errors import CheckpointError, DataError, SchemeError
+from laconic.calibrate import Loss, default_loss, parameters_of, survey_whole
+from laconic.errors import CheckpointError, DataError
 from laconic.methods.base import Keep, Method
-from laconic.passes import allocations, needs_of
+from laconic.passes import allocations, fed_alike, needs_of, solve_sites
 from laconic.scheme import Scheme, describe, resolve
-from laconic.sites import Site, Slot, Stats, find_slots
+from laconic.sites import GRADIENTS, MEASURED, Site, Slot, Stats, find_slots
 from laconic.statistics import Statistics
 from laconic.tensors import is_finite
 from laconic.weights import Weight
@@ -50,23 +50,19 @@ class Projection:
                         allocation.observe(site)
                 found = allocation.resolve()
                 methods |= {slot: found[slot.name] for slot in sites if self.chosen[slot] == method}
-            weights = {slot: _solve(methods[slot], site) for slot, site in sites.items()}
+            weights: dict[Slot, Weight] = {}
+            for slots in fed_alike(methods, {slot: site.input for slot, site in sites.items()}):
+                solved = solve_sites(methods[slots[0]], [sites[slot] for slot in slots])
+                weights |= zip(slots, solved, strict=True)
             for site in sites.values():
                 self.notes.extend(note for note in site.notes if note not in self.notes)
-        return weights
+        return {slot: weights[slot] for slot in sites}
 
     def keep_side(self, weights: Mapping[Slot, Weight], values: Mapping[Slot, Tensor]) -> None:
         """Move weights to the nearest points with their masks, scales and tables as they are: `right_inverse`."""
         with torch.no_grad():
             for slot, weight in weights.items():
                 weight.right_inverse(slot.view.matrix(values[slot]))
-
-
-def _solve(method: Method, site: Site) -> Weight:
-    try:
-        return method(site)
-    except SchemeError as error:
-        raise error if site.name in str(error) else SchemeError(f"{site.name}: {error}") from error
 
 
 def project_onto(

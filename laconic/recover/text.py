@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from laconic.data import calibration_windows, evaluation_windows, read_text, split_text
+from laconic.data import calibration_windows, evaluation_windows, read_text, sample_windows, split_text
 from laconic.errors import CheckpointError, DataError
 from laconic.evaluate import is_language_model
 from laconic.load import fetch, load_tokenizer
@@ -61,7 +61,9 @@ def text_task(
 
     Of `data`, the last tenth is for the test (unless `test` names a text of its own), the tenth before it for validation, the rest for
     training: at most `train_tokens` of it in windows of `length` drawn at random; validation and test use `check_tokens` each. The score is minus
-    the mean loss, in nats per token: minus the log-perplexity. Raises: DataError when the text is too short, CheckpointError.
+    the mean loss, in nats per token: minus the log-perplexity. With `data="self"` the model writes all three (the test only if `test` names no
+    text): no data is needed, and a score says how likely the model finds its own text.
+    Raises: DataError when the text is too short, CheckpointError.
     """
     folder = fetch(str(source))
     if (folder / MANIFEST).is_file():
@@ -70,6 +72,8 @@ def text_task(
     if not is_language_model(model):
         raise DataError(f"{source}: text needs a model that predicts the next token; describe another task in a file (--task)")
     tokenizer = load_tokenizer(folder, trust_remote_code)
+    if data == "self":
+        return model, _own_task(model, tokenizer, test, train_tokens, check_tokens, length, batch, seed)
     text = read_text(data)
     rest, last = (text, read_text(test)) if test is not None else split_text(text)
     learning, check = split_text(rest)
@@ -79,6 +83,19 @@ def text_task(
     validation = evaluation_windows(check, tokenizer, length, check_tokens, f"validation part of {data}")
     tested = evaluation_windows(last, tokenizer, length, check_tokens, str(test if test is not None else f"test part of {data}"))
     return model, Task(Shuffled(tokens, batch), validation.batches(2 * batch), tested.batches(2 * batch))
+
+
+def _own_task(
+    model: nn.Module, tokenizer: Any, test: str | Path | None, train_tokens: int, check_tokens: int, length: int, batch: int, seed: int
+) -> Task:  # fmt: skip
+    """The task of predicting text the model wrote itself."""
+    if train_tokens < batch * length:
+        raise DataError(f"self: {train_tokens} tokens of training do not fill a minibatch of {batch} windows of {length}")
+    tokens = sample_windows(model, train_tokens // length, length, seed).tokens
+    held = [sample_windows(model, max(1, check_tokens // length), length, seed + 1 + i) for i in range(1 if test is not None else 2)]
+    if test is not None:
+        held.append(evaluation_windows(read_text(test), tokenizer, length, check_tokens, str(test)))
+    return Task(Shuffled(tokens, batch), held[0].batches(2 * batch), held[1].batches(2 * batch))
 
 
 def _training(text: str, tokenizer: Any, samples: int, length: int, seed: int, source: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -24,13 +24,15 @@ class Steps:
 
     The learning rate falls from `lr` to `lr_end` geometrically, minibatch by minibatch, over the whole recovery:
     lr_t = lr (lr_end / lr)^(t / T). `clip` bounds the norm of the loss's gradient; `precision` is that of the products in the forward pass.
+    `momentum` is Adam's first beta too, `beta2` its second; "adamw" decays weights apart from the gradient. A step takes the mean gradient of
+    `accumulate` minibatches and counts as one minibatch everywhere.
     `distill` mixes in the original model's answers: (1 - distill) loss + distill T^2 KL(softmax(z_original / T) || softmax(z / T)), T the
     `temperature`; a third more time per minibatch, and a copy of the original in memory.
     Source: Condensa section 4, "L-C Optimizer Settings" (SGD with momentum 0.9, decay over each minibatch; Adam at a fixed rate);
     Hinton et al. 2015, section 2 (distillation).
     """
 
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = 0.01
     lr_end: float = 1e-4
     momentum: float = 0.9
@@ -39,18 +41,25 @@ class Steps:
     precision: Literal["float32", "bfloat16"] = "float32"
     distill: float = 0.0
     temperature: float = 3.0
+    accumulate: int = 1
+    beta2: float = 0.999
 
     def __post_init__(self) -> None:
         if not (0 <= self.distill <= 1 and 0 < self.temperature < math.inf):
             raise SchemeError(f"Steps: expected distill in 0 ... 1 and temperature > 0, got {self.distill!r} and {self.temperature!r}")
-        if self.optimizer not in ("sgd", "adam") or self.precision not in ("float32", "bfloat16"):
+        if self.optimizer not in ("sgd", "adam", "adamw") or self.precision not in ("float32", "bfloat16"):
             raise SchemeError(
-                f"Steps: optimizer must be sgd or adam and precision float32 or bfloat16, got {self.optimizer!r} and {self.precision!r}"
+                f"Steps: optimizer must be sgd, adam or adamw and precision float32 or bfloat16, got {self.optimizer!r} and {self.precision!r}"
             )
+        if type(self.accumulate) is not int or self.accumulate < 1:
+            raise SchemeError(f"Steps: accumulate is a whole number, at least 1, got {self.accumulate!r}")
         if not (0 < self.lr_end <= self.lr < math.inf):
             raise SchemeError(f"Steps: expected 0 < lr_end <= lr, got lr {self.lr!r} and lr_end {self.lr_end!r}")
-        if not (0 <= self.momentum < 1 and 0 <= self.weight_decay < math.inf):
-            raise SchemeError(f"Steps: expected 0 <= momentum < 1 and weight_decay >= 0, got {self.momentum!r} and {self.weight_decay!r}")
+        if not (0 <= self.momentum < 1 and 0 <= self.beta2 < 1 and 0 <= self.weight_decay < math.inf):
+            raise SchemeError(
+                f"Steps: expected momentum and beta2 from 0 to below 1 and weight_decay >= 0, got {self.momentum!r}, {self.beta2!r} and "
+                f"{self.weight_decay!r}"
+            )
         if self.clip is not None and not self.clip > 0:
             raise SchemeError(f"Steps: expected a clip above 0, or None, got {self.clip!r}")
 
@@ -59,8 +68,9 @@ class Steps:
         return self.lr * (self.lr_end / self.lr) ** (t / max(total - 1, 1))
 
     def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        if self.optimizer == "adam":
-            return torch.optim.Adam(parameters, self.lr, betas=(self.momentum, 0.999), weight_decay=self.weight_decay)
+        if self.optimizer in ("adam", "adamw"):
+            kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
+            return kind(parameters, self.lr, betas=(self.momentum, self.beta2), weight_decay=self.weight_decay)
         return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
@@ -69,7 +79,10 @@ Hook = Callable[[], None]
 
 @dataclass
 class Trainer:
-    """Takes minibatch steps on a module; counts them, and those that were skipped since their loss or gradient was not finite."""
+    """Takes minibatch steps on a module; counts them, and those that were skipped since their loss or gradient was not finite.
+
+    `faults` says what was not finite and how often: "the loss", or the first parameter (in module order) whose gradient was not.
+    """
 
     model: nn.Module
     task: Task
@@ -79,6 +92,7 @@ class Trainer:
     teacher: nn.Module | None = None
     taken: int = 0
     skipped: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -88,28 +102,30 @@ class Trainer:
         self._drawn = 0
 
     def run(
-        self, count: int, penalize: Hook | None = None, before: Hook | None = None, after: Hook | None = None, limit: float = math.inf
+        self, count: int, penalize: Hook | None = None, before: Hook | None = None, through: Hook | None = None, after: Hook | None = None,
+        limit: float = math.inf,
     ) -> float:  # fmt: skip
         """Take `count` steps and return the mean loss of those that were not skipped.
 
-        Hooks: `before` the forward pass, `penalize` to add to gradients, `after` a step. No learning rate exceeds `limit`. What is drawn at
-        random inside (dropout, augmentation) follows from the seed and the minibatches taken before.
+        Hooks: `before` the forward pass, `through` to turn gradients of what the network saw into those of what is trained, `penalize` to add
+        to gradients that were clipped, `after` a step. No learning rate exceeds `limit`. What is drawn at random inside (dropout,
+        augmentation) follows from the seed and the minibatches taken before.
         Raises: RecoveryError when a tenth of the minibatches gave no finite gradient.
         """
         losses: list[float] = []
         with private_randomness(self.seed, 0, self.device):
-            while self._drawn < self.taken:  # a resumed run: what was seen before
+            while self._drawn < self.taken * self.steps.accumulate:  # a resumed run: what was seen before
                 next(self._stream)
                 self._drawn += 1
         sound = {buffer: buffer.clone() for buffer in self.model.buffers() if buffer.is_floating_point()}
         with private_randomness(self.seed, self.taken, self.device):
             self.model.train()
             for _ in range(count):
-                batch = to_device(next(self._stream), self.device)
-                self._drawn += 1
+                batches = [to_device(next(self._stream), self.device) for _ in range(self.steps.accumulate)]
+                self._drawn += len(batches)
                 for group in self.optimizer.param_groups:
                     group["lr"] = min(self.steps.rate(self.taken, self.total), limit)
-                loss = self._step(batch, penalize, before, after)
+                loss = self._step(batches, penalize, before, through, after)
                 self.taken += 1
                 if loss is not None:
                     losses.append(loss)
@@ -119,34 +135,53 @@ class Trainer:
                         buffer.copy_(kept)
         return sum(losses) / len(losses) if losses else math.nan
 
-    def _step(self, batch: Batch, penalize: Hook | None, before: Hook | None, after: Hook | None) -> float | None:
-        """The loss of one minibatch; None if its step was skipped."""
+    def _step(
+        self, batches: list[Batch], penalize: Hook | None, before: Hook | None, through: Hook | None, after: Hook | None
+    ) -> float | None:  # fmt: skip
+        """The mean loss of the minibatches of one step; None if it was skipped."""
         self.optimizer.zero_grad(set_to_none=True)
         if before is not None:
             before()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.steps.precision == "bfloat16"):
-            loss = self._loss(batch)
-        loss.backward()
+        value = 0.0
+        for batch in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.steps.precision == "bfloat16"):
+                loss = self._loss(batch) / len(batches)
+            loss.backward()
+            value += float(loss.detach())
         for parameter in self.parameters:
             if parameter.grad is not None and parameter.grad.is_sparse:  # of an embedding: neither clipped nor added to as it is
                 parameter.grad = parameter.grad.to_dense()
+        if through is not None:
+            through()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.steps.clip if self.steps.clip is not None else math.inf)
         if penalize is not None:
             penalize()
-        value = float(loss.detach())
         fine = bool(torch.isfinite(norm)) and math.isfinite(value)
         if fine:
             self.optimizer.step()
         else:
             self.skipped += 1
+            fault = self._fault(value)
+            self.faults[fault] = self.faults.get(fault, 0) + 1
             if self.skipped > 3 + _SKIPPED * self.taken:
                 raise RecoveryError(
                     f"training diverged: {self.skipped} of {self.taken + 1} minibatches had a loss or gradient that is not finite; "
-                    f"lower lr (it is {self.steps.lr:g})"
+                    f"lower lr (it is {self.steps.lr:g}). Not finite: {self.told_faults()}"
                 )
         if after is not None:
             after()
         return value if fine else None
+
+    def _fault(self, value: float) -> str:
+        """What was not finite."""
+        if not math.isfinite(value):
+            return "the loss"
+        named = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+        return next((f"the gradient of {name}" for name, grad in named if not is_finite(grad)), "the norm of the gradient")
+
+    def told_faults(self) -> str:
+        """`faults` in words."""
+        return ", ".join(f"{what} ({count} times)" if count > 1 else what for what, count in self.faults.items())
 
     def _loss(self, batch: Batch) -> Tensor:
         output, share = call(self.model, batch), self.steps.distill

@@ -121,6 +121,7 @@ def search_task(
     slots = find_slots(model)
     free = variables(scheme, slots)
     check_arguments(goals, keep, how)
+    how = how.over(task.train)
     task, given, model = task.checked(), model, copy.deepcopy(model).float().eval()
     reference, noise = original_score(model, task, keep)
     original = outcome.figures_of(given, model, task, goals)

@@ -85,7 +85,7 @@ class Trials:
             neighbour = None
         scheme = fix(self.scheme, values, self.slots)
         curve: list[dict[str, Any]] = []
-        total, late = _minibatches(how), False
+        total, late = how.total, False
 
         def listen(point: dict[str, Any]) -> None:
             nonlocal late
@@ -118,7 +118,7 @@ class Trials:
             "score": -math.inf if diverged else self.task.judge(delivered, self.task.validation).score, "direct_score": direct,
             "objectives": [goal(candidate) for goal in self.goals], "curve": curve if diverged else recovery.curve,
             "stopped_early": recovery.stopped, "late": late, "warm_from": neighbour.number if neighbour is not None else None,
-            "minibatches": curve[-1]["minibatches"] if curve else 0, "cold_minibatches": _minibatches(self.how),
+            "minibatches": curve[-1]["minibatches"] if curve else 0, "cold_minibatches": self.how.total,
             "seconds": time.time() - began, "notes": [*recovery.notes, *([diverged] if diverged else [])],
         }  # fmt: skip
 
@@ -169,7 +169,3 @@ class Trials:
     def candidate(self, delivered: nn.Module, path: Path) -> Candidate:
         """What objectives measure."""
         return Candidate(delivered, baked(delivered).eval(), self.task.sample(), self.model, dict(self.fields), path)
-
-
-def _minibatches(how: How) -> int:
-    return how.total if isinstance(how, LC) else how.minibatches

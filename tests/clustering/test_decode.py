@@ -112,6 +112,36 @@ def test_row_scales_are_a_division_and_a_product() -> None:
         assert_equal(found, results(naive, weight, centroids, rows_per_table=4, **RULE), 1e-11)
 
 
+@pytest.mark.parametrize("way", ["table", "blocks"])
+def test_16_bit_weights_are_divided_by_their_rows_scales_in_16_bits(way: Any) -> None:
+    """Scales that are powers of two divide without rounding: only the rounding of the results remains."""
+    weight, scale = (0.02 * draw(16, 128)).bfloat16(), 2.0 ** torch.arange(-3, 13)
+    weight = (weight * scale.unsqueeze(1)).bfloat16()
+    centroids = init_centroids(weight / scale.unsqueeze(1), 2)
+    how = dict(tau=temperature(weight, 0.05, scale=scale), iterations=4)
+    wanted = results(dkm_decode, weight.double(), centroids.double(), scale=scale.double(), way="blocks", **how)
+    found = results(dkm_decode, weight, centroids, scale=scale, way=way, **how)
+    assert found[0].dtype == found[2].dtype == torch.bfloat16
+    for i in (0, 2):
+        assert bool(((found[i].double() - wanted[i]).abs() <= torch.finfo(torch.bfloat16).eps * wanted[i].abs().amax(1, keepdim=True)).all())
+    assert_equal([found[1]] * 4, [wanted[1]] * 4, 1e-5)
+
+
+@pytest.mark.parametrize(("shape", "d"), [((96,), 1), ((96,), 4), ((8, 3, 2, 2), 1), ((8, 3, 2, 2), 3)])
+def test_a_tensor_of_any_shape_is_its_rows(shape: tuple[int, ...], d: int) -> None:
+    weight, centroids = draw(*shape), draw(3, d, seed=1)
+    matrix = weight.reshape(shape[0] if len(shape) > 1 else 1, -1)
+    decoded, last, *gradients = results(dkm_decode, weight, centroids, **RULE)
+    assert decoded.shape == weight.shape
+    assert last.shape == centroids.shape
+
+    def flat(w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        found, ended = dkm_naive(w.reshape(matrix.shape), c.unsqueeze(0), **RULE)
+        return found.reshape(shape), ended[0]
+
+    assert_equal([decoded, last, *gradients], results(flat, weight, centroids), 1e-11)
+
+
 def test_a_tied_weight_gets_the_sum_of_both_uses() -> None:
     x = draw(3, 8, seed=3)
     gradients = []
@@ -141,6 +171,25 @@ def test_only_the_weight_and_the_centroids_are_saved(dtype: torch.dtype, dimensi
     assert sum(x.nbytes for x in kept if x.data_ptr() != weight.data_ptr()) == centroids.nbytes + scale.nbytes
     decoded.float().sum().backward()
     assert weight.grad is not None
+
+
+@pytest.mark.parametrize(("dimension", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.bfloat16), (1, torch.bfloat16)])
+def test_autocast_changes_nothing(dimension: int, dtype: torch.dtype) -> None:
+    """Products in 16 bits would give another forward than the backward pass computes again."""
+    weight, centroids = draw(16, 32, dtype=dtype), draw(4, dimension, seed=1, dtype=torch.float32)
+
+    def decode(w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return dkm_decode(w, c, **RULE)
+
+    assert_equal(results(decode, weight, centroids), results(dkm_decode, weight, centroids, **RULE), 0.0)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    weight = draw(4, 4).requires_grad_()
+    (first,) = torch.autograd.grad(dkm_decode(weight, draw(2), **RULE)[0].square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -232,6 +281,7 @@ def test_a_gradient_that_is_not_finite_shows() -> None:
         (dict(tau=torch.tensor(0.0)), "tau must be a positive number, got a tensor of 0.0"),
         (dict(tau=torch.ones(2)), "tau must be a positive number"),
         (dict(tau=float("nan")), "tau must be a positive number"),
+        (dict(tau=float("inf")), "tau must be a positive number"),
         (dict(iterations=-1), "iterations and tolerance"),
         (dict(tolerance=float("nan")), "iterations and tolerance"),
         (dict(weight=torch.zeros(8, 8, dtype=torch.int64)), "expected a float tensor"),

@@ -87,6 +87,9 @@ def test_harden_fills_up_a_table() -> None:
         (lambda: temperature(torch.full((2, 2), float("inf")), 0.1), "NaN or infinity"),
         (lambda: annealed(1.0, 0.0, 0.5), "must be positive"),
         (lambda: harden(torch.ones(4, 4), torch.zeros(2, 2, 1)), "2 tables do not serve 4 rows"),
+        (lambda: harden(torch.full((4, 4), float("nan")), torch.zeros(2)), "NaN or infinity"),
+        (lambda: harden(torch.ones(4, 4), torch.tensor([0.0, float("nan")])), "NaN or infinity"),
+        (lambda: harden(torch.ones(4, 4), torch.zeros(2), scale=torch.ones(3)), "4"),
     ],
 )
 def test_bad_input_is_refused(call: Any, message: str) -> None:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 import laconic as lc
 from laconic.recover import LC, Direct, FineTune, Steps, StopRecovery, Task, recover_task
 from laconic.recover.compressed import Bench
-from laconic.recover.finetune import straight_through
 from laconic.recover.projection import project_onto
+from laconic.recover.relaxed import Trained
 from laconic.recover.train import Trainer, distance_of
 from laconic.surgery import thin
 from laconic.weights import Codebook, Sparse, Uniform
@@ -59,7 +59,7 @@ def test_for_pruning_it_is_training_of_the_survivors() -> None:
     weights = bench.projection.compress(bench.values())
     mask = weights[bench.projection.slots[0]].mask  # type: ignore[union-attr]
     expected = (w + 0.3).clone()
-    straight_through(bench, Trainer(model, problem, Steps(lr=0.05, lr_end=0.05, momentum=0.0, clip=1.0), 20), weights, 20)
+    Trained(bench, weights).run(Trainer(model, problem, Steps(lr=0.05, lr_end=0.05, momentum=0.0, clip=1.0), 20), 20)
     for _ in range(20):
         shown = (expected * mask).bfloat16().float()
         gradient = 2 * ((X @ shown.T - y) * X).mean(0, keepdim=True) * mask
@@ -194,7 +194,7 @@ def test_channels_are_silent_from_the_first_forward_pass_on() -> None:
     weights = bench.projection.compress(bench.values())
     gone = ~weights[bench.projection.slots[0]].mask.any(1)  # type: ignore[union-attr, operator]
     assert gone.any()
-    straight_through(bench, Trainer(net, problem, FAST, 3), weights, 3)
+    Trained(bench, weights).run(Trainer(net, problem, FAST, 3), 3)
     assert len(heard) == 3
     assert all(not bias[gone].any() and bias[~gone].all() for bias in heard)
 

@@ -1,0 +1,122 @@
+"""eDKM's Table 3 on books-llama-7m: post-training and training methods at 4, 3 and 2 bits, the embedding at 8 bits in all of them.
+
+    python benchmarks/edkm_lm.py                 # about two hours on 2 CPU cores; finished rows are kept in benchmarks/work/edkm_lm
+
+Size, perplexity and KL are of the stored files, opened again. Training methods take the same number of tokens and the same steps of AdamW; what
+they learn from is the books (DKM, and the original fine-tuned on them, which is what a gain by training alone would look like), the original's
+answers on the books (distilled), or the original's answers on text it wrote itself (LLM-QAT, which is data-free). Groups of 128; the matrices of 704
+columns take groups of 64. `--epochs 2 --batch 64 --lr 5e-5` are the paper's numbers, which belong to 7 billion weights.
+"""
+
+import json
+import shutil
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import tasks
+import torch
+from common import parser, record, shared, show
+from language import ODD, TEXTS, Judge
+
+import laconic as lc
+from laconic.progress import Log
+from laconic.recover import FineTune, Steps
+from laconic.recover.deliver import recover_directory
+from laconic.recover.text import text_task
+from laconic.store import stored_bytes
+
+WORK = tasks.WORK / "edkm_lm"
+COLUMNS = ("bits", "method", "learns from", "file bytes", "bits per weight", "dracula ppl", "wikitext2 ppl", "dracula KL", "wikitext2 KL", "seconds")
+EMBEDDING = "('*embed*', RTN(8, 'channel'))"
+BEFORE = ("RTN", "SmoothQuant", "AWQ", "GPTQ", "KMeans", "KMeans, Fisher")
+TRAINED = {"LLM-QAT": "its own text", "DKM": "books", "DKM, distilled": "answers on books"}
+
+
+def after_training(method: str, bits: int) -> str:
+    """The scheme of a post-training row: one table or one scale per channel, or groups of 128."""
+    if method.startswith("KMeans"):
+        return f"[{EMBEDDING}, ('*', KMeans({bits}{', weights=' + repr('fisher') if 'Fisher' in method else ''}))]"
+    if method == "SmoothQuant":
+        return f"[{EMBEDDING}, ('*', SmoothQuant(bits={bits}, activations=None))]"
+    return f"[{EMBEDDING}, ('{ODD}', {method}(bits={bits}, group=64)), ('*', {method}(bits={bits}, group=128))]"
+
+
+def training(method: str, bits: int, args: Namespace) -> tuple[str, FineTune]:
+    """The scheme of a training row and how it is trained."""
+    share = {"LLM-QAT": 1.0, "DKM, distilled": 1.0}.get(method, 0.0)
+    learn = Steps("adamw", args.lr, args.lr / 5, momentum=0.9, beta2=0.95, clip=1.0, distill=share, temperature=1.0)
+    how = FineTune(epochs=args.epochs, checks=4, learn=learn)
+    if method == "fine-tuned":
+        return "Cast('bfloat16')", how
+    inner = f"RTN({bits}, 'channel', symmetric=True)" if method == "LLM-QAT" else f"DKM({bits})"
+    return f"[{EMBEDDING}, ('*', {inner})]", how
+
+
+def make(method: str, bits: int, out: Path, args: Namespace) -> dict[str, Any]:
+    """Compress into `out`; says how."""
+    model = shared(args, "models/books-llama-7m")
+    books = shared(args, "data/books-train.txt")
+    if method in BEFORE:
+        scheme = after_training(method, bits)
+        report = lc.compress(model, scheme, str(books), out=out, samples=128, length=256, seed=args.seed, evaluate=False, overwrite=True)
+        return {"scheme": scheme, "seconds": report["seconds"]}
+    scheme, how = training(method, bits, args)
+    module, task = text_task(
+        model, "self" if method == "LLM-QAT" else books, train_tokens=args.tokens, check_tokens=16_384, length=256, batch=args.batch, seed=args.seed,
+        dtype="auto",
+    )  # fmt: skip
+    result = recover_directory(
+        module, lc.parse(scheme), how, task, out, source=str(model), resume=(out / "recovery.safetensors").is_file(), overwrite=False,
+        seed=args.seed, command="", progress=Log(),
+    )  # fmt: skip
+    return {"scheme": scheme, "recovery": result["recovery"], "minibatches": result["minibatches"], "seconds": result["seconds"]}
+
+
+def run(method: str, bits: int, args: Namespace, judge: Judge) -> dict[str, Any]:
+    """A row: from an earlier run with the same arguments, or made now."""
+    folder = WORK / f"{method.replace(', ', '-')}-{bits}-{args.tokens}-{args.lr:g}-{args.seed}"
+    file = folder / "row.json"
+    if not file.is_file():
+        if args.fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        row = make(method, bits, folder / "model", args) | judge.measure(folder / "model")
+        row["file bytes"] = stored_bytes(folder / "model")
+        file.write_text(json.dumps(row))
+    row = json.loads(file.read_text())
+    learns = {"fine-tuned": "books"}.get(method, TRAINED.get(method, ""))
+    return {"bits": bits, "method": method, "learns from": learns, **row}
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    made.add_argument("--methods", nargs="+", default=[*BEFORE, *TRAINED], choices=[*BEFORE, *TRAINED])
+    made.add_argument("--tokens", type=int, default=512_000, help="training tokens, the same for every method that trains")
+    made.add_argument("--epochs", type=int, default=1)
+    made.add_argument("--batch", type=int, default=8, help="windows of 256 tokens a step")
+    made.add_argument("--lr", type=float, default=3e-4)
+    made.add_argument("--judged", type=int, default=24_576, help="tokens of each test text")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads())
+    made.add_argument("--fresh", action="store_true", help="forget unfinished rows")
+    args = made.parse_args()
+    torch.set_num_threads(args.threads)
+    original = shared(args, "models/books-llama-7m")
+    judge = Judge(original, {name: shared(args, file) for name, file in TEXTS.items()}, args.judged)
+    rows = [{"bits": 16, "method": "original", "file bytes": stored_bytes(original), **judge.measure(original)}]
+    if set(args.methods) & set(TRAINED):
+        rows.append(run("fine-tuned", 16, args, judge))
+    for bits in args.bits:
+        for method in args.methods:
+            rows.append(run(method, bits, args, judge))
+            show(f"{time.strftime('%H:%M:%S')}", rows[-1:], COLUMNS)
+    weights = sum(p.numel() for p in judge.original.skeleton.parameters())
+    rows = [row | {"bits per weight": 8 * row["file bytes"] / weights} for row in rows]
+    show("books-llama-7m after and during training", rows, COLUMNS)
+    record("edkm_lm", rows, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Training by anybody's loop: `prepare` puts relaxations in the places of a module's matrices, `convert` makes the stored weights of them."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from laconic.blocks import Batch
+from laconic.calibrate import Loss, parameters_of
+from laconic.errors import SchemeError
+from laconic.recover.projection import project_onto
+from laconic.scheme import Scheme, parse
+from laconic.sites import Slot
+from laconic.weights import View, Weight, install
+from laconic.weights.inputs import check_rounding, set_rounding
+from laconic.weights.install import own_class
+from laconic.weights.relax import Relaxation
+from laconic.weights.shards import is_sharded, on_whole
+
+
+class Prepared(nn.Module):
+    """The parametrization through which a parameter is trained: what its Relaxation makes of it, in the parameter's own shape.
+
+    The relaxation is a submodule, `carried`, of a tie's first user only, so that every name in a state dict is a tensor of its own: loaders
+    for several processes walk each module once.
+    """
+
+    def __init__(self, relaxation: Relaxation, view: View, first: bool) -> None:
+        super().__init__()
+        self._held, self.view = (relaxation,), view
+        if first:
+            self.carried = relaxation
+
+    @property
+    def relaxation(self) -> Relaxation:
+        return self._held[0]
+
+    def forward(self, original: Tensor) -> Tensor:
+        if is_sharded(original) and not self.relaxation.takes_shard(self.view.matrix(original)):
+            return on_whole(self._seen, original)
+        return self._seen(original)
+
+    def _seen(self, original: Tensor) -> Tensor:
+        return self.view.restore(self.relaxation(self.view.matrix(original)))
+
+
+def prepare(
+    model: nn.Module, scheme: Scheme | str, data: Sequence[Batch] = (), *, example: Batch | None = None, loss: Loss | None = None, seed: int = 0
+) -> nn.Module:
+    """Make a module one that trains under a scheme, in place: with any loop, optimizer or trainer, then `convert`.
+
+    Every matrix the scheme compresses becomes a parametrized tensor: its parameter (`parametrizations.weight.original`) stays the uncompressed
+    w, the layer sees what the method's relaxation makes of it: soft clusters for `DKM`, the nearest compressed value with straight-through
+    gradients for other methods, masks and scales being those of direct compression. In evaluation mode the layer sees what would be stored.
+    A tie stays one parameter with one relaxation. `data`: batches for methods that read statistics. Structures that are cut are masked, each
+    for itself without an `example`; biases and norms beside them are left alone.
+    Wrappers that shard or replicate (FSDP2, DDP, `accelerate`, a compiler) come after this. See docs/edkm.md for several processes.
+    Returns the module. Raises: as `recover`, and SchemeError for a module that was prepared before or lies in several processes; nothing is
+    changed then.
+    """
+    scheme = parse(scheme) if isinstance(scheme, str) else scheme
+    _check_fresh(model)
+    projection = project_onto(model, scheme, example=example, data=data, loss=loss, seed=seed)
+    values = {slot: parameter.detach() for slot, parameter in parameters_of(model, projection.slots).items()}
+    weights = projection.compress(values)
+    _check_inputs(model, weights)
+    made = {slot: projection.chosen[slot].relax(weight, slot.view.matrix(values[slot])) for slot, weight in weights.items()}
+    for slot, relaxation in made.items():
+        for i, (path, name) in enumerate(slot.users):
+            module = model.get_submodule(path)
+            parametrize.register_parametrization(module, name, Prepared(relaxation, slot.view, first=i == 0).train(model.training), unsafe=True)
+            set_rounding(module, relaxation.weight)
+            if i > 0:
+                _declare_tied(module, name)
+    return model
+
+
+def relaxations(model: nn.Module) -> list[Relaxation]:
+    """The relaxations of a prepared module, each tie's once."""
+    return list({id(prepared.relaxation): prepared.relaxation for _, _, prepared in _prepared(model)}.values())
+
+
+def advance(model: nn.Module, progress: float) -> None:
+    """Tell a prepared module, between steps, how much of its training is done, 0 to 1: temperatures that fall (`tau_end`) hear it from nobody else.
+
+    Raises: SchemeError for a module that nothing was prepared in.
+    """
+    for _, _, prepared in _found(model, "advance"):
+        prepared.relaxation.advance(progress)
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Make a prepared module a compressed one, in place: every relaxation becomes the Weight it stands for, installed, in evaluation mode.
+
+    What it computes is what the prepared module computed in evaluation mode; `lc.save` stores it. Returns the module.
+    Raises: SchemeError for a module that nothing was prepared in, or whose parameters lie in several processes; nothing is changed then.
+    """
+    found = _found(model, "convert")
+    originals = [_original(module, name) for module, name, _ in found]
+    weights: dict[int, Weight] = {}
+    for (_, _, prepared), original in zip(found, originals, strict=True):
+        if id(prepared.relaxation) not in weights:
+            weights[id(prepared.relaxation)] = prepared.relaxation.stored(prepared.view.matrix(original.detach()))
+    for module, name, prepared in found:
+        own_class(module)
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        install(module, name, weights[id(prepared.relaxation)], prepared.view)
+    return model.eval()
+
+
+def _prepared(model: nn.Module) -> Iterator[tuple[nn.Module, str, Prepared]]:
+    for module in model.modules():
+        chains = getattr(module, "parametrizations", None)
+        if isinstance(chains, nn.ModuleDict):
+            for name, chain in chains.items():
+                if isinstance(chain, nn.ModuleList) and isinstance(chain[0], Prepared):
+                    yield module, name, chain[0]
+
+
+def _found(model: nn.Module, caller: str) -> list[tuple[nn.Module, str, Prepared]]:
+    found = list(_prepared(model))
+    if not found:
+        raise SchemeError(f"{caller}: expected a module that lc.prepare was called on, found no prepared parameter in it")
+    return found
+
+
+def _check_fresh(model: nn.Module) -> None:
+    """Raises SchemeError for a module that is prepared already, or whose parameters lie in several processes."""
+    if next(_prepared(model), None) is not None:
+        raise SchemeError("prepare: the module is prepared already; convert it first, or start from a fresh one")
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise SchemeError(f"prepare: {name} lies in several processes already; prepare the module first, then shard it")
+
+
+def _check_inputs(model: nn.Module, weights: dict[Slot, Weight]) -> None:
+    """Raises SchemeError where inputs are to be rounded that cannot be."""
+    for slot, weight in weights.items():
+        for path, _ in slot.users:
+            check_rounding(model.get_submodule(path), weight, slot.name)
+
+
+def _declare_tied(module: nn.Module, name: str) -> None:
+    """Say that the parameter has another name too: transformers asks for this before it leaves a name out of a file."""
+    chain: Any = module.get_submodule(f"parametrizations.{name}")
+    chain._tied_weights_keys = {"original": None}
+
+
+def _original(module: nn.Module, name: str) -> Tensor:
+    original = module.get_submodule(f"parametrizations.{name}").get_parameter("original")
+    if is_sharded(original):
+        raise SchemeError(
+            f"convert: {type(module).__name__}.{name} is a {type(original).__name__} that several processes share; gather the full state dict and "
+            "load it into a prepared copy of the model"
+        )
+    return original
