@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laconic.blocks import Batch, BlockModel, Calls, call, to_device
-from laconic.sites import NONE, Slot, Stats
+from laconic.sites import INPUTS, NONE, Slot, Stats
 from laconic.statistics import Statistics
 
-GRADIENTS = Stats.FISHER | Stats.OUTPUT
-INPUTS = Stats.HESSIAN | Stats.SQUARES
-MEASURED = GRADIENTS | INPUTS  # what a model has to be run for
 Needs = dict[Slot, Stats]
 
 

@@ -10,22 +10,21 @@ import torch
 from torch import nn
 
 from laconic.blocks import Batch, BlockModel, InMemory, examples_in, find_chain, in_evaluation
-from laconic.calibrate import INPUTS, Loss, Shelf, default_loss, parameters_of
-from laconic.errors import CheckpointError, DataError
+from laconic.calibrate import Loss, Shelf, default_loss, parameters_of
+from laconic.errors import CheckpointError, DataError, SchemeError
 from laconic.methods.base import Keep
 from laconic.passes import (
     Chosen,
     Extras,
     allocate,
     allocations,
-    compress_site,
     compression_stages,
     data_free_stages,
-    matrix_of,
     needs_data,
     needs_of,
     put_back,
     refuse_structures,
+    solve_stage,
     survey_needs,
     survey_stages,
 )  # fmt: skip
@@ -33,11 +32,12 @@ from laconic.progress import Log, Progress, peak_memory
 from laconic.report import Report
 from laconic.run import atomically, write_json
 from laconic.scheme import Scheme, describe, resolve
-from laconic.sites import Slot, find_slots
+from laconic.sites import INPUTS, Slot, find_slots
 from laconic.store import MANIFEST, Compressed, manifest_of, pack_weights, stored_bytes
 from laconic.surgery.reshape import Shapes, rebuild
 from laconic.tensors import is_finite
 from laconic.weights import Weight, install, installed
+from laconic.weights.inputs import Rounding, rounding_of, set_rounding
 
 Score = Callable[[nn.Module], float]
 
@@ -150,16 +150,15 @@ def _run(
     progress.start("compressing", sum(slot.entries * slot.columns for slot in slots))
     with ExitStack() as undo:
         for stage in compression_stages(blocks, residence, batches, slots, wanted, true_sequential, Shelf(), []):
-            for slot in stage.slots:
-                assert stage.statistics is not None
-                site = extras.given(stage.statistics.describe(slot, matrix_of(model, slot), seed))
-                stage.statistics.forget(slot)
-                weights[slot], record = compress_site(slot, chosen[slot], site)
+            for slot, weight, record in solve_stage(stage, chosen, model, extras, seed):
+                weights[slot] = weight
                 parameter = parameters_of(model, [slot])[slot].detach()
                 record["original_bytes"] = parameter.nbytes
                 if running:
                     undo.callback(parameter.copy_, parameter.clone())
-                    put_back(model, slot, weights[slot])
+                    for layer in (model.get_submodule(path) for path, _ in slot.users):
+                        undo.callback(set_rounding, layer, rounding_of(layer))
+                    put_back(model, slot, weight)
                 records.append(record)
                 progress.advance(slot.entries * slot.columns, slot.name)
                 progress.site(record)
@@ -172,7 +171,11 @@ def save(model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, **
 
     Every tie is stored once. What is not compressed is stored as the state dict has it. `shapes`: for a thinned module, how it differs
     from the original architecture (`surgery.shapes(thinned, original)`). `fields` go into the manifest.
+    Raises: SchemeError for a layer that rounds its inputs but has no installed Weight any more, since a plain tensor cannot say so.
     """
+    for name, layer in model.named_modules():
+        if isinstance(rounding_of(layer), Rounding):
+            raise SchemeError(f"{name}: rounds its inputs and is stored as a plain tensor, which would forget it; save the module before `bake`")
     if shapes:
         fields["shapes"] = shapes
     folder = Path(path)
@@ -207,6 +210,7 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
             raise CheckpointError(
                 f"{path}: stores {name} as {spec['shape']}, the module has {slots[name].shape if name in slots else 'no such weight'}"
             )
+        stored.check_layers(name, [model.get_submodule(user) for user, _ in slots[name].users])
         weight = stored.weight(name)
         for user, parameter in slots[name].users:
             install(model.get_submodule(user), parameter, weight, slots[name].view)

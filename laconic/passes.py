@@ -3,7 +3,7 @@
 import hashlib
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from laconic.blocks import Batch, BlockModel, Residency
 from laconic.calibrate import (
-    GRADIENTS,
-    MEASURED,
     Loss,
     Needs,
     Shelf,
@@ -34,10 +32,11 @@ from laconic.methods.base import Keep, Method, output_error
 from laconic.methods.channels import MODULES_ONLY
 from laconic.progress import Progress
 from laconic.run import Run
-from laconic.sites import NONE, Site, Slot, Stats
+from laconic.sites import GRADIENTS, MEASURED, NONE, Site, Slot, Stats
 from laconic.statistics import Statistics
 from laconic.store import pack_weights, same_tensor
 from laconic.weights import Weight, unpack
+from laconic.weights.inputs import Rounding, check_rounding, set_rounding
 
 Chosen = dict[Slot, Method]
 _ROWS = 2048  # decoded at a time for a checksum
@@ -58,6 +57,10 @@ class Overlay:
             if name in finished:
                 found[name] = self.views[name].restore(read_weight(*finished[name], name).forward())
         return found
+
+    def rounding(self, name: str) -> Rounding | None:
+        finished = self.run.weight_files().get(name)
+        return Rounding.of(read_weight(*finished, name)) if finished is not None and "input_bits" in finished[1] else None
 
     def nbytes(self, name: str) -> int:
         return self.checkpoint.nbytes(name)
@@ -192,24 +195,60 @@ def compression_stages(
         yield from walk_whole(residence.model, batches, slots, needs, residence.device, done=done)
 
 
-def compress_site(slot: Slot, method: Method, site: Site) -> tuple[Weight, dict[str, Any]]:
-    """The weight a method finds for a site, and the record of it. Raises: SchemeError with the site's name."""
-    started = time.perf_counter()
+def fed_alike(methods: Mapping[Slot, Method], inputs: Mapping[Slot, int | None]) -> list[list[Slot]]:
+    """The sites of `inputs` in their order, those together that a joint method treats as one: fed one tensor, under equal methods."""
+    found: dict[object, list[Slot]] = {}
+    for slot, number in inputs.items():
+        together = methods[slot].joint and number is not None
+        found.setdefault((methods[slot], number) if together else slot, []).append(slot)
+    return list(found.values())
+
+
+def solve_sites(method: Method, sites: Sequence[Site]) -> list[Weight]:
+    """The weights a method finds for sites that it treats together. Raises: SchemeError with the sites' names."""
     try:
         with torch.no_grad():
-            weight = method(site)
+            return method.together(sites)
     except SchemeError as error:
-        raise error if slot.name in str(error) else SchemeError(f"{slot.name}: {error}") from error
+        names = [site.name for site in sites]
+        raise error if any(name in str(error) for name in names) else SchemeError(f"{', '.join(names)}: {error}") from error
+
+
+def solve_stage(stage: Stage, chosen: Chosen, model: nn.Module, extras: Extras, seed: int) -> Iterator[tuple[Slot, Weight, dict[str, Any]]]:
+    """The weight of every site of a stage, and the record of it. Raises: SchemeError with the name of a site."""
+    statistics = stage.statistics
+    if statistics is None:
+        return
+    for slots in fed_alike(chosen, {slot: statistics.input_of(slot) for slot in stage.slots}):
+        started = time.perf_counter()
+        sites = [extras.given(statistics.describe(slot, matrix_of(model, slot), seed)) for slot in slots]
+        for slot in slots:
+            statistics.forget(slot)
+        weights = solve_sites(chosen[slots[0]], sites)
+        for slot, weight in zip(slots, weights, strict=True):
+            for path, _ in slot.users:
+                check_rounding(model.get_submodule(path), weight, slot.name)
+        records = [record_of(*found) for found in zip(slots, [chosen[slot] for slot in slots], sites, weights, strict=True)]
+        del sites  # a tensor of the block that is left behind keeps its Hessian, or the pages of its whole file, in memory
+        seconds, entries = time.perf_counter() - started, sum(slot.entries for slot in slots)
+        for slot, record in zip(slots, records, strict=True):
+            yield slot, weights.pop(0), record | {"seconds": seconds * slot.entries / entries}
+
+
+def record_of(slot: Slot, method: Method, site: Site, weight: Weight) -> dict[str, Any]:
+    """What the report says of a site and its weight, but for the seconds."""
     bits = weight.bits()
     record: dict[str, Any] = {
         "name": slot.name, "aliases": list(slot.names[1:]), "parameter": slot.parameter, "shape": list(slot.shape), "role": slot.role,
         "method": repr(method), "kind": kind_of(weight), "bits": bits, "bits_per_weight": bits / slot.entries,
         "error": output_error(site, weight), "weight_error": output_error(site.having(hessian=None, squares=None), weight),
-        "checksum": checksum(weight), "notes": site.notes, "seconds": time.perf_counter() - started,
+        "checksum": checksum(weight), "notes": site.notes,
     }  # fmt: skip
     if site.tokens is not None and site.groups > 1 and slot.view.lead > 1:
         record["expert_tokens"] = site.tokens.tolist()
-    return weight, record
+    if weight.input_bits is not None:
+        record["input_bits"] = weight.input_bits
+    return record
 
 
 def kind_of(weight: Weight) -> str:
@@ -217,7 +256,8 @@ def kind_of(weight: Weight) -> str:
     children = [child for child in weight.children() if isinstance(child, Weight)]
     children += [term for child in weight.children() if isinstance(child, nn.ModuleList) for term in child if isinstance(term, Weight)]
     inner = [kind_of(child) for child in children] if weight.kind not in ("uniform", "codebook") else []
-    return f"{weight.kind}({', '.join(inner)})" if inner else weight.kind
+    kind = f"{weight.kind}({', '.join(inner)})" if inner else weight.kind
+    return kind if weight.input_bits is None else f"{kind}, inputs {weight.input_bits} bits"
 
 
 def checksum(weight: Weight) -> int:
@@ -238,7 +278,9 @@ def matrix_of(model: nn.Module, slot: Slot) -> Tensor:
 
 
 def put_back(model: nn.Module, slot: Slot, weight: Weight) -> None:
-    """Let the rest of the model see the decoded weight in the parameter's place."""
+    """Let the rest of the model see the decoded weight in the parameter's place, and its layers round their inputs if it asks for it."""
+    for path, _ in slot.users:
+        set_rounding(model.get_submodule(path), Rounding.of(weight))
     path, name = slot.users[0]
     parameter: Tensor = getattr(model.get_submodule(path), name)
     with torch.no_grad():
@@ -282,7 +324,8 @@ def verify(path: Path, checkpoint: Checkpoint, records: list[dict[str, Any]], ke
     stored.check()
     progress.start("verifying what was written", len(records))
     for record in records:
-        if checksum(stored.stored.weight(record["parameter"])) != record["checksum"]:
+        weight = stored.stored.weight(record["parameter"])
+        if checksum(weight) != record["checksum"] or weight.input_bits != record.get("input_bits"):
             raise VerificationError(f"{path}: {record['parameter']} does not decode to what was computed")
         progress.advance(1, record["name"])
     for name in kept:
@@ -311,18 +354,14 @@ def compress_parts(
     weights: dict[str, Weight] = {}
     records: list[dict[str, Any]] = []
     for stage in stages:
-        for slot in stage.slots:
-            assert stage.statistics is not None
-            site = extras.given(stage.statistics.describe(slot, matrix_of(model, slot), seed))
-            stage.statistics.forget(slot)
-            weight, record = compress_site(slot, chosen[slot], site)
+        for slot, weight, record in solve_stage(stage, chosen, model, extras, seed):
             if running:
                 put_back(model, slot, weight)
             weights[slot.parameter] = weight
             records.append(record)
             progress.advance(slot.entries * slot.columns, slot.name)
             progress.site(record)
-            del site, weight  # a tensor of the block that is left behind keeps its Hessian, or the pages of its whole file, in memory
+            del weight  # which the dictionary drops when it is written
         if stage.complete and (weights or stage.slots):
             tensors, specs = pack_weights(weights)
             run.commit(stage.part, tensors, {"specs": specs, "sites": records})

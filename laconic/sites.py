@@ -18,6 +18,10 @@ class Stats(enum.Flag):
     """X^T X / n of the site's input X [tokens, in], per group."""
     SQUARES = enum.auto()
     """Its diagonal only: the mean square of every input column."""
+    MEAN = enum.auto()
+    """The mean |x| of every input column."""
+    MAX = enum.auto()
+    """The largest |x| of every input column."""
     FISHER = enum.auto()
     """E[(dL / dW)^2] over sequences, entry by entry."""
     OUTPUT = enum.auto()
@@ -27,6 +31,9 @@ class Stats(enum.Flag):
 
 
 NONE = Stats(0)
+INPUTS = Stats.HESSIAN | Stats.SQUARES | Stats.MEAN | Stats.MAX
+GRADIENTS = Stats.FISHER | Stats.OUTPUT
+MEASURED = INPUTS | GRADIENTS  # what a model has to be run for
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,8 @@ class Slot:
 class Site:
     """What a method sees: W [out, in] and the statistics it asked for. Methods may not change W; `notes` collects what the user must hear.
 
-    `hessian` [groups, in, in], `squares` [groups, in], `tokens` [groups], `fisher` [out, in], `output` [out]; None where not asked for.
+    `hessian` [groups, in, in], `squares`, `magnitude` (mean |x|) and `peak` (largest |x|) [groups, in], `tokens` [groups], `fisher` [out, in],
+    `output` [out]; None where not asked for. `input`: sites that read one tensor have the same number; None where no input was summed.
     `mask` [out, in] says which entries an earlier method kept; `values_dtype` is the type pruning keeps values in (float32 when another method
     encodes them afterwards). `dims` is the parameter's own shape (four numbers for a 2-D convolution);
     empty where only the matrix is known. `channels` [out] int64: rows of any site with the same number are one channel of the network and
@@ -90,9 +98,12 @@ class Site:
     groups: int = 1
     hessian: Tensor | None = None
     squares: Tensor | None = None
+    magnitude: Tensor | None = None
+    peak: Tensor | None = None
     tokens: Tensor | None = None
     fisher: Tensor | None = None
     output: Tensor | None = None
+    input: int | None = None
     mask: Tensor | None = None
     values_dtype: str = "bfloat16"
     dims: tuple[int, ...] = ()

@@ -5,6 +5,7 @@ One normalisation everywhere: a Hessian is X^T X / n over the n tokens (or image
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,21 +14,30 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from laconic.errors import SchemeError
-from laconic.sites import NONE, Site, Slot, Stats
+from laconic.sites import INPUTS, NONE, Site, Slot, Stats
 
 _STRIPS = 4  # more of them save little more (1/2 at most) and make the products thinner
 
 
 class Gram:
-    """Sums X^T X (or only its diagonal) over tokens, per group: X [groups, tokens, in].
+    """Sums X^T X (or only its diagonal) over tokens, per group: X [groups, tokens, in]; `magnitude` sums |x|, `peak` holds the largest.
 
     Of the symmetric sum only blocks on and above the diagonal are computed, five eighths of the work, until `mean` mirrors them.
+    `number` is the input's: slots that are fed one tensor share it.
     """
 
-    def __init__(self, groups: int, columns: int, diagonal: bool, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        shape = (groups, columns) if diagonal else (groups, columns, columns)
-        self.total, self.tokens, self.diagonal = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(groups, dtype=torch.int64), diagonal
+    def __init__(self, groups: int, columns: int, wanted: Stats, device: torch.device, number: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        self.wanted, self.number, self.diagonal = wanted & INPUTS, number, not wanted & Stats.HESSIAN
+        side = torch.zeros(groups, columns, dtype=dtype, device=device)
+        self.total = side if self.diagonal else torch.zeros(groups, columns, columns, dtype=dtype, device=device)
+        self.magnitude = side.clone() if wanted & Stats.MEAN else None
+        self.peak = side.clone() if wanted & Stats.MAX else None
+        self.tokens = torch.zeros(groups, dtype=torch.int64)
         self._divided = False
+
+    def covers(self, wanted: Stats) -> bool:
+        """Whether everything wanted of an input is summed here; its mean squares always are."""
+        return not wanted & INPUTS & ~(self.wanted | Stats.SQUARES)
 
     def add(self, x: Tensor, group: int | None = None) -> None:
         """Add the inputs x [groups, tokens, in], or x [1, tokens, in] of one group."""
@@ -39,6 +49,10 @@ class Gram:
             for total, part in zip(self.total[rows], x, strict=True):
                 for here, rest in self._strips():
                     total[here, rest].addmm_(part[:, here].t(), part[:, rest])
+        if self.magnitude is not None:
+            self.magnitude[rows] += x.abs().sum(1)
+        if self.peak is not None and x.shape[1]:
+            self.peak[rows] = torch.maximum(self.peak[rows], x.abs().amax(1))
         self.tokens[rows] += x.shape[1]
 
     def _strips(self) -> list[tuple[slice, slice]]:
@@ -47,19 +61,23 @@ class Gram:
         step = -(-columns // _STRIPS)
         return [(slice(start, start + step), slice(start, None)) for start in range(0, columns, step)]
 
-    def split(self) -> "Gram":
-        """A copy that goes on alone."""
-        copy = Gram(len(self.tokens), self.total.shape[1], self.diagonal, self.total.device, self.total.dtype)
+    def split(self, number: int) -> "Gram":
+        """A copy that goes on alone, under a number of its own."""
+        copy = Gram(len(self.tokens), self.total.shape[1], self.wanted, self.total.device, number, self.total.dtype)
         copy.total, copy.tokens = self.total.clone(), self.tokens.clone()
+        copy.magnitude = self.magnitude.clone() if self.magnitude is not None else None
+        copy.peak = self.peak.clone() if self.peak is not None else None
         return copy
 
     def mean(self) -> Tensor:
-        """The sums divided by the tokens of each group, zero for a group that saw none; in place, since this can be the largest tensor."""
+        """X^T X (and `magnitude`) divided by the tokens of each group, zero for a group that saw none; in place, as it can be the largest tensor."""
         if not self._divided:
             for here, _ in self._strips() if not self.diagonal else ():
                 self.total[:, here.stop :, here] = self.total[:, here, here.stop :].transpose(1, 2)
             n = self.tokens.clamp(min=1).to(self.total)
             self.total /= n.view(-1, *(1,) * (self.total.dim() - 1))
+            if self.magnitude is not None:
+                self.magnitude /= n.view(-1, 1)
             self._divided = True
         return self.total
 
@@ -96,7 +114,7 @@ class Tap(TorchFunctionMode):
             with torch.backends.cudnn.flags(enabled=False) if torch.is_grad_enabled() and torch.cuda.is_available() else nullcontext():
                 return func(*self._replaced(args), **named)
         output = func(*args, **(kwargs or {}))
-        product = _PRODUCTS.get(func)
+        product = PRODUCTS.get(func)
         if product is not None:
             x, w, extra = product(*args, **(kwargs or {}))
             if isinstance(w, Tensor) and w.device.type != "meta":
@@ -130,7 +148,7 @@ def _lookup(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, 
     return input, weight, "lookup"
 
 
-_PRODUCTS: dict[Any, Callable[..., tuple[Tensor, Tensor, Any]]] = {
+PRODUCTS: dict[Any, Callable[..., tuple[Tensor, Tensor, Any]]] = {
     F.linear: _linear, torch.addmm: _addmm, torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, torch.bmm: _matmul,
     torch.mm: _matmul, F.conv1d: _conv, F.conv2d: _conv, torch.conv1d: _conv, torch.conv2d: _conv, F.embedding: _lookup,
 }  # fmt: skip
@@ -176,7 +194,7 @@ def _pair(value: Any, dimensions: int) -> tuple[int, ...]:
 class Statistics:
     """Accumulates what was asked for of some slots while the model runs inside `watch`.
 
-    Slots that are fed the same tensor (queries, keys and values; gate and up) share one Gram matrix.
+    Slots that are fed the same tensor (queries, keys and values; gate and up) share one Gram matrix, if it has what each of them wants.
     """
 
     def __init__(self, watched: dict[Slot, nn.Parameter], needs: dict[Slot, Stats]) -> None:
@@ -187,7 +205,8 @@ class Statistics:
         self.tokens = self.sequences = 0
         self.order: list[Slot] = []
         self.fused: set[Slot] = set()
-        self._last: tuple[Tensor, Gram] | None = None
+        self._last: tuple[Tensor, list[Gram]] | None = None
+        self._numbers = count()
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -199,7 +218,7 @@ class Statistics:
     def _seen(self, slot: Slot, x: Tensor, group: int | None, output: Tensor, channels_first: bool) -> None:
         if slot not in self.order:
             self.order.append(slot)
-        if self.needs[slot] & (Stats.HESSIAN | Stats.SQUARES):
+        if self.needs[slot] & INPUTS:
             self._sum_inputs(slot, x, group)
         if self.needs[slot] & (Stats.FISHER | Stats.OUTPUT) and output.requires_grad:
             output.register_hook(lambda g: self._sum_gradients(slot, x, group, g.detach().movedim(1, -1) if channels_first else g.detach()))
@@ -221,19 +240,26 @@ class Statistics:
             self._gram(slot, x.device).tokens += x.shape[1]
             return
         same = self._last is not None and self._last[0].data_ptr() == x.data_ptr() and self._last[0].shape == x.shape and group is None
-        if same and self._last is not None and self.grams.setdefault(slot, self._last[1]) is self._last[1]:
+        summed = self._last[1] if same and self._last is not None else []
+        gram = self.grams.get(slot) or next((gram for gram in summed if gram.covers(self.needs[slot])), None)
+        if gram is not None and gram in summed:
+            self.grams[slot] = gram
             return  # summed already, for the slot this one shares its input with
         shared = [other for other, gram in self.grams.items() if gram is self.grams.get(slot) and other is not slot]
         if shared and self.order.index(shared[0]) < self.order.index(slot):
-            self.grams[slot] = self.grams[slot].split()  # it was fed what another slot was fed, and now is not
+            self.grams[slot] = self.grams[slot].split(next(self._numbers))  # it was fed what another slot was fed, and now is not
         gram = self._gram(slot, x.device)
         gram.add(x, group)
-        self._last = (x, gram) if group is None else None
+        self._last = (x, [*summed, gram]) if group is None else None
 
     def _gram(self, slot: Slot, device: torch.device) -> Gram:
         if slot not in self.grams:
-            self.grams[slot] = Gram(slot.groups, slot.shape[1], not self.needs[slot] & Stats.HESSIAN, device)
+            self.grams[slot] = Gram(slot.groups, slot.shape[1], self.needs[slot], device, next(self._numbers))
         return self.grams[slot]
+
+    def input_of(self, slot: Slot) -> int | None:
+        """A number that slots have in common which are fed one tensor and share its sums; None where nothing was summed."""
+        return self.grams[slot].number if slot in self.grams else None
 
     def _sum_gradients(self, slot: Slot, x: Tensor, group: int | None, g: Tensor) -> None:
         """Add the gradients g [..., rows] of one product, one sequence's if the model runs on one sequence at a time."""
@@ -257,7 +283,7 @@ class Statistics:
 
         Raises: SchemeError for a site inside a fused call, of whose inputs or outputs something was asked for.
         """
-        hidden = self.needs.get(slot, NONE) & (Stats.HESSIAN | Stats.SQUARES | Stats.OUTPUT)
+        hidden = self.needs.get(slot, NONE) & (INPUTS | Stats.OUTPUT)
         if slot in self.fused and hidden:
             raise SchemeError(
                 f"{slot.name}: is multiplied inside a fused call (a recurrent layer, multi-head attention), where its inputs cannot be seen; "
@@ -266,10 +292,12 @@ class Statistics:
         site = Site(slot.name, W, slot.groups, dims=slot.view.shape, role=slot.role, seed=seed)
         gram = self.grams.get(slot)
         if gram is not None:
-            mean = gram.mean()
+            mean, magnitude, peak = gram.mean(), gram.magnitude, gram.peak
             if slot.role == "embedding" and not mean.any():
                 mean = torch.eye(slot.shape[1], device=mean.device).unsqueeze(0) if not gram.diagonal else torch.ones_like(mean)
-            site = site.having(tokens=gram.tokens, **({"squares": mean} if gram.diagonal else {"hessian": mean}))
+                magnitude, peak = (torch.ones_like(side) if side is not None else None for side in (magnitude, peak))
+            site = site.having(tokens=gram.tokens, magnitude=magnitude, peak=peak, input=gram.number)
+            site = site.having(**({"squares": mean} if gram.diagonal else {"hessian": mean}))
         if slot in self.output:
             site = site.having(output=self.output[slot] / max(self.tokens, 1))
         if slot in self.fisher:

@@ -226,6 +226,66 @@ def test_true_sequential_makes_a_stage_of_each_shared_input() -> None:
     assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"], []]
 
 
+def test_mean_and_largest_inputs_are_those_of_the_layers_inputs() -> None:
+    """Against plain hooks, over all batches; of a convolution, of the patches it multiplies; and nothing is summed that was not asked for."""
+    model = build("llama")
+    slots = [slot for slot in find_slots(model) if slot.name.endswith(("q_proj", "up_proj", "down_proj"))]
+    seen: dict[str, list[torch.Tensor]] = {}
+    for slot in slots:
+        model.get_submodule(slot.name).register_forward_pre_hook(
+            lambda _, args, name=slot.name: seen.setdefault(name, []).append(args[0].flatten(0, 1))
+        )
+    statistics = Statistics(parameters_of(model, slots), dict.fromkeys(slots, Stats.MEAN | Stats.MAX))
+    with torch.no_grad(), statistics.watch():
+        for batch in batches(3):
+            model(**batch)
+    for slot in slots:
+        site, x = statistics.describe(slot, torch.empty(slot.shape), 0), torch.cat(seen[slot.name])
+        assert site.magnitude is not None
+        assert site.peak is not None
+        assert torch.allclose(site.magnitude[0], x.abs().mean(0), rtol=1e-4)
+        assert torch.equal(site.peak[0], x.abs().amax(0))
+        assert site.hessian is None
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
+    (slot,) = find_slots(conv)
+    statistics = Statistics(parameters_of(conv, [slot]), {slot: Stats.MEAN | Stats.MAX | Stats.HESSIAN})
+    images = torch.randn(3, 4, 9, 9, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), statistics.watch():
+        conv(images)
+    site = statistics.describe(slot, torch.empty(slot.shape), 0)
+    patches = F.unfold(images, 3, padding=1, stride=2).unflatten(1, (2, 18)).abs()
+    assert torch.allclose(site.magnitude, patches.mean((0, 3)), rtol=1e-5)  # type: ignore[arg-type]
+    assert torch.equal(site.peak, patches.amax((0, 3)))  # type: ignore[arg-type]
+    plain = Statistics(parameters_of(conv, [slot]), {slot: Stats.HESSIAN})
+    with torch.no_grad(), plain.watch():
+        conv(images)
+    bare = plain.describe(slot, torch.empty(slot.shape), 0)
+    assert bare.magnitude is None
+    assert bare.peak is None
+
+
+def test_slots_that_share_an_input_have_its_number_and_what_each_asked_for() -> None:
+    """The first to be fed asks for least; none of the others is short of anything, and those whose sums are the same say so."""
+    model = build("llama")
+    slots = {slot.name.rsplit(".", 1)[-1]: slot for slot in find_slots(model) if "layers.0." in slot.name}
+    needs = dict.fromkeys(slots.values(), Stats.HESSIAN | Stats.MEAN)
+    needs |= {slots["q_proj"]: Stats.SQUARES, slots["v_proj"]: Stats.HESSIAN, slots["gate_proj"]: NONE}
+    statistics = Statistics(parameters_of(model, list(slots.values())), needs)
+    with torch.no_grad(), statistics.watch():
+        for batch in batches():
+            model(**batch)
+    site = {name: statistics.describe(slot, torch.empty(slot.shape), 0) for name, slot in slots.items()}
+    assert site["q_proj"].hessian is None
+    assert site["k_proj"].hessian is not None
+    assert site["v_proj"].hessian is site["k_proj"].hessian
+    assert site["k_proj"].magnitude is not None
+    assert site["q_proj"].squares is not None
+    assert torch.allclose(site["k_proj"].hessian.diagonal(dim1=1, dim2=2), site["q_proj"].squares, rtol=1e-4)
+    assert site["k_proj"].input == site["v_proj"].input
+    assert len({site[name].input for name in ("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")}) == 5
+    assert site["gate_proj"].input is None
+
+
 def test_slots_that_share_an_input_share_one_gram_matrix() -> None:
     model = build("llama")
     slots = [slot for slot in find_slots(model) if "layers.0." in slot.name]

@@ -26,8 +26,8 @@ class Hadamard(Method):
     outputs: bool = True
 
     def __post_init__(self) -> None:
-        if self.method.wants & (Stats.SQUARES | Stats.FISHER | Stats.CHANNELS):
-            raise SchemeError(f"Hadamard: {self.method!r} weighs single entries or rows, and their weights are not known in a rotated basis")
+        if self.method.wants & (Stats.SQUARES | Stats.MEAN | Stats.MAX | Stats.FISHER | Stats.CHANNELS):
+            raise SchemeError(f"Hadamard: {self.method!r} weighs single entries, rows or columns, and their weights are not known in a rotated basis")
 
     @property
     def wants(self) -> Stats:

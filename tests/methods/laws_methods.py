@@ -28,6 +28,8 @@ VARIANTS = [
     parse("StructurePrune(0.5, 'mean') >> RTN(4, 'channel')"), parse("BlockPrune(0.4, block=(8, 16), criterion='taylor')"),
     parse("BlockPrune(0.6, 7, scope='layer') >> KMeans(bits=4) >> Cast('bfloat16')"), parse("Cut(rows=(3, 5), columns=(0, 63), dtype='bfloat16')"),
     parse("Cut(columns=(1, 2, 3)) >> GPTQ(bits=4, group=16)"), parse("Hadamard(BlockPrune(0.5, (3, 3)))"),
+    parse("AWQ(bits=3, group=16, clip=False)"), parse("AWQ(bits=3, group='channel', symmetric=True)"), parse("AWQ(2, 'tensor') + EoRA(rank=4)"),
+    parse("SmoothQuant(bits=4, activations=None, alpha=0.75, group=16)"), parse("RTN(8) >> SmoothQuant(activations=None)"),
 ]  # fmt: skip
 
 
@@ -51,6 +53,8 @@ def only(site: Site, wanted: Stats) -> Site:
     return site.having(
         hessian=site.hessian if wanted & Stats.HESSIAN else None,
         squares=site.squares if wanted & Stats.SQUARES else None,
+        magnitude=site.magnitude if wanted & Stats.MEAN else None,
+        peak=site.peak if wanted & Stats.MAX else None,
         fisher=site.fisher if wanted & Stats.FISHER else None,
         output=site.output if wanted & Stats.OUTPUT else None,
         channels=site.channels if wanted & Stats.CHANNELS else None,
@@ -132,6 +136,14 @@ def test_row_groups_with_inputs_of_their_own(method: Method) -> None:
         return
     assert torch.isfinite(weight()).all()
     assert weight.shape == (48, 64)
+
+
+def test_sites_of_one_input_come_back_in_their_order(method: Method) -> None:
+    if not method.joint:
+        pytest.skip("treats each site for itself")
+    sites = [make_site(), make_site().having(W=make_site(seed=1).W[:24])]
+    assert [weight.shape for weight in method.together(sites)] == [(48, 64), (24, 64)]
+    assert torch.equal(method.together(sites[:1])[0](), run(method, sites[0])())
 
 
 def test_an_all_zero_matrix_stays_zero(method: Method) -> None:
