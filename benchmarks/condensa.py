@@ -14,7 +14,7 @@ from typing import Any
 
 import tasks
 import torch
-from common import RESULTS, ROOT, parser, record, shared, show
+from common import RESULTS, parser, record, shared, show
 from torch import nn
 
 import laconic as lc
@@ -48,12 +48,15 @@ class Row:
 
 
 P_Q = "Magnitude(sparsity=Free(0.5, 1), scope='model') >> Cast('float16')"
+P_Q_HIGH = P_Q.replace("Free(0.5, 1)", "Free(0.8, 1)")
+P_Q8 = "Magnitude(sparsity=Free(0.5, 1), scope='model') >> RTN(bits=8)"
 FILTER = f"FilterPrune({FREE}, scale='layer')"
 SMALL, FAST = lc.Minimize(stored_bytes), lc.Maximize(Throughput(batch=128))
 ROWS = [
     Row("resnet20", "P+Q", P_Q, SMALL),
     Row("resnet20", "Filter", FILTER, FAST),
-    Row("resnet56", "P+Q", P_Q, SMALL),
+    Row("resnet56", "P+Q", P_Q_HIGH, SMALL, effort=3),
+    Row("resnet56", "P+Q8", P_Q8, SMALL, effort=1.5),
     Row("resnet56", "Filter", FILTER, FAST),
     Row("vgg", "P+Q", P_Q, SMALL),
     Row("vgg", "Filter", FILTER, FAST),
@@ -88,11 +91,10 @@ def problem(row: Row, args: Namespace) -> tuple[nn.Module, lc.Task]:
     if row.network == "books-llama-7m":
         return text_task(
             shared(args, "models/books-llama-7m"), shared(args, "data/books-train.txt"), shared(args, "data/dracula.txt"), length=128, batch=16,
-            seed=args.seed,
+            seed=args.seed, dtype="auto",
         )  # fmt: skip
-    made = tasks.task(row.network, args)
-    model = made.model.to(pick_device(args.device))
-    return model, lc.Task(made.train, made.validation, made.test, example=next(iter(made.validation))[0][:128])
+    model, task = tasks.task(row.network, args)
+    return model.to(pick_device(args.device)), task
 
 
 def run(row: Row, args: Namespace) -> dict[str, Any]:
@@ -149,7 +151,7 @@ def main() -> None:
             print(row.name, flush=True)
             print(run(row, args), flush=True)
     done = [json.loads(file.read_text()) for row in ROWS if (file := WORK / row.name / "row.json").is_file()]
-    record("condensa", done, args, folder=str(WORK.relative_to(ROOT)))
+    record("condensa", done, args)
     show("Compression under an accuracy floor", done)
 
 

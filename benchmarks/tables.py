@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/benchmarks.md from the results beside this file: `python benchmarks/tables.py [--check]`.
+"""Writes the tables of README.md and of the docs from the results beside this file: `python benchmarks/tables.py [--check]`.
 
 A table stands between `<!-- table FILE[#KEY]: column | column as heading | ... -->` and `<!-- end -->`; FILE is a result without its .json,
 KEY a list in it other than `rows`. With --check nothing is written, and the exit code is 1 where a page differs from the results.
@@ -12,7 +12,7 @@ from typing import Any
 
 from common import RESULTS, ROOT, text
 
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/edkm.md")
 BLOCK = re.compile(r"(<!-- table (?P<file>[\w-]+)(#(?P<key>\w+))?: (?P<columns>[^>]*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 

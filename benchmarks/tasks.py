@@ -9,7 +9,7 @@ import json
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer
+
+import laconic as lc
 
 WORK = ROOT / "benchmarks" / "work"
 Batch = tuple[Tensor, Tensor]
@@ -79,38 +81,6 @@ class Tokens:
         for index in order[: len(self) * self.batch].split(self.batch):
             at = index[:, None] * self.length + torch.arange(self.length)
             yield self.ids[at], self.ids[at + 1]
-
-
-@dataclass
-class Task:
-    """A network, its data, its loss and its score (higher is better)."""
-
-    name: str
-    model: nn.Module
-    train: Images | Tokens
-    validation: Images | Tokens
-    test: Images | Tokens
-    score: Callable[[nn.Module, Images | Tokens], float]
-
-
-def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy, of classes or of next tokens."""
-    out = model(batch[0])
-    return F.cross_entropy(out.flatten(0, -2), batch[1].flatten())
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Images | Tokens) -> float:
-    """The share of images that get their class."""
-    right = [(model(x).argmax(1) == y).float().mean().item() * len(y) for x, y in data]
-    return sum(right) / len(data.pixels)  # type: ignore[union-attr]
-
-
-@torch.no_grad()
-def log_likelihood(model: nn.Module, data: Images | Tokens) -> float:
-    """Minus the log-perplexity, in nats per token."""
-    losses = [loss(model, batch).item() for batch in data]
-    return -sum(losses) / len(losses)
 
 
 class VGG(nn.Sequential):
@@ -184,27 +154,26 @@ RECIPES = {  # passes over the training data, largest learning rate, weight deca
 }  # fmt: skip
 
 
-def task(name: str, args: Namespace) -> Task:
-    """The task with its reference, trained if it is not there. The network is in evaluation mode."""
+def task(name: str, args: Namespace) -> tuple[nn.Module, lc.Task]:
+    """The reference in evaluation mode, trained if it is not there, and its task: accuracy of images, minus the log-perplexity of text."""
     device = getattr(args, "device", "cpu")
     width = WIDTH["cuda" if device.startswith("cuda") else "cpu"]
     train, validation, test = text(args) if name == "lstm" else cifar(args)
     model: nn.Module = LSTM(4096, int(width["lstm"])) if name == "lstm" else VGG(width["vgg"]) if name == "vgg" else cnn.resnet(int(name[6:]))
-    made = Task(name, model, train, validation, test, log_likelihood if name == "lstm" else accuracy)
+    made = lc.Task(train, validation, test, example=next(iter(validation))[0][:128])
     file = WORK / f"{name}-{sum(p.numel() for p in model.parameters())}-{args.seed}.safetensors"
     if not file.exists():
         if name.startswith("resnet"):
             model.load_state_dict(load_file(shared(args, f"models/cifar-{name}.safetensors")))
         WORK.mkdir(exist_ok=True)
-        fit(made, *RECIPES[name], file)
+        fit(name, model, made, file)
     model.load_state_dict(load_file(file))
-    model.eval()
-    return made
+    return model.eval(), made
 
 
-def fit(made: Task, epochs: int, lr: float, decay: float, file: Path) -> None:
+def fit(name: str, model: nn.Module, made: lc.Task, file: Path) -> None:
     """Train the reference: SGD with Nesterov momentum for images, Adam for text; one cycle; products in bfloat16 where the machine has them."""
-    started, model, images = time.time(), made.model.train(), isinstance(made.train, Images)
+    started, images, (epochs, lr, decay) = time.time(), name != "lstm", RECIPES[name]
     torch.manual_seed(0)
     parameters = list(model.parameters())
     optimizer: torch.optim.Optimizer = (
@@ -217,14 +186,14 @@ def fit(made: Task, epochs: int, lr: float, decay: float, file: Path) -> None:
         model.train()
         for batch in made.train:
             with torch.autocast("cpu", torch.bfloat16, enabled=images):
-                value = loss(model, batch)
+                value = made.loss_of(model(batch[0]), batch)
             optimizer.zero_grad()
             value.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 5.0)
             optimizer.step()
             schedule.step()
-        curve.append(made.score(model.eval(), made.validation))
-        print(f"{made.name}: pass {epoch + 1} of {epochs}, validation {curve[-1]:.4f}, {time.time() - started:.0f} s", flush=True)
+        curve.append(made.judge(model, made.validation).score)
+        print(f"{name}: pass {epoch + 1} of {epochs}, validation {curve[-1]:.4f}, {time.time() - started:.0f} s", flush=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
     file.with_suffix(".json").write_text(json.dumps({"validation": curve, "seconds": time.time() - started, "recipe": [epochs, lr, decay]}) + "\n")
 
@@ -234,8 +203,9 @@ def main() -> None:
     options.add_argument("names", nargs="*", default=list(NETWORKS), help="which references")
     args = options.parse_args()
     for name in args.names:
-        made = task(name, args)
-        print(f"{name}: validation {made.score(made.model, made.validation):.4f}, test {made.score(made.model, made.test):.4f}", flush=True)
+        model, made = task(name, args)
+        validation, test = (made.judge(model, data).score for data in (made.validation, made.test))
+        print(f"{name}: validation {validation:.4f}, test {test:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ from laconic.methods.free import Free
 from laconic.objectives import Maximize, Minimize, at_least, within
 from laconic.offload import offload_saved
 from laconic.pipeline import Options, compress
-from laconic.recover import LC, Direct, FineTune, Steps, Task, recover
+from laconic.recover import LC, Direct, FineTune, Steps, Task, advance, convert, prepare, recover
 from laconic.report import Report
 from laconic.scheme import known_methods, parse
 from laconic.search import search
+from laconic.surgery import fold
 from laconic.version import __version__
 
 __all__ = [
@@ -55,14 +56,18 @@ __all__ = [
     "Task",
     "VerificationError",
     "__version__",
+    "advance",
     "at_least",
     "compress",
+    "convert",
     "dkm_decode",
     "evaluate_source",
+    "fold",
     "load",
     "load_into",
     "offload_saved",
     "parse",
+    "prepare",
     "recover",
     "save",
     "search",

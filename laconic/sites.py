@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from laconic.weights import View
@@ -148,6 +149,8 @@ def find_slots(model: nn.Module) -> list[Slot]:
     head = find_head() if callable(find_head) else None
     found: dict[int, Slot] = {}
     for path, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
         for parameter, tensor in module.named_parameters(recurse=False):
             seen = _see(module, parameter, tensor)
             if seen is None:

@@ -15,6 +15,7 @@ pytest.importorskip("sklearn")
 
 import laconic as lc
 from laconic.recover.deliver import RESULT
+from laconic.recover.recipes import recipe
 from laconic.recover.text import text_task
 from laconic.store import MANIFEST, read_manifest, stored_bytes
 from laconic.weights import installed
@@ -188,6 +189,23 @@ def test_recover_of_a_language_model(tiny: Path, text: Path, tmp_path: Path) -> 
     assert read_manifest(tmp_path / "out")["scheme"] == "RTN(bits=4, group=32)"
 
 
+@pytest.mark.parametrize("method", ["dkm", "llm-qat"])
+def test_recipes(method: str, tiny: Path, text: Path, tmp_path: Path) -> None:
+    """The scheme and the steps are the recipe's; llm-qat needs no text: the model writes its own."""
+    given = words(text) if method == "dkm" else ["--length", 16, "--batch", 4, "--train-tokens", 256]
+    done = laconic("recover", tiny, *given, "--method", method, "--bits", 2, "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    result = only_json(done.stdout)
+    assert result["minibatches"] == (16 if method == "dkm" else 4)  # 64 windows by 8, twice; 16 windows by 4, once
+    made = recipe(method, 2)
+    assert result["recovery"].startswith("FineTune(")
+    assert read_manifest(tmp_path / "out")["scheme"] == made.scheme
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    if method == "dkm":
+        assert model.model.layers[0].mlp.up_proj.weight.unique().numel() <= 4
+        assert model.get_input_embeddings().weight.unique().numel() > 4
+
+
 def test_recover_goes_on_where_it_was_interrupted(file: Path, tmp_path: Path) -> None:
     """Killed in the second L-step by its own score; the weights come out as from a run that was not."""
     out = tmp_path / "out"
@@ -235,6 +253,9 @@ REFUSED: dict[str, tuple[int, str, list[Any]]] = {
     "a task and a text": (2, "a task file names its own data", ["recover", "--task", "{file}", "--data", "{text}", "--scheme", "RTN(4)"]),
     "no text": (2, "needs --data, a text to learn from", ["recover", "{tiny}", "--scheme", "RTN(4, 32)"]),
     "an unknown recovery": (2, "unknown 'LD'; did you mean 'LC'?", ["recover", "--task", "{file}", "--scheme", "RTN(4)", "--recovery", "LD()"]),
+    "an unknown recipe": (2, "known: dkm, llm-qat", ["recover", "{tiny}", "--data", "{text}", "--method", "awq"]),
+    "a recipe and a scheme": (2, "brings its own scheme", ["recover", "{tiny}", "--data", "{text}", "--method", "dkm", "--scheme", "RTN(4, 32)"]),
+    "bits of nothing": (2, "--bits belongs to --method", ["recover", "{tiny}", "--data", "{text}", "--bits", "3", "--scheme", "RTN(4, 32)"]),
     "a free value": (2, "search for it with lc.search", ["recover", "--task", "{file}", "--scheme", "Magnitude(Free(0, 1))"]),
     "reversed bounds": (2, "the lower one first", ["search", "--task", "{file}", "--scheme", "Magnitude(Free(1, 0))"]),
     "no model": (3, "expected a model directory or a hub id", ["recover", "{tiny}/none/model", "--data", "{text}", "--scheme", "RTN(4, 32)"]),

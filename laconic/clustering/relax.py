@@ -39,21 +39,17 @@ class SoftClusters(Relaxation):
     def __init__(self, weight: Weight, how: Softness, variance: float) -> None:
         super().__init__(weight)
         self.how = how
-        book, sparse = self.book, isinstance(weight, Sparse)
+        book = self.book
         tables = book.tables().detach().float()
-        if sparse and len(tables) > 1:
-            raise SchemeError("DKM: of a pruned matrix the survivors are clustered together; give one table (rows=None)")
-        if sparse and book.row_scale is not None:
-            raise SchemeError("DKM: of a pruned matrix the survivors are clustered together; row_scale=True has no meaning")
-        kept = int(weight.mask.sum()) if isinstance(weight, Sparse) else 0
-        if sparse and 0 < kept < tables.shape[1]:
-            raise SchemeError(f"DKM: {tables.shape[1]} centroids for {kept} weights that survive; use fewer bits")
+        if isinstance(weight, Sparse):
+            _check_survivors(weight, book)
         self.register_buffer("centroids", tables.clone())  # where the last pass ended
         self.register_buffer("start", tables.clone())  # where passes start while w is what `seen` says
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64, device=tables.device))
         self.register_buffer("mask", weight.mask if isinstance(weight, Sparse) else None)
         self.register_buffer("scale", None if book.row_scale is None else book.row_scale.forward().detach().flatten().clone())
-        self.register_buffer("variance", torch.tensor(variance or 1.0, dtype=torch.float64))  # a constant is decoded alike at any temperature
+        spread = torch.tensor(variance, dtype=torch.float32, device=tables.device)
+        self.register_buffer("variance", torch.where(spread > 0, spread, 1.0))  # a constant is decoded alike at any temperature
         self.register_buffer("tau", how.first * self.variance)
 
     centroids: Tensor
@@ -83,7 +79,7 @@ class SoftClusters(Relaxation):
             return self._hard(w)
         return self._decoded(w) if self.mask is None else self._survivors(w, self.mask)
 
-    @torch.compiler.disable  # how many survive is data
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # how many survive is data
     def _survivors(self, w: Tensor, mask: Tensor) -> Tensor:
         if not bool(mask.any()):
             return w * 0
@@ -109,13 +105,14 @@ class SoftClusters(Relaxation):
                 self.centroids.copy_(last)
         return decoded
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _hard(self, w: Tensor) -> Tensor:
         self._harden(w)
         return self.weight.forward().to(w.dtype)
 
     def _harden(self, w: Tensor) -> None:
+        self.weight.to(w.device)
         if isinstance(self.weight, Sparse) and self.mask is not None:
             self.weight.set_mask(self.mask)
         self.book.set_tables(self.centroids, self.scale)
@@ -125,6 +122,17 @@ class SoftClusters(Relaxation):
         with torch.no_grad():
             self._harden(w)
         return copy.deepcopy(self.weight)
+
+
+def _check_survivors(weight: Sparse, book: Codebook) -> None:
+    """Raises SchemeError unless the survivors of a pruned matrix can be clustered together."""
+    if len(book.tables()) > 1:
+        raise SchemeError("DKM: of a pruned matrix the survivors are clustered together; give one table (rows=None)")
+    if book.row_scale is not None:
+        raise SchemeError("DKM: of a pruned matrix the survivors are clustered together; row_scale=True has no meaning")
+    kept = int(weight.mask.sum())
+    if 0 < kept < 2**book.bit_width:
+        raise SchemeError(f"DKM: {2**book.bit_width} centroids for {kept} weights that survive; use fewer bits")
 
 
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

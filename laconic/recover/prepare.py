@@ -3,20 +3,21 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from laconic.blocks import Batch
 from laconic.calibrate import Loss, parameters_of
 from laconic.errors import SchemeError
-from laconic.recover.projection import project_onto
+from laconic.recover.projection import project_onto, reads_data
 from laconic.scheme import Scheme, parse
 from laconic.sites import Slot
 from laconic.weights import View, Weight, install
 from laconic.weights.inputs import check_rounding, set_rounding
 from laconic.weights.install import own_class
 from laconic.weights.relax import Relaxation
-from laconic.weights.shards import is_sharded, on_whole
+from laconic.weights.shards import is_sharded, on_whole, whole
 
 
 class Prepared(nn.Module):
@@ -53,16 +54,16 @@ def prepare(
     Every matrix the scheme compresses becomes a parametrized tensor: its parameter (`parametrizations.weight.original`) stays the uncompressed
     w, the layer sees what the method's relaxation makes of it: soft clusters for `DKM`, the nearest compressed value with straight-through
     gradients for other methods, masks and scales being those of direct compression. In evaluation mode the layer sees what would be stored.
-    A tie stays one parameter with one relaxation. `data`: batches for methods that read statistics. Structures that are cut are masked, each
-    for itself without an `example`; biases and norms beside them are left alone.
-    Wrappers that shard or replicate (FSDP2, DDP, `accelerate`, a compiler) come after this. See docs/edkm.md for several processes.
-    Returns the module. Raises: as `recover`, and SchemeError for a module that was prepared before or lies in several processes; nothing is
-    changed then.
+    A tie stays one parameter with one relaxation. `data`: batches for methods that read statistics; `example`: an input, for structures, whose
+    rows are then masked together. Biases and norms beside them are left alone.
+    `parallelize_module` comes before this; what shards or replicates (FSDP2, DDP, `accelerate`) and a compiler come after it, see docs/edkm.md.
+    Returns the module. Raises: as `recover`, and SchemeError for a module that was prepared before or is sharded by FSDP; nothing is changed
+    then.
     """
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
-    _check_fresh(model)
+    _check_fresh(model, scheme)
     projection = project_onto(model, scheme, example=example, data=data, loss=loss, seed=seed)
-    values = {slot: parameter.detach() for slot, parameter in parameters_of(model, projection.slots).items()}
+    values = {slot: whole(parameter.detach()) for slot, parameter in parameters_of(model, projection.slots).items()}
     weights = projection.compress(values)
     _check_inputs(model, weights)
     made = {slot: projection.chosen[slot].relax(weight, slot.view.matrix(values[slot])) for slot, weight in weights.items()}
@@ -86,8 +87,9 @@ def advance(model: nn.Module, progress: float) -> None:
 
     Raises: SchemeError for a module that nothing was prepared in.
     """
-    for _, _, prepared in _found(model, "advance"):
-        prepared.relaxation.advance(progress)
+    _found(model, "advance")
+    for relaxation in relaxations(model):
+        relaxation.advance(progress)
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -125,13 +127,19 @@ def _found(model: nn.Module, caller: str) -> list[tuple[nn.Module, str, Prepared
     return found
 
 
-def _check_fresh(model: nn.Module) -> None:
-    """Raises SchemeError for a module that is prepared already, or whose parameters lie in several processes."""
+def _check_fresh(model: nn.Module, scheme: Scheme) -> None:
+    """Raises SchemeError for a module that is prepared already, or lies in several processes in a way that cannot be prepared any more."""
     if next(_prepared(model), None) is not None:
         raise SchemeError("prepare: the module is prepared already; convert it first, or start from a fresh one")
-    for name, parameter in model.named_parameters():
-        if is_sharded(parameter):
-            raise SchemeError(f"prepare: {name} lies in several processes already; prepare the module first, then shard it")
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule | FullyShardedDataParallel):
+            raise SchemeError(f"prepare: {name or 'the module'} is sharded by FSDP already, which keeps track of its parameters; prepare it first")
+    if reads_data(model, scheme) and any(is_sharded(parameter) for parameter in model.parameters()):
+        raise SchemeError("prepare: statistics of a tensor-parallel module are not gathered; use a scheme that needs no data")
 
 
 def _check_inputs(model: nn.Module, weights: dict[Slot, Weight]) -> None:

@@ -19,8 +19,8 @@ class Relaxation(nn.Module, ABC):
 
     In training mode `forward(w)` is differentiable in w; in evaluation mode it is what `stored(w)` decodes to. Between two changes of w it
     computes the same however often it is called. `weight` is the compressed weight training starts from. It is no submodule: its scales and
-    tables are not the optimizer's to train nor a wrapper's to shard, and casting the model does not round them. It and the buffers follow the
-    model from device to device; the state dict holds all that `stored` depends on beside w.
+    tables are not the optimizer's to train nor a wrapper's to shard, and casting the model does not round them. It goes where w is when it is
+    used; buffers follow the model from device to device. The state dict holds all that `stored` depends on beside w.
     """
 
     def __init__(self, weight: Weight) -> None:
@@ -33,7 +33,6 @@ class Relaxation(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         device = fn(torch.empty(0)).device
-        self.weight.to(device)
         for name, buffer in self.named_buffers(recurse=False):
             setattr(self, name, buffer.to(device))
         return self
@@ -62,19 +61,19 @@ class StraightThrough(Relaxation):
     """
 
     def forward(self, w: Tensor) -> Tensor:
-        mask = self.weight.mask if isinstance(self.weight, Sparse) else None
-        passed: Tensor = _Through.apply(w, self._projected(w), mask)
+        value = self._projected(w)
+        passed: Tensor = _Through.apply(w, value, self.weight.mask if isinstance(self.weight, Sparse) else None)
         return passed
 
-    @torch.compiler.disable  # projections choose by data, and keep what they chose
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # projections choose by data, and keep what they chose
     @torch.no_grad()
     def _projected(self, w: Tensor) -> Tensor:
-        self.weight.right_inverse(w)
+        self.weight.to(w.device).right_inverse(w)
         return self.weight.forward().to(w.dtype)
 
     def stored(self, w: Tensor) -> Weight:
         with torch.no_grad():
-            self.weight.right_inverse(w)
+            self.weight.to(w.device).right_inverse(w)
         return copy.deepcopy(self.weight)
 
     def get_extra_state(self) -> Tensor:

@@ -350,7 +350,7 @@ def test_a_loss_that_is_never_finite_is_an_error() -> None:
         (lambda: LC(mu=0.0), "mu > 0"), (lambda: LC(mu=float("inf")), "mu > 0"), (lambda: LC(a=0.9), "a >= 1"),
         (lambda: LC(then=Direct()), "FineTune"), (lambda: LC(learn=0.1), "Steps"), (lambda: LC(norm_batches=-1), "norm_batches"),
         (lambda: Direct(-2), "norm_batches"), (lambda: FineTune(0), "minibatches"), (lambda: FineTune(checks=0), "checks"),
-        (lambda: FineTune(learn=LC()), "Steps"), (lambda: Steps("lbfgs"), "sgd or adam"), (lambda: Steps(precision="int8"), "precision"),
+        (lambda: FineTune(learn=LC()), "Steps"), (lambda: Steps("lbfgs"), "sgd, adam or adamw"), (lambda: Steps(precision="int8"), "precision"),
         (lambda: Steps(lr=1e-5), "lr_end <= lr"), (lambda: Steps(lr_end=0.0), "lr_end"), (lambda: Steps(momentum=1.0), "momentum"),
         (lambda: Steps(weight_decay=-1.0), "weight_decay"), (lambda: Steps(clip=0.0), "clip"),
     ],

@@ -18,7 +18,7 @@ from laconic.errors import CheckpointError, DataError, LaconicError, SchemeError
 from laconic.recover.prepare import relaxations
 from laconic.weights import Codebook, Sparse, Uniform, Weight, installed
 from tests.conftest import tiny_config
-from tests.recover.nets import Words, conv, mlp, same, seeded, untouched, vectors, words_task
+from tests.recover.nets import Words, conv, same, seeded, untouched, vectors, words_task
 
 SCHEMES: dict[str, type[Weight]] = {
     "DKM(bits=2, tau=0.2, tau_end=0.02)": Codebook,
@@ -61,9 +61,9 @@ def gradients(model: nn.Module, output: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_a_plain_loop_trains_it_and_it_ends_in_stored_weights(scheme: str, tmp_path: Path) -> None:
     x, y = vectors(256, 100)
-    direct = float(loss_of(lc.compress(net(), lc.parse(scheme))[0].eval(), x, y))
+    direct = loss_of(lc.compress(net(), lc.parse(scheme))[0].eval(), x, y).detach()
     model = lc.prepare(net(), scheme)
-    assert float(loss_of(model.eval(), x, y)) == pytest.approx(direct, abs=1e-6)  # in evaluation it is the compressed model from the start on
+    torch.testing.assert_close(loss_of(model.eval(), x, y).detach(), direct)  # in evaluation it is the compressed model from the start on
     train(model, 20)
     with torch.no_grad():
         shown = model.eval()(x)
@@ -269,6 +269,18 @@ def test_what_is_refused_changes_nothing(scheme: str, error: type[LaconicError],
     assert [type(m) for m in model.modules()] == [type(m) for m in net().modules()]
 
 
+def test_parametrizations_of_others_are_left_alone() -> None:
+    model = seeded(lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 8, 3)), nn.Flatten(), nn.Linear(16, 4)))
+    x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0))
+    before = model[0](x)
+    lc.prepare(model, "[('*', DKM(bits=2))]")
+    assert len(relaxations(model)) == 1
+    shown = model.eval()(x)
+    assert torch.equal(lc.convert(model)(x), shown)
+    assert torch.equal(model[0](x), before)
+    assert set(installed(model)) == {"2.weight"}
+
+
 def test_prepared_twice_or_not_at_all_is_refused() -> None:
     model = net()
     for call in (lc.convert, lambda m: lc.advance(m, 0.5)):
@@ -321,6 +333,21 @@ def test_16_bit_master_weights_are_clustered_as_they_are(cast_first: bool) -> No
     shown = model.eval()(x)
     assert torch.equal(lc.convert(model)(x), shown)
     assert shown.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_models_of_every_kind(dtype: torch.dtype, tmp_path: Path) -> None:
+    x = vectors(32, 0)[0].to(dtype)
+    for scheme in SCHEMES:
+        model = lc.prepare(net().to(dtype), scheme)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        shown = model.eval()(x)
+        assert shown.dtype == dtype
+        assert torch.equal(lc.convert(model)(x), shown)
+        lc.save(model, tmp_path / scheme)
+        torch.testing.assert_close(lc.load_into(net().to(dtype), tmp_path / scheme)(x), shown)
 
 
 def test_inputs_are_rounded_as_they_will_be() -> None:
