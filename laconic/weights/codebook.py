@@ -101,8 +101,9 @@ class Codebook(EntryWeight):
                 if lookup is not None:
                     found[start : start + len(part)] = lookup(part.squeeze(-1))
                 else:
-                    norms = (table * table).sum(1)
-                    found[start : start + len(part)] = (norms - 2 * part @ table.t()).argmin(-1)
+                    with torch.autocast(part.device.type, enabled=False):  # in 16 bits the nearest entry would be another one
+                        norms = (table * table).sum(1)
+                        found[start : start + len(part)] = (norms - 2 * part @ table.t()).argmin(-1)
         return found
 
     def bits(self, keep: Tensor | None = None) -> int:

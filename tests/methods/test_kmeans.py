@@ -114,3 +114,12 @@ def test_gptvq_beats_plain_vectors() -> None:
 def test_vectors_cannot_encode_single_survivors() -> None:
     with pytest.raises(SchemeError, match="dimension=1"):
         GPTVQ(dimension=2)(make_site().having(mask=torch.ones(48, 64, dtype=torch.bool)))
+
+
+def test_assignments_are_the_same_under_autocast() -> None:
+    W = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    weight = KMeans(bits=6, dimension=4)(Site("x", W))
+    before = weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        weight.right_inverse(W)
+    assert torch.equal(weight(), before)
