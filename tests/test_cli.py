@@ -247,7 +247,8 @@ def test_ctrl_c_keeps_what_is_finished(tiny: Path, text: Path, tmp_path: Path) -
     words = ["compress", tiny, "--plan", plan, *small(text, "--json", "--no-evaluate")]
     command = [sys.executable, "-m", "laconic", *map(str, words), "--out", str(out)]
     process = subprocess.Popen(
-        command, env=ENVIRONMENT | {"WITNESS": str(witness)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, env=ENVIRONMENT | {"WITNESS": str(witness)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - what a shell starts in the background ignores it
     )  # fmt: skip
     while not witness.exists() and process.poll() is None:
         time.sleep(0.02)
