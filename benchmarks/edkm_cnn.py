@@ -2,7 +2,7 @@
 
 Every row starts from the same reference and, if it trains, takes the same number of minibatches of 128 with the same learning rates and a share of
 distillation. All matrices are clustered, a table each; batch norms stay float32. Accuracy is that of the stored file on 3,000 test images
-that decide nothing; 2,000 others choose the best of four checks. Finished rows are kept in benchmarks/work/edkm_cnn.
+that decide nothing; 2,000 others choose the best of four checks. A second run reads finished rows.
 """
 
 import json

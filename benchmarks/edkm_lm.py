@@ -1,6 +1,6 @@
 """eDKM's Table 3 on books-llama-7m: post-training and training methods at 4, 3 and 2 bits, the embedding at 8 bits in all of them.
 
-    python benchmarks/edkm_lm.py                 # about two hours on 2 CPU cores; finished rows are kept in benchmarks/work/edkm_lm
+    python benchmarks/edkm_lm.py                 # about two hours on 2 CPU cores; a second run reads finished rows
 
 Size, perplexity and KL are of the stored files, opened again. Training methods take the same number of tokens and the same steps of AdamW; what
 they learn from is the books (DKM, and the original fine-tuned on them, which is what a gain by training alone would look like), the original's

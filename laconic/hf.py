@@ -65,7 +65,7 @@ class LaconicQuantizer(HfQuantizer):  # type: ignore[misc]
                 path, parameter = slots[name].users[0]
                 target = getattr(model.get_submodule(path), parameter)
                 target.copy_(slots[name].view.restore(stored.weight(name).forward()))
-                layers = [model.get_submodule(path) for path, _ in slots[name].users]
+                layers = slots[name].layers(model)
                 stored.check_layers(name, layers)
                 for layer in layers:
                     if (rounding := stored.rounding(name)) is not None:

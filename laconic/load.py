@@ -221,7 +221,7 @@ class CompressedCheckpoint:
                 raise CheckpointError(f"{self.path}: the manifest stores {name}, which the configured model does not have")
             if tuple(spec["shape"]) != by_parameter[name].shape:
                 raise CheckpointError(f"{self.path}: {name} is stored as {tuple(spec['shape'])}, the config asks for {by_parameter[name].shape}")
-            self.stored.check_layers(name, [self.skeleton.get_submodule(path) for path, _ in by_parameter[name].users])
+            self.stored.check_layers(name, by_parameter[name].layers(self.skeleton))
         return {name: by_parameter[name] for name in self.stored.weights}
 
     def check(self) -> None:

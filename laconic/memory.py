@@ -22,9 +22,7 @@ from laconic.passes import (
     data_free_stages,
     needs_data,
     needs_of,
-    put_back,
     refuse_structures,
-    solve_stage,
     survey_needs,
     survey_stages,
 )  # fmt: skip
@@ -33,6 +31,7 @@ from laconic.report import Report
 from laconic.run import atomically, write_json
 from laconic.scheme import Scheme, describe, resolve
 from laconic.sites import INPUTS, Slot, find_slots
+from laconic.solve import put_back, solve_stage
 from laconic.store import MANIFEST, Compressed, manifest_of, pack_weights, stored_bytes
 from laconic.surgery.reshape import Shapes, rebuild
 from laconic.tensors import is_finite
@@ -150,13 +149,13 @@ def _run(
     progress.start("compressing", sum(slot.entries * slot.columns for slot in slots))
     with ExitStack() as undo:
         for stage in compression_stages(blocks, residence, batches, slots, wanted, true_sequential, Shelf(), []):
-            for slot, weight, record in solve_stage(stage, chosen, model, extras, seed):
+            for slot, weight, record in solve_stage(stage, chosen, model, extras.given, seed):
                 weights[slot] = weight
                 parameter = parameters_of(model, [slot])[slot].detach()
                 record["original_bytes"] = parameter.nbytes
                 if running:
                     undo.callback(parameter.copy_, parameter.clone())
-                    for layer in (model.get_submodule(path) for path, _ in slot.users):
+                    for layer in slot.layers(model):
                         undo.callback(set_rounding, layer, rounding_of(layer))
                     put_back(model, slot, weight)
                 records.append(record)
@@ -210,7 +209,7 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
             raise CheckpointError(
                 f"{path}: stores {name} as {spec['shape']}, the module has {slots[name].shape if name in slots else 'no such weight'}"
             )
-        stored.check_layers(name, [model.get_submodule(user) for user, _ in slots[name].users])
+        stored.check_layers(name, slots[name].layers(model))
         weight = stored.weight(name)
         for user, parameter in slots[name].users:
             install(model.get_submodule(user), parameter, weight, slots[name].view)

@@ -1,9 +1,7 @@
 """What a run does to a model, pass by pass: survey (if a method spreads one number over many sites), compression, verification."""
 
 import hashlib
-import time
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +26,18 @@ from laconic.calibrate import (
 from laconic.errors import SchemeError, VerificationError
 from laconic.load import Checkpoint, CompressedCheckpoint
 from laconic.methods.allocation import Allocation
-from laconic.methods.base import Keep, Method, output_error
+from laconic.methods.base import Keep, Method
 from laconic.methods.channels import MODULES_ONLY
 from laconic.progress import Progress
 from laconic.run import Run
 from laconic.sites import GRADIENTS, MEASURED, NONE, Site, Slot, Stats
+from laconic.solve import checksum, matrix_of, put_back, solve_stage
 from laconic.statistics import Statistics
 from laconic.store import pack_weights, same_tensor
 from laconic.weights import Weight, unpack
-from laconic.weights.inputs import Rounding, check_rounding, set_rounding
+from laconic.weights.inputs import Rounding
 
 Chosen = dict[Slot, Method]
-_ROWS = 2048  # decoded at a time for a checksum
 _PART = 1 << 27  # bytes compared at a time
 
 
@@ -195,98 +193,6 @@ def compression_stages(
         yield from walk_whole(residence.model, batches, slots, needs, residence.device, done=done)
 
 
-def fed_alike(methods: Mapping[Slot, Method], inputs: Mapping[Slot, int | None]) -> list[list[Slot]]:
-    """The sites of `inputs` in their order, those together that a joint method treats as one: fed one tensor, under equal methods."""
-    found: dict[object, list[Slot]] = {}
-    for slot, number in inputs.items():
-        together = methods[slot].joint and number is not None
-        found.setdefault((methods[slot], number) if together else slot, []).append(slot)
-    return list(found.values())
-
-
-def solve_sites(method: Method, sites: Sequence[Site]) -> list[Weight]:
-    """The weights a method finds for sites that it treats together. Raises: SchemeError with the sites' names."""
-    try:
-        with torch.no_grad():
-            return method.together(sites)
-    except SchemeError as error:
-        names = [site.name for site in sites]
-        raise error if any(name in str(error) for name in names) else SchemeError(f"{', '.join(names)}: {error}") from error
-
-
-def solve_stage(stage: Stage, chosen: Chosen, model: nn.Module, extras: Extras, seed: int) -> Iterator[tuple[Slot, Weight, dict[str, Any]]]:
-    """The weight of every site of a stage, and the record of it. Raises: SchemeError with the name of a site."""
-    statistics = stage.statistics
-    if statistics is None:
-        return
-    for slots in fed_alike(chosen, {slot: statistics.input_of(slot) for slot in stage.slots}):
-        started = time.perf_counter()
-        sites = [extras.given(statistics.describe(slot, matrix_of(model, slot), seed)) for slot in slots]
-        for slot in slots:
-            statistics.forget(slot)
-        weights = solve_sites(chosen[slots[0]], sites)
-        for slot, weight in zip(slots, weights, strict=True):
-            for path, _ in slot.users:
-                check_rounding(model.get_submodule(path), weight, slot.name)
-        records = [record_of(*found) for found in zip(slots, [chosen[slot] for slot in slots], sites, weights, strict=True)]
-        del sites  # a tensor of the block that is left behind keeps its Hessian, or the pages of its whole file, in memory
-        seconds, entries = time.perf_counter() - started, sum(slot.entries for slot in slots)
-        for slot, record in zip(slots, records, strict=True):
-            yield slot, weights.pop(0), record | {"seconds": seconds * slot.entries / entries}
-
-
-def record_of(slot: Slot, method: Method, site: Site, weight: Weight) -> dict[str, Any]:
-    """What the report says of a site and its weight, but for the seconds."""
-    bits = weight.bits()
-    record: dict[str, Any] = {
-        "name": slot.name, "aliases": list(slot.names[1:]), "parameter": slot.parameter, "shape": list(slot.shape), "role": slot.role,
-        "method": repr(method), "kind": kind_of(weight), "bits": bits, "bits_per_weight": bits / slot.entries,
-        "error": output_error(site, weight), "weight_error": output_error(site.having(hessian=None, squares=None), weight),
-        "checksum": checksum(weight), "notes": site.notes,
-    }  # fmt: skip
-    if site.tokens is not None and site.groups > 1 and slot.view.lead > 1:
-        record["expert_tokens"] = site.tokens.tolist()
-    if weight.input_bits is not None:
-        record["input_bits"] = weight.input_bits
-    return record
-
-
-def kind_of(weight: Weight) -> str:
-    """The weight's structure in words, such as "sum(uniform, sparse(dense))"."""
-    children = [child for child in weight.children() if isinstance(child, Weight)]
-    children += [term for child in weight.children() if isinstance(child, nn.ModuleList) for term in child if isinstance(term, Weight)]
-    inner = [kind_of(child) for child in children] if weight.kind not in ("uniform", "codebook") else []
-    kind = f"{weight.kind}({', '.join(inner)})" if inner else weight.kind
-    return kind if weight.input_bits is None else f"{kind}, inputs {weight.input_bits} bits"
-
-
-def checksum(weight: Weight) -> int:
-    """CRC-32 of the decoded matrix as float32, a few rows at a time."""
-    value = 0
-    with torch.no_grad():
-        for start in range(0, weight.shape[0], _ROWS):
-            rows = weight.rows(start, min(start + _ROWS, weight.shape[0])).float().cpu().contiguous()
-            value = zlib.crc32(rows.numpy().data, value)
-    return value
-
-
-def matrix_of(model: nn.Module, slot: Slot) -> Tensor:
-    """The site's present values as [out, in]."""
-    path, name = slot.users[0]
-    tensor: Tensor = getattr(model.get_submodule(path), name)
-    return slot.view.matrix(tensor.detach())
-
-
-def put_back(model: nn.Module, slot: Slot, weight: Weight) -> None:
-    """Let the rest of the model see the decoded weight in the parameter's place, and its layers round their inputs if it asks for it."""
-    for path, _ in slot.users:
-        set_rounding(model.get_submodule(path), Rounding.of(weight))
-    path, name = slot.users[0]
-    parameter: Tensor = getattr(model.get_submodule(path), name)
-    with torch.no_grad():
-        parameter.copy_(slot.view.restore(weight.forward()))
-
-
 def commit_rest(run: Run, checkpoint: Checkpoint, chosen: Chosen) -> list[str]:
     """Write every tensor that is kept as it is: norms, biases, `Keep` sites, and stored tensors no parameter uses. Returns their names."""
     compressed = {".".join(user) for slot, method in chosen.items() if not isinstance(method, Keep) for user in slot.users}
@@ -354,7 +260,7 @@ def compress_parts(
     weights: dict[str, Weight] = {}
     records: list[dict[str, Any]] = []
     for stage in stages:
-        for slot, weight, record in solve_stage(stage, chosen, model, extras, seed):
+        for slot, weight, record in solve_stage(stage, chosen, model, extras.given, seed):
             if running:
                 put_back(model, slot, weight)
             weights[slot.parameter] = weight

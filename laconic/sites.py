@@ -81,6 +81,10 @@ class Slot:
         """The dotted name of the parameter, as in a state dict."""
         return ".".join(part for part in self.users[0] if part)
 
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        """The modules of `model` that use the tensor."""
+        return [model.get_submodule(path) for path, _ in self.users]
+
 
 @dataclass(frozen=True)
 class Site:

@@ -10,8 +10,8 @@ from laconic.clustering.relax import SoftClusters, Softness
 from laconic.clustering.start import with_zero
 from laconic.errors import SchemeError
 from laconic.methods.base import Method
-from laconic.methods.kmeans import fit_tables, table_weights
-from laconic.sites import NONE, Site, Stats
+from laconic.methods.kmeans import WEIGHTS, check_weights, fit_tables, table_weights
+from laconic.sites import Site, Stats
 from laconic.weights import Codebook, Sparse, Weight
 from laconic.weights.codebook import codebook_bits
 from laconic.weights.relax import Relaxation
@@ -55,11 +55,10 @@ class DKM(Method):
 
     @property
     def wants(self) -> Stats:
-        return {"none": NONE, "hessian": Stats.SQUARES, "fisher": Stats.FISHER}[self.weights]
+        return WEIGHTS[self.weights]
 
     def __post_init__(self) -> None:
-        if self.weights not in ("none", "hessian", "fisher"):
-            raise SchemeError(f"DKM: weights must be 'none', 'hessian' or 'fisher', got {self.weights!r}")
+        check_weights(self.weights, "DKM")
         if not 1 <= self.bits <= 8:
             raise SchemeError(f"DKM: bits must be 1 to 8, got {self.bits!r}")
         if not all(tau is None or tau > 0 for tau in (self.tau, self.tau_end)):

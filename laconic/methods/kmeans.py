@@ -14,6 +14,8 @@ from laconic.sites import NONE, Site, Stats
 from laconic.weights import Codebook, Weight
 from laconic.weights.codebook import codebook_bits
 
+WEIGHTS = {"none": NONE, "hessian": Stats.SQUARES, "fisher": Stats.FISHER}
+"""What says how much an entry counts when a table is fitted."""
 _POINTS = 256  # vectors per table entry that a table is fitted to; more do not move it
 
 
@@ -37,11 +39,10 @@ class KMeans(Method):
 
     @property
     def wants(self) -> Stats:
-        return {"none": NONE, "hessian": Stats.SQUARES, "fisher": Stats.FISHER}[self.weights]
+        return WEIGHTS[self.weights]
 
     def __post_init__(self) -> None:
-        if self.weights not in ("none", "hessian", "fisher"):
-            raise SchemeError(f"KMeans: weights must be 'none', 'hessian' or 'fisher', got {self.weights!r}")
+        check_weights(self.weights, "KMeans")
 
     def expected_bits(self, shape: tuple[int, int]) -> float:
         return codebook_bits(shape, self.bits, self.dimension, self.rows)
@@ -53,6 +54,12 @@ class KMeans(Method):
         weight.set_tables(fit_tables(site, weight, table_weights(site, self.weights, "KMeans"), self.iterations))
         weight.to(site.W.device).right_inverse(site.W)
         return weight
+
+
+def check_weights(which: str, method: str) -> None:
+    """Raises SchemeError for entries' weights that nobody knows."""
+    if which not in WEIGHTS:
+        raise SchemeError(f"{method}: weights must be 'none', 'hessian' or 'fisher', got {which!r}")
 
 
 def table_weights(site: Site, which: str, method: str) -> Tensor | None:

@@ -64,7 +64,7 @@ def recover(
     """Compress a copy of a module and recover its accuracy by training; the module given is not changed.
 
     `how`: `LC(...)`, `FineTune(...)` or `Direct()`; by default what `usual_recovery` says. `train` is trained on, `validation` picks the best
-    model, `test` is only measured at the end. With `folder`, the state is written there after every L-step and `resume=True` goes on from it.
+    model, `test` is only measured at the end. With `folder`, the state is written there after every L-step or check; `resume=True` goes on from it.
     Returns the compressed module (installed weights, evaluation mode) and what happened. Raises: SchemeError, DataError (splits that
     share samples), RecoveryError (training diverged), SurgeryError (structures of a network that cannot be traced).
     """
@@ -117,10 +117,9 @@ def recover_task(
     except StopRecovery:
         stopped = True
     snapshot, curve = best.finite(), checkpoints.curve
-    if _tunes(how):
-        bench.show(snapshot)  # the w behind a straight-through estimate drifts within what rounds to the same: it is no model by itself
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    state = {} if _tunes(how) else _state(model)  # the w behind a straight-through estimate drifts within what rounds to the same: no model by itself
     bench.show(snapshot)
+    state = state or _state(model)
     bench.install(snapshot)
     model.zero_grad(set_to_none=True)
     for name, parameter in model.named_parameters():
@@ -132,6 +131,11 @@ def recover_task(
         projection.scheme, snapshot.judgement.score, snapshot.judgement.loss, curve[0]["score"], curve[-1]["minibatches"], curve,
         time.time() - began, stopped, test_score, projection.notes, state, projection,
     )  # fmt: skip
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's present state."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
 
 def _tunes(how: How) -> bool:

@@ -104,7 +104,7 @@ class Bench:
     @contextmanager
     def rounding(self, weights: Mapping[Slot, Weight]) -> Iterator[None]:
         """Inside this context layers round their inputs as these weights ask for. Raises: SchemeError where they cannot."""
-        layers = [(self.model.get_submodule(path), slot, weight) for slot, weight in weights.items() for path, _ in slot.users]
+        layers = [(layer, slot, weight) for slot, weight in weights.items() for layer in slot.layers(self.model)]
         for layer, slot, weight in layers:
             check_rounding(layer, weight, slot.name)
         before = [(layer, rounding_of(layer)) for layer, _, _ in layers]

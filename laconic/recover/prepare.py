@@ -12,7 +12,6 @@ from laconic.calibrate import Loss, parameters_of
 from laconic.errors import SchemeError
 from laconic.recover.projection import project_onto, reads_data
 from laconic.scheme import Scheme, parse
-from laconic.sites import Slot
 from laconic.weights import View, Weight, install
 from laconic.weights.inputs import check_rounding, set_rounding
 from laconic.weights.install import own_class
@@ -65,7 +64,9 @@ def prepare(
     projection = project_onto(model, scheme, example=example, data=data, loss=loss, seed=seed)
     values = {slot: whole(parameter.detach()) for slot, parameter in parameters_of(model, projection.slots).items()}
     weights = projection.compress(values)
-    _check_inputs(model, weights)
+    for slot, weight in weights.items():
+        for layer in slot.layers(model):
+            check_rounding(layer, weight, slot.name)
     made = {slot: projection.chosen[slot].relax(weight, slot.view.matrix(values[slot])) for slot, weight in weights.items()}
     for slot, relaxation in made.items():
         for i, (path, name) in enumerate(slot.users):
@@ -140,13 +141,6 @@ def _check_fresh(model: nn.Module, scheme: Scheme) -> None:
             raise SchemeError(f"prepare: {name or 'the module'} is sharded by FSDP already, which keeps track of its parameters; prepare it first")
     if reads_data(model, scheme) and any(is_sharded(parameter) for parameter in model.parameters()):
         raise SchemeError("prepare: statistics of a tensor-parallel module are not gathered; use a scheme that needs no data")
-
-
-def _check_inputs(model: nn.Module, weights: dict[Slot, Weight]) -> None:
-    """Raises SchemeError where inputs are to be rounded that cannot be."""
-    for slot, weight in weights.items():
-        for path, _ in slot.users:
-            check_rounding(model.get_submodule(path), weight, slot.name)
 
 
 def _declare_tied(module: nn.Module, name: str) -> None:

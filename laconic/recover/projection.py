@@ -11,9 +11,10 @@ from laconic.blocks import Batch, call, in_evaluation, to_device
 from laconic.calibrate import Loss, default_loss, parameters_of, survey_whole
 from laconic.errors import CheckpointError, DataError
 from laconic.methods.base import Keep, Method
-from laconic.passes import allocations, fed_alike, needs_of, solve_sites
+from laconic.passes import allocations, needs_of
 from laconic.scheme import Scheme, describe, resolve
 from laconic.sites import GRADIENTS, MEASURED, Site, Slot, Stats, find_slots
+from laconic.solve import fed_alike, solve_sites
 from laconic.statistics import Statistics
 from laconic.tensors import is_finite
 from laconic.weights import Weight

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from laconic.clustering import dkm_decode
 from laconic.errors import SchemeError
 from tests.clustering.test_decode import draw
+from tests.processes import halves_of
 
 RULE = dict(tau=0.2, iterations=4, tolerance=1e-9)
 HALF = dict(rounded=torch.bfloat16)
@@ -95,13 +95,7 @@ def as_parametrization(rank: int) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
-    folder: Path = tmp_path_factory.mktemp("processes")
-    other = mp.get_context("spawn").Process(target=work, args=(1, str(folder)))
-    other.start()
-    work(0, str(folder))
-    other.join()
-    assert other.exitcode == 0
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return halves_of(work, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("name", list(CASES))

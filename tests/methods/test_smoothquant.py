@@ -16,8 +16,8 @@ from laconic.load import load_tokenizer
 from laconic.methods.base import Method
 from laconic.methods.rtn import RTN
 from laconic.methods.smoothquant import SmoothQuant
-from laconic.passes import matrix_of
 from laconic.sites import Site, Stats, find_slots
+from laconic.solve import matrix_of
 from laconic.statistics import Statistics
 from laconic.weights import Scaled, Uniform, Weight
 from laconic.weights.inputs import round_input

@@ -1,13 +1,11 @@
 """A prepared module in two processes: replicated, sharded or tensor-parallel, it is the one that a single process trains."""
 
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -16,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import laconic as lc
 from laconic.errors import SchemeError
 from laconic.weights import installed
+from tests.processes import halves_of
 from tests.recover.nets import seeded
 
 SCHEMES = [
@@ -154,13 +153,7 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder: Path = tmp_path_factory.mktemp("processes")
-    other = mp.get_context("spawn").Process(target=work, args=(1, str(folder)))
-    other.start()
-    work(0, str(folder))
-    other.join()
-    assert other.exitcode == 0
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return halves_of(work, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

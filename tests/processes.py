@@ -1,0 +1,18 @@
+"""Two processes that meet through a folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def halves_of(work: Callable[[int, str], None], folder: Path) -> list[Any]:
+    """What `work(rank, folder)` stored as `rank.pt` in this process (0) and in a new one (1)."""
+    other = mp.get_context("spawn").Process(target=work, args=(1, str(folder)))
+    other.start()
+    work(0, str(folder))
+    other.join()
+    assert other.exitcode == 0
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
