@@ -16,7 +16,7 @@ from laconic.errors import SearchError
 from laconic.expressions import nearest
 from laconic.memory import save
 from laconic.profile import count_macs, nonzeros
-from laconic.timing import resized, seconds_per_call, spread
+from laconic.timing import resized, seconds_per_call, side_by_side, spread
 from laconic.weights import Dense, LowRank, Permuted, Rotated, Scaled, Shared, Sparse, Sum, Weight, installed
 
 
@@ -134,6 +134,20 @@ class Latency:
         )  # fmt: skip
         return found["network"]
 
+    def relative(self, candidate: Candidate) -> float:
+        """The measure as a multiple of the reference's: the median ratio of rounds that measure both, so that other work on the machine cancels.
+
+        Cost: twice a measure.
+        """
+        found = side_by_side(
+            {"reference": candidate.reference, "network": candidate.network}, self._example(candidate), repeats=self.repeats,
+            warmup=self.warmup, threads=self.threads, compile=self.compile, channels_last=self.channels_last,
+        )  # fmt: skip
+        return self._multiple(float(found[1]["speedup"]))
+
+    def _multiple(self, speedup: float) -> float:
+        return 1 / speedup
+
     def _example(self, candidate: Candidate) -> Batch:
         return candidate.example if self.batch is None else resized(candidate.example, self.batch)
 
@@ -158,6 +172,9 @@ class Throughput(Latency):
         low, middle, high = spread(self.seconds(candidate))
         return count / high, count / middle, count / low
 
+    def _multiple(self, speedup: float) -> float:
+        return speedup
+
 
 latency, throughput = Latency(), Throughput()
 
@@ -172,6 +189,8 @@ class Goal(Protocol):
     def direction(self) -> Literal["maximize", "minimize"]: ...
 
     def __call__(self, candidate: Candidate) -> float: ...
+
+    def beside(self, candidate: Candidate, standard: float) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -191,7 +210,18 @@ class _Goal:
 
     def __call__(self, candidate: Candidate) -> float:
         """The objective's value. Raises: SearchError when it is not a finite number."""
-        result: Any = self.function(candidate)
+        return self._number(self.function(candidate))
+
+    def beside(self, candidate: Candidate, standard: float) -> float:
+        """The objective's value where the reference's is `standard`: values of one search, measured at different times, can be compared.
+
+        A function with a method `relative(candidate)`, the value as a multiple of the reference's, as `Latency` has it, is measured by that;
+        any other by itself. Raises: SearchError when it is not a finite number.
+        """
+        relative = getattr(self.function, "relative", None)
+        return self(candidate) if relative is None else standard * self._number(relative(candidate))
+
+    def _number(self, result: Any) -> float:
         single = isinstance(result, torch.Tensor) and result.numel() == 1
         try:
             value = float(result.item() if single else result)

@@ -2,7 +2,8 @@
 
 import json
 import struct
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,3 +114,13 @@ class Reader:
 def is_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite, checked in parts that bound the working memory."""
     return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(1 << 24))
+
+
+def checksum_of(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of names and bytes, in the order of the names."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
+        if tensors[name].numel():
+            crc = zlib.crc32(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc

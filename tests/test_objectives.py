@@ -272,6 +272,37 @@ def test_side_by_side_measures_in_turn() -> None:
     assert second["throughput"] == pytest.approx(4 / second["seconds"])
 
 
+class Drifting:
+    """Stands in for the module `time` on a machine that gets slower: work takes longer the later it is done."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def work(self, amount: float) -> None:
+        self.now += amount * (1 + self.now)
+
+
+def test_measures_of_one_search_are_ratios_to_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Drifting()
+    monkeypatch.setattr("laconic.timing.time", clock)
+
+    class Work(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            clock.work(self.out_features / 100)
+            return super().forward(input)
+
+    reference, small = Work(8, 8), Work(8, 2)
+    made = o.Candidate(small, small, torch.randn(6, 8), reference)
+    early = o.Latency(repeats=1)(made)
+    for goal, ratio in ((o.Maximize(o.Throughput(repeats=9)), 4.0), (o.Minimize(o.Latency(repeats=9)), 0.25)):
+        assert [goal.beside(made, 10.0) for _ in range(3)] == pytest.approx([10 * ratio] * 3, rel=0.1)
+        assert goal.beside(o.Candidate(reference, reference, made.example, reference), 10.0) == pytest.approx(10, rel=0.1)
+    assert o.Latency(repeats=1)(made) > 2 * early, "the same network, a slower machine"
+    assert o.Minimize(o.parameters).beside(made, 10.0) == 18, "what does not depend on the machine is what it is"
+
+
 def test_batches_are_cut_and_repeated() -> None:
     x = torch.arange(6.0).reshape(3, 2)
     assert resized(x, 2).tolist() == [[0, 1], [2, 3]]

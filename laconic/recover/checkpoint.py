@@ -1,7 +1,6 @@
 """A recovery's state on disk after every L-step or check, so that a killed run goes on from the last one."""
 
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from laconic.recover.task import Judgement
 from laconic.recover.train import Trainer, optimizer_tensors, restore_optimizer
 from laconic.run import atomically, disk_errors
 from laconic.sites import Slot
+from laconic.tensors import checksum_of
 from laconic.weights import Weight, unpack
 from laconic.weights.base import nested, pack, prefixed
 
@@ -90,7 +90,7 @@ class Checkpoints:
             parts |= {f"{which}-{i}": tensors for i, (_, tensors) in enumerate(packed)}
         flat = {name: t.detach().cpu().contiguous().clone() for part, tensors in parts.items() for name, t in prefixed(part, tensors).items()}
         told = {
-            "fingerprint": self.fingerprint, "crc": _crc(flat), "done": done, "taken": trainer.taken, "skipped": trainer.skipped,
+            "fingerprint": self.fingerprint, "crc": checksum_of(flat), "done": done, "taken": trainer.taken, "skipped": trainer.skipped,
             "faults": trainer.faults,
             "best": [best.judgement.loss, best.judgement.score, best.judgement.examples, best.minibatches], "specs": specs, "curve": self.curve,
         }  # fmt: skip
@@ -106,7 +106,7 @@ class Checkpoints:
         try:
             with safe_open(self._file, framework="pt") as reader:
                 tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - not a dict
-            if _crc(tensors) != told["crc"]:
+            if checksum_of(tensors) != told["crc"]:
                 raise CheckpointError("its tensors are not those that were written")
             with torch.no_grad():
                 w, multipliers = nested(tensors, "w"), nested(tensors, "lambda")
@@ -133,13 +133,3 @@ class Checkpoints:
 def _unpacked(bench: Bench, specs: list[dict[str, Any]], tensors: dict[str, Tensor], which: str) -> dict[Slot, Weight]:
     sites = enumerate(bench.parameters.items())
     return {slot: unpack(specs[i], nested(tensors, f"{which}-{i}")).to(parameter.device) for i, (slot, parameter) in sites}
-
-
-def _crc(tensors: dict[str, Tensor]) -> int:
-    """A checksum of names and bytes."""
-    crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(name.encode(), crc)
-        if tensors[name].numel():
-            crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
-    return crc

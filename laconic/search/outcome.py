@@ -24,18 +24,17 @@ from laconic.search.trial import Goal, Trials
 from laconic.store import stored_bytes
 
 
-def figures_of(given: nn.Module, model: nn.Module, task: Task, goals: Sequence[Goal]) -> dict[str, Any]:
-    """What is known of the original before the search: bytes in its own types, parameters, objectives. `model` is `given` in float32.
+def figures_of(given: nn.Module, model: nn.Module, task: Task, goals: Sequence[Goal]) -> tuple[dict[str, Any], list[float]]:
+    """What is known of the original before the search: bytes in its own types and parameters; its objectives. `model` is `given` in float32.
 
     Raises: SearchError for an objective that is not a finite number.
     """
     candidate = Candidate(given, copy.deepcopy(model), task.sample(), model)
-    objectives = [goal(candidate) for goal in goals]
-    return {
+    figures = {
         "stored_bytes": plain_bytes(given),
         "nonzero_bytes": nonzero_bytes_of(given), "parameters": sum(p.numel() for p in given.parameters()),
-        "objective": objectives[0] if len(objectives) == 1 else objectives,
     }  # fmt: skip
+    return figures, [goal(candidate) for goal in goals]
 
 
 def result_of(

@@ -27,6 +27,7 @@ from laconic.search.neighbours import Neighbour, nearest
 from laconic.search.report import SEARCH_HTML, write_search_report
 from laconic.search.trial import Goal, Trials
 from laconic.sites import Stats, find_slots
+from laconic.tensors import checksum_of
 
 if TYPE_CHECKING:
     import optuna
@@ -124,12 +125,13 @@ def search_task(
     how = how.over(task.train)
     task, given, model = task.checked(), model, copy.deepcopy(model).float().eval()
     reference, noise = original_score(model, task, keep)
-    original = outcome.figures_of(given, model, task, goals)
+    original, standards = outcome.figures_of(given, model, task, goals)
     coupling, notes = _coupling(model, scheme, free, task, options.thin, progress)
-    study, facts = _study(out, scheme, free, goals, keep, how, options, model, reference, noise)
+    study, facts = _study(out, scheme, free, goals, keep, how, options, model, reference, noise, standards)
+    original["objective"] = facts["objectives"][0] if len(goals) == 1 else facts["objectives"]
     trials = Trials(
-        model, scheme, how, task, goals, out, facts["reference"], facts["level"], coupling, first_batches(task, options.seed), options.thin,
-        options.warm_share, options.early_stop, {"scheme": describe(scheme)}, options.seed, slots,
+        model, scheme, how, task, goals, out, facts["reference"], facts["level"], facts["objectives"], coupling,
+        first_batches(task, options.seed), options.thin, options.warm_share, options.early_stop, {"scheme": describe(scheme)}, options.seed, slots,
     )  # fmt: skip
     check_folder(study, trials)
     notes += remarks(facts, reference, noise)
@@ -153,7 +155,7 @@ def search_task(
 
 def _study(
     out: Path, scheme: Scheme, free: Mapping[str, Free], goals: Sequence[Goal], keep: Floor, how: How, options: SearchOptions, model: nn.Module,
-    reference: float, noise: float,
+    reference: float, noise: float, standards: Sequence[float],
 ) -> tuple["Search", dict[str, Any]]:  # fmt: skip
     """The study and what its first worker found of the original. Only here does the search begin to write."""
     from laconic.search import study as studies
@@ -167,12 +169,15 @@ def _study(
     settings = Settings(sampler=options.sampler, trials=options.trials, seed=options.seed, rule=Rule(margin=doubt))  # type: ignore[arg-type]
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    about = {"scheme": describe(scheme), "keep": repr(keep), "recovery": repr(how), "parameters": sum(p.numel() for p in model.parameters())}
+    about = {
+        "scheme": describe(scheme), "keep": repr(keep), "recovery": repr(how), "parameters": sum(p.numel() for p in model.parameters()),
+        "checksum": checksum_of(model.state_dict()),
+    }  # fmt: skip
     search = studies.open_study(
         options.storage or out / "study.db", options.name, free=free, objectives={goal.name: goal.direction for goal in goals},
         settings=settings, about=about, resume=options.resume, heartbeat=options.heartbeat,
     )  # fmt: skip
-    return search, studies.set_reference(search, level=level, reference=reference, noise=noise)
+    return search, studies.set_reference(search, level=level, reference=reference, noise=noise, objectives=list(standards))
 
 
 def _coupling(model: nn.Module, scheme: Scheme, free: Mapping[str, Free], task: Task, thin: bool, progress: Progress) -> tuple[Any, list[str]]:

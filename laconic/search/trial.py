@@ -38,7 +38,8 @@ Goal = Maximize | Minimize
 class Trials:
     """Carries out trials of one search: everything that does not change between them.
 
-    `folder`/trials/NNN holds, for every finished trial, the model as it would be delivered and the state another trial can start from.
+    `standards`: the objectives of the original. `folder`/trials/NNN holds, for every finished trial, the model as it would be delivered and the
+    state another trial can start from.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Trials:
     folder: Path
     reference: float
     floor: float
+    standards: Sequence[float]
     coupling: Any = None
     statistics: Sequence[Batch] = ()
     thin: bool = True
@@ -116,7 +118,8 @@ class Trials:
         candidate = self.candidate(delivered, place / "model")
         return {
             "score": -math.inf if diverged else self.task.judge(delivered, self.task.validation).score, "direct_score": direct,
-            "objectives": [goal(candidate) for goal in self.goals], "curve": curve if diverged else recovery.curve,
+            "objectives": [goal.beside(candidate, standard) for goal, standard in zip(self.goals, self.standards, strict=True)],
+            "curve": curve if diverged else recovery.curve,
             "stopped_early": recovery.stopped, "late": late, "warm_from": neighbour.number if neighbour is not None else None,
             "minibatches": curve[-1]["minibatches"] if curve else 0, "cold_minibatches": self.how.total,
             "seconds": time.time() - began, "notes": [*recovery.notes, *([diverged] if diverged else [])],

@@ -1,11 +1,13 @@
 """`lc.search` end to end, on a conv net that reads real digits: what it delivers, how it is resumed, interrupted and shared."""
 
+import copy
 import json
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +306,38 @@ def test_several_variables(problem: Problem, tmp_path: Path) -> None:
     assert found.values == best["values"]
     (bits,) = {weight.pack()[0]["values"]["bits"] for weight in installed(found.model).values()}
     assert bits == found.values["bits"]
+
+
+class Rate:
+    """A million operations a second, less and less often."""
+
+    calls = 0
+
+    def __call__(self, candidate: Candidate) -> float:
+        self.calls += 1
+        return 1e6 / flops(candidate) / self.calls
+
+    def relative(self, candidate: Candidate) -> float:
+        return flops(replace(candidate, network=candidate.reference)) / flops(candidate)
+
+
+def test_what_the_machine_says_is_said_beside_the_original(problem: Problem, tmp_path: Path) -> None:
+    rate = Rate()
+    found = run(problem, tmp_path / "s", "Magnitude(Free(0.1, 0.9))", objective=lc.Maximize(rate, "rate"), recover=Direct(4), trials=3)
+    original = 1e6 / flops(Candidate(problem[0], problem[0], problem[1].sample(), problem[0]))
+    assert found.result["reference"]["objective"] == pytest.approx(original)
+    assert rate.calls == 1, "the original was measured once, the trials as multiples of it"
+    rows = sorted(found.result["trials"], key=lambda row: row["values"]["sparsity"])
+    assert [row["objective"] for row in rows] == sorted(row["objective"] for row in rows)
+    assert rows[0]["objective"] > original
+
+
+def test_another_models_study_is_not_gone_on_with(problem: Problem, small: tuple[Found, Counted, Path]) -> None:
+    other = copy.deepcopy(problem[0])
+    with torch.no_grad():
+        other[8].weight[0, 0] += 1
+    with pytest.raises(SearchError, match="checksum was"):
+        run((other, *problem[1:]), small[2], resume=True)
 
 
 def test_two_objectives_have_a_pareto_front(problem: Problem, tmp_path: Path) -> None:
