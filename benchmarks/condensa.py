@@ -49,14 +49,14 @@ class Row:
 
 P_Q = "Magnitude(sparsity=Free(0.5, 1), scope='model') >> Cast('float16')"
 P_Q_HIGH = P_Q.replace("Free(0.5, 1)", "Free(0.8, 1)")
-P_Q8 = "Magnitude(sparsity=Free(0.5, 1), scope='model') >> RTN(bits=8)"
+P_Q4 = P_Q.replace("Cast('float16')", "RTN(bits=4, group='channel', symmetric=True)")
 FILTER = f"FilterPrune({FREE}, scale='layer')"
 SMALL, FAST = lc.Minimize(stored_bytes), lc.Maximize(Throughput(batch=128))
 ROWS = [
     Row("resnet20", "P+Q", P_Q, SMALL),
     Row("resnet20", "Filter", FILTER, FAST),
     Row("resnet56", "P+Q", P_Q_HIGH, SMALL, effort=3),
-    Row("resnet56", "P+Q8", P_Q8, SMALL, effort=1.5),
+    Row("resnet56", "P+Q4", P_Q4, SMALL, effort=1.5),
     Row("resnet56", "Filter", FILTER, FAST),
     Row("vgg", "P+Q", P_Q, SMALL),
     Row("vgg", "Filter", FILTER, FAST),

@@ -9,6 +9,7 @@ import json
 import tempfile
 import time
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import tasks
@@ -45,18 +46,18 @@ def run(network: str, method: str, bits: int, args: Namespace) -> dict[str, Any]
     file = WORK / f"{network}-{method.replace(' ', '')}-{bits}-{args.minibatches}-{args.seed}.json"
     if file.is_file():
         return json.loads(file.read_text())
-    made = tasks.task(network, args)
-    task, started = lc.Task(made.train, made.validation, made.test).checked(), time.time()
+    model, task = tasks.task(network, args)
+    task, started = task.checked(), time.time()
     scheme, how = way(method, bits, args)
-    compressed, found = recover_task(made.model, f"[('*', {scheme})]", how, task, seed=args.seed)
+    compressed, found = recover_task(model, f"[('*', {scheme})]", how, task, seed=args.seed)
     with tempfile.TemporaryDirectory() as folder:
         lc.save(compressed, folder)
-        stored = lc.load_into(tasks.task(network, args).model, folder).eval()
-        size = stored_bytes(folder)
+        stored = lc.load_into(tasks.task(network, args)[0], folder).eval()
+        size = stored_bytes(Path(folder))
         row = {
             "network": network, "bits": bits, "method": method, "test": task.judge(stored, task.test or []).score, "validation": found.score,
-            "reference": task.judge(made.model, task.test or []).score, "file bytes": size,
-            "ratio": 4 * sum(p.numel() for p in made.model.parameters()) / size, "minibatches": found.minibatches,
+            "reference": task.judge(model, task.test or []).score, "file bytes": size,
+            "ratio": 4 * sum(p.numel() for p in model.parameters()) / size, "minibatches": found.minibatches,
             "minutes": (time.time() - started) / 60, "recovery": repr(how), "scheme": scheme,
         }  # fmt: skip
     WORK.mkdir(parents=True, exist_ok=True)

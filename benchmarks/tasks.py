@@ -130,7 +130,7 @@ def cifar(args: Namespace, batch: int = 128) -> tuple[Images, Images, Images]:
     )
 
 
-def text(args: Namespace, characters: int = 12_000_000) -> tuple[Tokens, Tokens, Tokens]:
+def text(args: Namespace, characters: int = 4_000_000) -> tuple[Tokens, Tokens, Tokens]:
     """Train (the beginning of the books), validation (what follows) and test (a novel of its own) in the tokens of the 7M model."""
     tokenizer = AutoTokenizer.from_pretrained(shared(args, "models/books-llama-7m"))
 
