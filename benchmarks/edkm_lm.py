@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from argparse import Namespace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import tasks
 import torch
 from common import parser, record, shared, show
 from language import ODD, TEXTS, Judge
+from torch import nn
 
 import laconic as lc
 from laconic.progress import Log
@@ -54,6 +56,12 @@ def training(method: str, bits: int, args: Namespace) -> tuple[str, FineTune]:
     return f"[{EMBEDDING}, ('*', {inner})]", how
 
 
+@cache
+def problem(model: str, data: str, tokens: int, batch: int, seed: int) -> tuple[nn.Module, lc.Task]:
+    """The original and what it is trained on; it writes its own text once for all bits."""
+    return text_task(model, data, train_tokens=tokens, check_tokens=16_384, length=256, batch=batch, seed=seed, dtype="auto")
+
+
 def make(method: str, bits: int, out: Path, args: Namespace) -> dict[str, Any]:
     """Compress into `out`; says how."""
     model = shared(args, "models/books-llama-7m")
@@ -63,10 +71,7 @@ def make(method: str, bits: int, out: Path, args: Namespace) -> dict[str, Any]:
         report = lc.compress(model, scheme, str(books), out=out, samples=128, length=256, seed=args.seed, evaluate=False, overwrite=True)
         return {"scheme": scheme, "seconds": report["seconds"]}
     scheme, how = training(method, bits, args)
-    module, task = text_task(
-        model, "self" if method == "LLM-QAT" else books, train_tokens=args.tokens, check_tokens=16_384, length=256, batch=args.batch, seed=args.seed,
-        dtype="auto",
-    )  # fmt: skip
+    module, task = problem(str(model), "self" if method == "LLM-QAT" else str(books), args.tokens, args.batch, args.seed)
     result = recover_directory(
         module, lc.parse(scheme), how, task, out, source=str(model), resume=(out / "recovery.safetensors").is_file(), overwrite=False,
         seed=args.seed, command="", progress=Log(),

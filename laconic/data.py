@@ -138,21 +138,23 @@ def _generator(seed: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def sample_windows(model: Any, samples: int, length: int, seed: int, batch: int = 32, progress: Callable[[int, int], None] | None = None) -> Windows:
+def sample_windows(model: Any, samples: int, length: int, seed: int, batch: int = 32, progress: Callable[[float], None] | None = None) -> Windows:
     """Text the model writes itself: each window starts from a random token, goes on greedily for 4 tokens, then samples from the model.
+
+    `progress` is told of every batch how many windows it was.
 
     Source: LLM-QAT (Liu et al. 2023) section 3.1: data-free calibration by next-token generation, deterministic at first, then stochastic.
     """
     generator = _generator(seed)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     special = {i for i in (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) if isinstance(i, int)}
-    rows = []
+    rows, device = [], model.get_input_embeddings().weight.device
     for start in range(0, samples, batch):
         count = min(batch, samples - start)
         ids = torch.randint(vocabulary, (count, 1), generator=generator)
         past = None
         for position in range(1, length):
-            output = model(input_ids=ids[:, -1:] if past is not None else ids, past_key_values=past, use_cache=True)
+            output = model(input_ids=(ids[:, -1:] if past is not None else ids).to(device), past_key_values=past, use_cache=True)
             past = output.past_key_values
             logits = output.logits[:, -1].float().cpu()
             logits[:, sorted(special)] = -torch.inf  # an end of text would turn the rest of the window into noise
@@ -160,5 +162,5 @@ def sample_windows(model: Any, samples: int, length: int, seed: int, batch: int 
             ids = torch.cat([ids, chosen], 1)
         rows.append(ids)
         if progress is not None:
-            progress(start + count, samples)
+            progress(count)
     return Windows(torch.cat(rows), "self")

@@ -207,13 +207,7 @@ def _own_text(checkpoint: Checkpoint, run: Run, use: str, samples: int, length: 
         return Windows(load_file(file)["tokens"].long(), "text sampled from the model itself")
     progress.start(f"sampling {use} text from the model itself", samples)
     with Residence(checkpoint.skeleton, checkpoint, None, None, device).hold(""):
-        last = [0]
-
-        def advance(done: int, _: int) -> None:
-            progress.advance(done - last[0])
-            last[0] = done
-
-        windows = sample_windows(checkpoint.skeleton, samples, length, seed, progress=advance)
+        windows = sample_windows(checkpoint.skeleton, samples, length, seed, progress=progress.advance)
     temporary = file.with_suffix(".tmp")
     save_file({"tokens": windows.tokens.to(torch.int32)}, temporary)
     temporary.replace(file)

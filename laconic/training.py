@@ -14,6 +14,7 @@ from torch import nn
 from laconic.commands import Device, Json, Trust, emit, err, guard, out_console
 from laconic.console import Terminal
 from laconic.errors import SchemeError
+from laconic.progress import Progress
 
 Source = Annotated[str | None, typer.Argument(help="A language model: a directory with safetensors, or a hub id. Not with --task.")]
 TaskFile = Annotated[
@@ -80,12 +81,13 @@ def search(
         chosen = _scheme(scheme, plan)
         asked = parse_recovery(recovery) if recovery is not None else None
         goals = tuple(parse_objective(text) for text in objective or ["stored_bytes"])
-        model, problem = _problem(source, task, data, test, train_tokens, length or _LENGTH, batch or _BATCH, seed, device, trust_remote_code)
+        windows = length or _LENGTH, batch or _BATCH
         options = SearchOptions(
             trials=trials, minutes=minutes, storage=storage, name=name, warm_share=None if cold else 0.5, early_stop=not no_early_stop,
             thin=not no_thin, sampler=sampler, resume=resume, seed=seed, command=shlex.join(["laconic", *sys.argv[1:]]),
         )  # fmt: skip
         with Terminal(quiet=as_json, brief=True) as terminal:
+            model, problem = _problem(source, task, data, test, train_tokens, *windows, seed, device, trust_remote_code, terminal)
             found = search_task(model, chosen, problem, goals, within(keep), asked or usual_recovery(chosen, model), out, options, terminal)
         notes = _complete(out, found.model, model, source, problem.sample()) if source is not None else []
         for note in notes:
@@ -124,11 +126,12 @@ def recover(
 
     def work() -> None:
         from laconic.recover import usual_recovery
-        from laconic.recover.deliver import recover_directory
+        from laconic.recover.deliver import check_folder, recover_directory
 
         chosen, asked, windows, text = _way(scheme, plan, recovery, method, bits, length, batch, data, task)
-        model, problem = _problem(source, task, text, test, train_tokens, *windows, seed, device, trust_remote_code)
+        check_folder(out, resume, overwrite)  # before a model writes its own text, which takes long
         with Terminal(quiet=as_json, brief=True) as terminal:
+            model, problem = _problem(source, task, text, test, train_tokens, *windows, seed, device, trust_remote_code, terminal)
             result = recover_directory(
                 model, chosen, asked or usual_recovery(chosen, model), problem, out, source=source, resume=resume, overwrite=overwrite, seed=seed,
                 command=shlex.join(["laconic", *sys.argv[1:]]), progress=terminal,
@@ -172,7 +175,7 @@ def _way(
 
 def _problem(
     source: str | None, task: Path | None, data: str | None, test: str | None, train_tokens: int, length: int, batch: int, seed: int, device: str,
-    trust_remote_code: bool,
+    trust_remote_code: bool, progress: Progress,
 ) -> tuple[nn.Module, Any]:  # fmt: skip
     from laconic.machine import pick_device
     from laconic.recover import load_task
@@ -190,8 +193,9 @@ def _problem(
     model, problem = text_task(
         str(source), data, test, train_tokens=train_tokens, length=length, batch=batch, seed=seed, trust_remote_code=trust_remote_code,
         dtype="auto",  # what a search and a recovery compare their result with; they compute in float32
+        device=pick_device(device), progress=progress,
     )  # fmt: skip
-    return model.to(pick_device(device)), problem
+    return model, problem
 
 
 def _complete(out: Path, delivered: nn.Module, original: nn.Module, source: str, example: Any) -> list[str]:

@@ -36,7 +36,7 @@ def recover_directory(
     Raises: OutputError for a folder that holds something else, VerificationError when the file does not decode to what was trained, and what
     `recover` raises.
     """
-    _check(out, resume, overwrite)
+    check_folder(out, resume, overwrite)
     original_bytes, model = plain_bytes(model), copy.deepcopy(model).float()
     resolve(scheme, find_slots(model))
     task = task.checked()
@@ -70,8 +70,11 @@ def recover_directory(
     return result
 
 
-def _check(out: Path, resume: bool, overwrite: bool) -> None:
-    """Make sure the folder is empty, holds this command's unfinished run (`resume`), or a result that may be replaced (`overwrite`)."""
+def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
+    """Make sure the folder is empty, holds this command's unfinished run (`resume`), or a result that may be replaced (`overwrite`).
+
+    Raises: OutputError.
+    """
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: expected a directory, found a file")
     if not out.exists() or not any(out.iterdir()):

@@ -9,6 +9,7 @@ import torch
 
 import laconic as lc
 from laconic.errors import CheckpointError, DataError
+from laconic.progress import Log
 from laconic.recover import LC, Steps, recover_task
 from laconic.recover.batches import stream
 from laconic.recover.text import Shuffled, text_task
@@ -57,6 +58,31 @@ def test_a_short_text_is_used_whole(tiny: Path, text: Path) -> None:
     _, again = text_task(tiny, text, length=32, batch=4, check_tokens=256)
     assert len(windows(task.train)) > 100
     assert torch.equal(task.train.tokens, again.train.tokens)  # type: ignore[attr-defined]
+
+
+class Heard(Log):
+    """Counts what a run tells of its progress."""
+
+    def __init__(self) -> None:
+        self.total, self.done = 0.0, 0.0
+
+    def start(self, task: str, total: float) -> None:
+        self.total += total
+
+    def advance(self, units: float, note: str = "") -> None:
+        self.done += units
+
+
+def test_text_the_model_writes_itself(tiny: Path, text: Path) -> None:
+    heard = Heard()
+    _, task = text_task(tiny, "self", length=16, batch=4, train_tokens=40 * 16, check_tokens=48, progress=heard)
+    assert [len(windows(part)) for part in (task.train, task.validation, task.test)] == [40, 3, 3]
+    assert heard.done == heard.total == 46
+    task.checked()
+    _, again = text_task(tiny, "self", text, length=16, batch=4, train_tokens=40 * 16, check_tokens=48)
+    assert torch.equal(task.train.tokens, again.train.tokens)  # type: ignore[attr-defined]
+    assert windows(task.validation) == windows(again.validation)
+    assert not windows(task.test) & windows(again.test), "a text was given for the test"
 
 
 def test_windows_come_in_a_new_order_at_every_pass() -> None:
