@@ -62,6 +62,7 @@ def search(
     no_early_stop: Annotated[bool, typer.Option("--no-early-stop", help="Carry every trial to its end.")] = False,
     no_thin: Annotated[bool, typer.Option("--no-thin", help="Leave cut channels in place, as zeros.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study, or join it as another worker.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier search in --out.")] = False,
     train_tokens: Tokens = 1_000_000,
     length: Length = None,
     batch: Batch = None,
@@ -84,7 +85,8 @@ def search(
         windows = length or _LENGTH, batch or _BATCH
         options = SearchOptions(
             trials=trials, minutes=minutes, storage=storage, name=name, warm_share=None if cold else 0.5, early_stop=not no_early_stop,
-            thin=not no_thin, sampler=sampler, resume=resume, seed=seed, command=shlex.join(["laconic", *sys.argv[1:]]),
+            thin=not no_thin, sampler=sampler, resume=resume, overwrite=overwrite, seed=seed,
+            command=shlex.join(["laconic", *sys.argv[1:]]),
         )  # fmt: skip
         with Terminal(quiet=as_json, brief=True) as terminal:
             model, problem = _problem(source, task, data, test, train_tokens, *windows, seed, device, trust_remote_code, terminal)

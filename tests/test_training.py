@@ -246,6 +246,30 @@ def test_what_recover_replaces(file: Path, tmp_path: Path) -> None:
     assert read_manifest(out)["scheme"] == "Cast(dtype='bfloat16')"
 
 
+def test_what_search_replaces(file: Path, tmp_path: Path) -> None:
+    """An earlier search with --overwrite, and only when everything else is in order; nobody else's files."""
+    out = tmp_path / "out"
+    direct = ["--task", file, "--recovery", "Direct()", "--out", out, "--trials", 2, "--keep", 0.5]
+    scheme = ["--scheme", "Magnitude(Free(0.1, 0.5))"]
+    assert laconic("search", *direct, *scheme).exit_code == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    refused = laconic("search", *direct, *scheme)
+    assert (refused.exit_code, "overwrite it" in refused.stderr.replace("\n", " ")) == (8, True)
+    for bad in (
+        ["--scheme", "Magnitude(0.5)"], ["--scheme", "Magnitude(Free(1, 0))"], [*scheme, "--sampler", "bayes"], [*scheme, "--resume"],
+        [*scheme, "--storage", tmp_path / "other.db"], [*scheme, "--objective", "flop"],
+    ):  # fmt: skip
+        assert laconic("search", *direct, *bad, "--overwrite").exit_code in (2, 8), bad
+    (out / "thesis.tex").write_text("years of work")
+    refused = laconic("search", *direct, *scheme, "--overwrite")
+    assert refused.exit_code == 5
+    assert "files that no search wrote (thesis.tex)" in refused.stderr
+    (out / "thesis.tex").unlink()
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert laconic("search", *direct, "--scheme", "Magnitude(Free(0.5, 0.6))", "--overwrite").exit_code == 0
+    assert json.loads((out / "search.json").read_text())["scheme"] == "Magnitude(sparsity=Free(0.5, 0.6))"
+
+
 REFUSED: dict[str, tuple[int, str, list[Any]]] = {
     "no scheme": (2, "give --scheme or --plan", ["search", "--task", "{file}"]),
     "two schemes": (2, "give --scheme or --plan", ["recover", "--task", "{file}", "--scheme", "RTN(4)", "--plan", "{file}"]),

@@ -1,7 +1,9 @@
 """What a search makes sure of before it begins: its scheme, its arguments, the original's score, the folder it writes to."""
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -16,6 +18,9 @@ from laconic.sites import Slot
 
 if TYPE_CHECKING:
     from laconic.search.study import Search
+
+
+_OURS = ("trials", "model", ".model-", "transformers", "study.db", "search.json", "search.html")
 
 
 def variables(scheme: Scheme, slots: Sequence[Slot]) -> dict[str, Free]:
@@ -65,6 +70,24 @@ def original_score(model: nn.Module, task: Task, keep: Floor) -> tuple[float, fl
     if not keep.floor(first) <= first:
         raise SearchError(f"the floor {keep.floor(first):.6g} is above the score of the original, {first:.6g}: no compression is asked to gain that")
     return first, abs(first - second)
+
+
+def earlier_files(out: Path) -> list[Path]:
+    """What an earlier search wrote into a folder. Raises: OutputError where anything else is there too."""
+    found = sorted(out.iterdir()) if out.is_dir() else []
+    for file in found:
+        if not file.name.removesuffix(".tmp").startswith(_OURS):
+            raise OutputError(f"{out}: holds files that no search wrote ({file.name}); choose another directory")
+    return found
+
+
+def clear_folder(out: Path) -> None:
+    """Remove what an earlier search wrote. Raises: OutputError where anything else is there too; then nothing is removed."""
+    for file in earlier_files(out):
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
 
 
 def check_folder(search: "Search", trials: Trials) -> None:

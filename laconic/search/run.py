@@ -22,7 +22,7 @@ from laconic.recover import LC, Task
 from laconic.recover.call import How, first_batches
 from laconic.run import disk_errors, finite
 from laconic.scheme import Scheme, describe, parse, resolve
-from laconic.search.checks import check_arguments, check_folder, original_score, remarks, some_value, variables
+from laconic.search.checks import check_arguments, check_folder, clear_folder, earlier_files, original_score, remarks, some_value, variables
 from laconic.search.neighbours import Neighbour, nearest
 from laconic.search.report import SEARCH_HTML, write_search_report
 from laconic.search.trial import Goal, Trials
@@ -48,8 +48,8 @@ class SearchOptions:
     by default `study.db` in the search's folder; `name` is the study's. `warm_share`: a trial starts from the nearest finished one that kept
     the floor and takes this share of the L-steps (None: every trial starts from the original). `early_stop` gives a trial up that can no
     longer reach the floor. `thin` removes cut channels for good; without it they stay as zeros, as they must where no graph can be traced.
-    `sampler`: "auto", "drucb", "gp" or "tpe". `resume` goes on with the study in the storage, or joins it as another worker. A worker says
-    every `heartbeat` seconds that it lives.
+    `sampler`: "auto", "drucb", "gp" or "tpe". `resume` goes on with the study in the storage, or joins it as another worker; `overwrite`
+    removes an earlier search in the folder, its study too. A worker says every `heartbeat` seconds that it lives.
     Raises: SearchError for numbers out of range.
     """
 
@@ -62,6 +62,7 @@ class SearchOptions:
     thin: bool = True
     sampler: str = "auto"
     resume: bool = False
+    overwrite: bool = False
     seed: int = 0
     command: str = ""
     heartbeat: int = 60
@@ -71,6 +72,9 @@ class SearchOptions:
             raise SearchError(f"expected minutes above 0, or None, got {self.minutes!r}")
         if self.warm_share is not None and not 0 < self.warm_share <= 1:
             raise SearchError(f"warm_share: expected a share of the L-steps, above 0 and at most 1, or None, got {self.warm_share!r}")
+        if self.overwrite and (self.resume or self.storage is not None):
+            other = "resume" if self.resume else "a storage of its own, whose study may be other workers' too: give another name"
+            raise SearchError(f"overwrite replaces a folder with the study in it and does not go with {other}")
         if self.heartbeat < 1:
             raise SearchError(f"heartbeat: expected seconds from 1, got {self.heartbeat!r}")
 
@@ -122,6 +126,8 @@ def search_task(
     slots = find_slots(model)
     free = variables(scheme, slots)
     check_arguments(goals, keep, how)
+    if options.overwrite:
+        earlier_files(out)
     how = how.over(task.train)
     task, given, model = task.checked(), model, copy.deepcopy(model).float().eval()
     reference, noise = original_score(model, task, keep)
@@ -160,14 +166,17 @@ def _study(
     """The study and what its first worker found of the original. Only here does the search begin to write."""
     from laconic.search import study as studies
     from laconic.search.drucb import Rule
-    from laconic.search.samplers import Settings
+    from laconic.search.samplers import Settings, chosen_sampler
 
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: expected a directory, found a file")
     level = keep.floor(reference)
     doubt = _DOUBT * (reference - level) if options.warm_share is not None and isinstance(how, LC) else 0.0
     settings = Settings(sampler=options.sampler, trials=options.trials, seed=options.seed, rule=Rule(margin=doubt))  # type: ignore[arg-type]
+    chosen_sampler(free, len(goals), settings)  # before anything is removed
     with disk_errors(out):
+        if options.overwrite:
+            clear_folder(out)
         out.mkdir(parents=True, exist_ok=True)
     about = {
         "scheme": describe(scheme), "keep": repr(keep), "recovery": repr(how), "parameters": sum(p.numel() for p in model.parameters()),

@@ -93,7 +93,7 @@ def open_study(
         try:
             study = optuna.create_study(storage=opened, study_name=name, directions=list(objectives.values()), sampler=shared, load_if_exists=resume)
         except optuna.exceptions.DuplicatedStudyError as error:
-            raise SearchError(f"{place}: a study {name!r} exists already; resume it, or give another name") from error
+            raise SearchError(f"{place}: a study {name!r} exists already; resume it, overwrite it, or give another name") from error
         how = asdict(settings) | {"sampler": sampler}
         del how["trials"], how["rule"]["margin"]  # the one may grow, the other is measured noise and differs each time it is measured
         mine = {"free": {key: repr(value) for key, value in free.items()}, "objectives": dict(objectives), "settings": how, **(about or {})}

@@ -146,7 +146,7 @@ def test_a_finished_search_returns_the_same_again(problem: Problem, small: tuple
     assert sampled(again) == sampled(first)
     assert again.values == first.values
     assert bytes_of(again.model) == bytes_of(first.model)
-    with pytest.raises(SearchError, match="exists already; resume it, or give another name"):
+    with pytest.raises(SearchError, match="exists already; resume it, overwrite it, or give another name"):
         run(problem, out)
     with pytest.raises(SearchError, match=r"another search: .*scheme was"):
         run(problem, out, "Magnitude(Free(0, 1)) >> Cast('float16')", resume=True)
