@@ -1,13 +1,13 @@
 """Any nn.Module in memory: compress it in place, save it, load it into a module of the same architecture."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from laconic.blocks import Batch, BlockModel, InMemory, examples_in, find_chain, in_evaluation
 from laconic.calibrate import Loss, Shelf, default_loss, parameters_of
@@ -32,7 +32,7 @@ from laconic.run import atomically, write_json
 from laconic.scheme import Scheme, describe, resolve
 from laconic.sites import INPUTS, Slot, find_slots
 from laconic.solve import put_back, solve_stage
-from laconic.store import MANIFEST, Compressed, manifest_of, pack_weights, stored_bytes
+from laconic.store import MANIFEST, Compressed, manifest_of, pack_weights, same_tensor, stored_bytes
 from laconic.surgery.reshape import Shapes, rebuild
 from laconic.tensors import is_finite
 from laconic.weights import Weight, install, installed
@@ -165,12 +165,22 @@ def _run(
     return weights, records
 
 
-def save(model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, **fields: Any) -> int:
+def half_types(model: nn.Module) -> dict[str, torch.dtype]:
+    """The types of a module's 16-bit float tensors, by name."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.dtype for name, tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)}
+
+
+def save(
+    model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, types: Mapping[str, torch.dtype] | None = None, **fields: Any
+) -> int:  # fmt: skip
     """Write a module with installed Weights to a directory (safetensors and one JSON); returns the bytes of its files.
 
-    Every tie is stored once. What is not compressed is stored as the state dict has it. `shapes`: for a thinned module, how it differs
-    from the original architecture (`surgery.shapes(thinned, original)`). `fields` go into the manifest.
-    Raises: SchemeError for a layer that rounds its inputs but has no installed Weight any more, since a plain tensor cannot say so.
+    Every tie is stored once. What is not compressed is stored as the state dict has it, or in the type that `types` names, which has to hold
+    its values exactly. `shapes`: for a thinned module, how it differs from the original architecture (`surgery.shapes(thinned, original)`).
+    `fields` go into the manifest.
+    Raises: SchemeError for a layer that rounds its inputs but has no installed Weight any more, since a plain tensor cannot say so, and for a
+    tensor that is not exact in its type.
     """
     for name, layer in model.named_modules():
         if isinstance(rounding_of(layer), Rounding):
@@ -189,10 +199,17 @@ def save(model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, **
         if ".parametrizations." in f".{name}" or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        tensors[name] = tensor.detach().cpu().contiguous()
+        tensors[name] = _in_type(name, tensor.detach().cpu(), (types or {}).get(name, tensor.dtype)).contiguous()
     atomically(folder / "model.safetensors", tensors)
     write_json(folder / MANIFEST, manifest_of([{"specs": specs}], **fields))
     return stored_bytes(folder)
+
+
+def _in_type(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    found = tensor.to(dtype)
+    if not same_tensor(found.to(tensor.dtype), tensor):
+        raise SchemeError(f"{name}: has {tensor.dtype} values that {dtype} does not hold exactly")
+    return found
 
 
 def load_into(model: nn.Module, path: str | Path) -> nn.Module:

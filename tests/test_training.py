@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 pytest.importorskip("optuna")
 pytest.importorskip("torch_pruning")
@@ -110,7 +111,7 @@ def test_search_of_a_language_model(tiny: Path, text: Path, tmp_path: Path) -> N
     """The folder loads by itself, in laconic and in transformers, and holds the scores that were reported."""
     out = tmp_path / "out"
     scheme = "[('model.embed_tokens', Cast('bfloat16')), ('*', Magnitude(Free(0.1, 0.6), scope='model') >> RTN(bits=8, group=32))]"
-    given = ["--scheme", scheme, "--recovery", "LC(2, 2, mu=0.5)", "--keep", 2, "--trials", 2]
+    given = ["--scheme", scheme, "--recovery", "LC(2, 2, mu=0.5, then=FineTune(2, checks=1))", "--keep", 2, "--trials", 2]
     done = laconic("search", tiny, *words(text), *given, "--out", out, "--json")
     assert done.exit_code == 0, done.stderr
     result = only_json(done.stdout)
@@ -184,6 +185,9 @@ def test_recover_of_a_language_model(tiny: Path, text: Path, tmp_path: Path) -> 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert problem.judge(model.eval(), problem.validation).score == pytest.approx(result["score"], abs=1e-5)
     assert result["original_bytes"] == sum(t.nbytes for t in transformers.AutoModelForCausalLM.from_pretrained(tiny).parameters())
+    kept = {name: t for name, t in load_file(tmp_path / "out" / "model.safetensors").items() if name in dict(model.named_parameters())}
+    assert {t.dtype for t in kept.values()} == {torch.bfloat16}, "what is not compressed is stored as wide as in the original"
+    assert "model.embed_tokens.weight" in kept
     again = laconic("recover", tiny, *words(text), "--scheme", "RTN(4, 32)", "--recovery", "Direct()", "--out", tmp_path / "out", "--overwrite")
     assert again.exit_code == 0, again.stderr
     assert read_manifest(tmp_path / "out")["scheme"] == "RTN(bits=4, group=32)"

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.blocks import Batch
+from laconic.memory import half_types
 from laconic.methods.free import methods_of
 from laconic.progress import Log, Progress
 from laconic.recover import lc
@@ -34,7 +35,8 @@ class Recovery:
     """What a recovery found: scores on validation data (and, where there is some, test data), before and after, and its learning curve.
 
     `direct` is direct compression's validation score. `state` holds the values from which another recovery can start: the uncompressed
-    ones the last L-step left, or, after fine-tuning, those of the compressed model.
+    ones the last L-step left, or, after fine-tuning, those of the compressed model. `types`: what was 16 bits wide in the original; the
+    tensors of them that are not compressed are exact in it, and `save(model, folder, types=...)` stores them so.
     """
 
     scheme: str
@@ -49,10 +51,11 @@ class Recovery:
     notes: list[str] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict, repr=False)
     projection: Projection | None = field(default=None, repr=False)
+    types: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """The figures, for JSON."""
-        return {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("state", "projection")}
+        return {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("state", "projection", "types")}
 
 
 def recover(
@@ -81,10 +84,11 @@ def usual_recovery(scheme: Scheme, model: nn.Module) -> How:
 def recover_task(
     model: nn.Module, scheme: Scheme | str, how: How, task: Task, *, start: dict[str, Tensor] | None = None, coupling: Any = None,
     statistics: Sequence[Batch] | None = None, folder: str | Path | None = None, resume: bool = False, listen: Listener | None = None,
-    seed: int = 0, progress: Progress | None = None, keep: bool = False,
+    seed: int = 0, progress: Progress | None = None, keep: bool = False, types: Mapping[str, torch.dtype] | None = None,
 ) -> tuple[nn.Module, Recovery]:  # fmt: skip
     """`recover` for a checked Task. `start` is the state of another recovery; `listen` hears every point of the curve and may stop it.
 
+    `types` are those of the original's 16-bit tensors, if the module given is a copy in float32.
     With `keep` the finished state stays in the folder, for a caller who removes it once the model is stored.
     """
     began, progress = time.time(), progress or Log()
@@ -98,7 +102,8 @@ def recover_task(
         statistics = first_batches(task, seed) if reads_data(model, scheme) else []
     projection = project_onto(model, scheme, example=task.sample(), data=statistics, seed=seed, coupling=coupling)
     teacher = copy.deepcopy(original).float().eval().requires_grad_(False) if _distills(how) else None
-    bench = Bench(model, projection, task, how.norm_batches, seed, teacher)
+    types = half_types(original) if types is None else types
+    bench = Bench(model, projection, task, how.norm_batches, seed, teacher, types)
     mark = _mark(bench) if folder is not None else ""
     checkpoints = Checkpoints(Path(folder) if folder is not None else None, f"{projection.scheme} by {how!r}, seed {seed}{mark}", resume)
     checkpoints.claim()
@@ -129,7 +134,7 @@ def recover_task(
         checkpoints.done()
     return model, Recovery(
         projection.scheme, snapshot.judgement.score, snapshot.judgement.loss, curve[0]["score"], curve[-1]["minibatches"], curve,
-        time.time() - began, stopped, test_score, projection.notes, state, projection,
+        time.time() - began, stopped, test_score, projection.notes, state, projection, types,
     )  # fmt: skip
 
 

@@ -66,6 +66,7 @@ class Bench:
     norm_batches: int = 0
     seed: int = 0
     teacher: nn.Module | None = None
+    types: Mapping[str, torch.dtype] = field(default_factory=dict)
     parameters: dict[Slot, nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,15 +118,18 @@ class Bench:
                 set_rounding(layer, source)
 
     def judged(self, weights: dict[Slot, Weight], minibatches: int) -> Snapshot:
-        """The compressed model at these weights, judged on validation data. The module is afterwards as it was.
+        """The compressed model at these weights, judged on validation data as it would be stored. The module is afterwards as it was.
 
-        With `norm_batches`, running statistics of norms are estimated anew, from that many minibatches of training data.
+        With `norm_batches`, running statistics of norms are estimated anew, from that many minibatches of training data. Tensors that are not
+        compressed are rounded to the `types` they will be stored in.
         """
         with torch.no_grad():
             saved, rest = {slot: value.clone() for slot, value in self.values().items()}, self.rest()
             self.put(weights)
             with self.rounding(weights):
                 self.estimate_norms()
+                for name, tensor in self._others().items():
+                    tensor.copy_(tensor.to(self.types.get(name, tensor.dtype)))
                 found = Snapshot(weights, self.rest(), self.task.judge(self.model, self.task.validation), minibatches)
             for slot, value in saved.items():
                 self.parameters[slot].copy_(value)

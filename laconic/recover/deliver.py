@@ -10,7 +10,7 @@ from torch import nn
 from laconic.errors import OutputError, VerificationError
 from laconic.load import fetch
 from laconic.machine import machine, versions
-from laconic.memory import load_into, plain_bytes, save
+from laconic.memory import half_types, load_into, plain_bytes, save
 from laconic.progress import Progress
 from laconic.recover.call import How, recover_task
 from laconic.recover.checkpoint import STATE
@@ -37,7 +37,7 @@ def recover_directory(
     `recover` raises.
     """
     check_folder(out, resume, overwrite)
-    original_bytes, model = plain_bytes(model), copy.deepcopy(model).float()
+    original_bytes, types, model = plain_bytes(model), half_types(model), copy.deepcopy(model).float()
     resolve(scheme, find_slots(model))
     task = task.checked()
     reference = task.judge(model, task.validation)
@@ -46,8 +46,8 @@ def recover_directory(
         if overwrite:
             _clear(out)
         unseen = replace(task, test=None)
-        compressed, found = recover_task(model, scheme, how, unseen, folder=out, resume=resume, seed=seed, progress=progress, keep=True)
-        size = save(compressed, out, scheme=found.scheme, recovery=repr(how), seed=seed, versions=versions(), copied=copied)
+        compressed, found = recover_task(model, scheme, how, unseen, folder=out, resume=resume, seed=seed, progress=progress, keep=True, types=types)
+        size = save(compressed, out, types=types, scheme=found.scheme, recovery=repr(how), seed=seed, versions=versions(), copied=copied)
         size -= (out / STATE).stat().st_size if (out / STATE).is_file() else 0  # still there, and no part of the model
     stored = load_into(copy.deepcopy(model), out).to(next(model.parameters()).device).eval()
     theirs = installed(stored)

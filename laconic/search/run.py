@@ -13,6 +13,7 @@ from torch import nn
 
 from laconic.blocks import Batch
 from laconic.errors import OutputError, SearchError
+from laconic.memory import half_types
 from laconic.methods.base import Keep
 from laconic.methods.free import Free, fix
 from laconic.objectives import Floor, within
@@ -138,6 +139,7 @@ def search_task(
     trials = Trials(
         model, scheme, how, task, goals, out, facts["reference"], facts["level"], facts["objectives"], coupling,
         first_batches(task, options.seed), options.thin, options.warm_share, options.early_stop, {"scheme": describe(scheme)}, options.seed, slots,
+        half_types(given),
     )  # fmt: skip
     check_folder(study, trials)
     notes += remarks(facts, reference, noise)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -59,6 +60,7 @@ class Trials:
     fields: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     slots: Sequence[Slot] = ()
+    types: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def place(self, number: int) -> Path:
         """The folder of a trial."""
@@ -100,7 +102,7 @@ class Trials:
         try:
             compressed, recovery = recover_task(
                 self.model, scheme, how, self.unseen, start=start, coupling=self.coupling, statistics=self.statistics, listen=listen,
-                seed=self.seed, progress=progress,
+                seed=self.seed, progress=progress, types=self.types,
             )  # fmt: skip
         except RecoveryError as error:  # a trial may fail without ending the search: it counts as not keeping the floor
             diverged = f"{', '.join(f'{k} {v}' for k, v in values.items())}: {error}; the trial counts as direct compression below every floor"
@@ -128,7 +130,8 @@ class Trials:
     def direct(self, scheme: Scheme) -> tuple[nn.Module, Recovery]:
         """Direct compression under a fixed scheme, with batch norms treated as the recovery treats them."""
         return recover_task(
-            self.model, scheme, Direct(self.how.norm_batches), self.unseen, coupling=self.coupling, statistics=self.statistics, seed=self.seed
+            self.model, scheme, Direct(self.how.norm_batches), self.unseen, coupling=self.coupling, statistics=self.statistics, seed=self.seed,
+            types=self.types,
         )  # fmt: skip
 
     def stored_form(self, compressed: nn.Module, projection: Projection) -> nn.Module:
@@ -149,7 +152,7 @@ class Trials:
         from laconic.surgery import shapes
 
         changed = shapes(stored, self.model) if self.coupling is not None and self.thin else None
-        save(stored, place, **({"shapes": changed} if changed else {}), **self.fields, values=dict(values))
+        save(stored, place, types=self.types, **({"shapes": changed} if changed else {}), **self.fields, values=dict(values))
 
     def reload(self, number: int, values: Mapping[str, Any]) -> nn.Module:
         """A trial's model, read from its file into a fresh copy of the original whose stored values are forgotten.

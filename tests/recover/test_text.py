@@ -1,5 +1,6 @@
 """The task a language model and a text make."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 import laconic as lc
-from laconic.errors import CheckpointError, DataError
+from laconic.errors import CheckpointError, DataError, SchemeError
 from laconic.progress import Log
-from laconic.recover import LC, Steps, recover_task
+from laconic.recover import LC, FineTune, Steps, recover_task
 from laconic.recover.batches import stream
 from laconic.recover.text import Shuffled, text_task
 
@@ -42,6 +43,28 @@ def test_recovered_on_text(tiny: Path, text: Path) -> None:
     plan = [("lm_head", lc.Keep()), ("*", lc.Magnitude(0.5) >> lc.RTN(4, 32))]
     _, found = recover_task(model, plan, LC(4, 12, mu=0.5, learn=Steps("adam", 2e-3, 5e-4)), task)
     assert found.score > found.direct + 0.5
+
+
+def test_what_is_not_compressed_is_judged_and_stored_in_its_own_type(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """Norms and embedding of a bfloat16 model are trained in float32 and rounded before a model is judged: the score is that of the file."""
+    model, task = text_task(tiny, text, length=32, batch=8, train_tokens=2048, check_tokens=512, dtype="auto")
+    small, found = recover_task(model, "RTN(4, 32)", FineTune(4, Steps("adam", 1e-2, 1e-2), checks=1), task)
+    assert found.curve[-1]["score"] == found.score > found.direct, "something was trained"
+    before = model.model.embed_tokens.weight.float()
+    after = small.model.embed_tokens.weight
+    assert after.dtype == torch.float32
+    assert not torch.equal(after, before)
+    assert torch.equal(after, after.bfloat16().float())
+    size = lc.save(small, tmp_path / "a", types=found.types)
+    kept = sum(t.numel() for name, t in model.named_parameters() if t.dim() == 1) + before.numel()
+    assert lc.save(small, tmp_path / "b") == pytest.approx(size + 2 * kept, abs=64)
+    read = lc.load_into(copy.deepcopy(model).float(), tmp_path / "a").eval()
+    assert task.judge(read, task.validation).score == found.score
+    with torch.no_grad():
+        small.model.norm.weight[3] = 1.001
+    with pytest.raises(SchemeError, match=r"model.norm.weight: has torch.float32 values that torch.bfloat16 does not hold exactly"):
+        lc.save(small, tmp_path / "c", types=found.types)
+    assert not (tmp_path / "c" / "model.safetensors").exists()
 
 
 def test_a_text_of_its_own_for_the_test(tiny: Path, text: Path, tmp_path: Path) -> None:
