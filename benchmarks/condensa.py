@@ -132,7 +132,7 @@ def row_of(row: Row, result: dict[str, Any], timed: Any) -> dict[str, Any]:
         "validation": round(best["score"], 4), "floor": round(result["floor"], 4), "r_c": round(best["nonzero_ratio"], 2),
         "file ratio": round(best["ratio"], 2), "file bytes": best["stored_bytes"], "MACs": round(macs, 2), "throughput": round(speed, 3),
         "trials": len(result["trials"]), "minibatches": result["cost"]["minibatches"], "ten cold": 10 * result["trials"][0]["cold_minibatches"],
-        "minutes": round(result["seconds"] / 60, 1),
+        "minutes": round(sum(trial.get("seconds", 0) for trial in result["trials"]) / 60, 1),  # also of a search that was resumed
     }  # fmt: skip
 
 

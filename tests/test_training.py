@@ -70,7 +70,7 @@ def test_search_of_a_task_file(file: Path, tmp_path: Path) -> None:
     assert problem.judge(read, problem.test or []).score == result["best"]["test_score"]
     again = laconic("search", "--task", file, *SEARCH, "--out", out, "--objective", "nonzero_bytes", "--json")
     assert again.exit_code == 8
-    assert "resume it, or give another name" in again.stderr
+    assert "resume it, overwrite it, or give another name" in again.stderr
     resumed = laconic("search", "--task", file, *SEARCH, "--out", out, "--objective", "nonzero_bytes", "--resume")
     assert resumed.exit_code == 0, resumed.stderr
     assert "chosen" in resumed.stdout
