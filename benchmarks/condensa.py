@@ -18,8 +18,9 @@ from common import RESULTS, parser, record, shared, show
 from torch import nn
 
 import laconic as lc
+from laconic.goals import Goal
 from laconic.machine import pick_device
-from laconic.objectives import Goal, Throughput, flops, stored_bytes
+from laconic.objectives import Throughput, flops, stored_bytes
 from laconic.progress import Log
 from laconic.recover.text import text_task
 from laconic.search import SearchOptions, search_task

@@ -35,6 +35,7 @@ COLUMNS = ("bits", "method", "learns from", "file bytes", "bits per weight", "dr
 EMBEDDING = "('*embed*', RTN(8, 'channel'))"
 CODED = "GPTQ, entropy-coded"
 BEFORE = ("RTN", "SmoothQuant", "AWQ", "GPTQ", "KMeans", "KMeans, Fisher", CODED)
+DISTILLED = ("LLM-QAT", "DKM, distilled")
 TRAINED = {"LLM-QAT": "its own text", "DKM": "books", "DKM, distilled": "answers on books"}
 
 
@@ -51,12 +52,12 @@ def after_training(method: str, bits: int) -> str:
 
 def rate(method: str, args: Namespace) -> float:
     """The learning rate: one where the original's answers are learnt, another for the text itself."""
-    return args.lr if method in ("LLM-QAT", "DKM, distilled") else args.text_lr
+    return args.lr if method in DISTILLED else args.text_lr
 
 
 def training(method: str, bits: int, args: Namespace) -> tuple[str, FineTune]:
     """The scheme of a training row and how it is trained."""
-    share, lr = float(method in ("LLM-QAT", "DKM, distilled")), rate(method, args)
+    share, lr = float(method in DISTILLED), rate(method, args)
     learn = Steps("adamw", lr, lr / 5, momentum=0.9, beta2=0.95, clip=1.0, distill=share, temperature=1.0)
     how = FineTune(epochs=args.epochs, checks=4, learn=learn)
     if method == "fine-tuned":
@@ -122,7 +123,7 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    usual = [*BEFORE, "LLM-QAT", "DKM, distilled"]  # learning the books once more helps nothing here, as "fine-tuned" shows
+    usual = [*BEFORE, *DISTILLED]  # learning the books once more helps nothing here, as "fine-tuned" shows
     made.add_argument("--methods", nargs="+", default=usual, choices=[*BEFORE, *TRAINED])
     made.add_argument("--tokens", type=int, default=512_000, help="training tokens, the same for every method that trains")
     made.add_argument("--epochs", type=int, default=1)

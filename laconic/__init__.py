@@ -19,11 +19,11 @@ from laconic.errors import (
     VerificationError,
 )  # fmt: skip
 from laconic.evaluate import evaluate_source
+from laconic.goals import Maximize, Minimize, at_least, within
 from laconic.load import load
 from laconic.memory import load_into, save
 from laconic.methods.base import Keep, Method
 from laconic.methods.free import Free
-from laconic.objectives import Maximize, Minimize, at_least, within
 from laconic.offload import offload_saved
 from laconic.pipeline import Options, compress
 from laconic.recover import LC, Direct, FineTune, Steps, Task, advance, convert, prepare, recover

@@ -146,9 +146,10 @@ def sample_windows(model: Any, samples: int, length: int, seed: int, batch: int 
     Source: LLM-QAT (Liu et al. 2023) section 3.1: data-free calibration by next-token generation, deterministic at first, then stochastic.
     """
     generator = _generator(seed)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    table = model.get_input_embeddings().weight
+    vocabulary, device = table.shape[0], table.device
     special = {i for i in (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) if isinstance(i, int)}
-    rows, device = [], model.get_input_embeddings().weight.device
+    rows = []
     for start in range(0, samples, batch):
         count = min(batch, samples - start)
         ids = torch.randint(vocabulary, (count, 1), generator=generator)

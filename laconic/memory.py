@@ -199,7 +199,8 @@ def save(
         if ".parametrizations." in f".{name}" or id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        tensors[name] = _in_type(name, tensor.detach().cpu(), (types or {}).get(name, tensor.dtype)).contiguous()
+        value = tensor.detach().cpu()
+        tensors[name] = (_in_type(name, value, types[name]) if types and name in types else value).contiguous()
     atomically(folder / "model.safetensors", tensors)
     write_json(folder / MANIFEST, manifest_of([{"specs": specs}], **fields))
     return stored_bytes(folder)

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,15 @@ def disk_errors(out: Path) -> Iterator[None]:
         if isinstance(error, OutputError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OutputError(f"{out}: the disk is full ({error}); finished parts are kept: free some space and run again with --resume") from error
+
+
+def earlier_files(out: Path, writer: str, ours: Callable[[Path], bool]) -> list[Path]:
+    """What an earlier run of a `writer` left in a folder, by name. Raises: OutputError where anything is there that is not `ours`."""
+    found = sorted(out.iterdir()) if out.is_dir() else []
+    for file in found:
+        if not ours(file):
+            raise OutputError(f"{out}: holds files that no {writer} wrote ({file.name}); choose another directory")
+    return found
 
 
 def finite(value: Any) -> Any:

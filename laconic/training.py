@@ -74,7 +74,8 @@ def search(
     """Search a scheme's Free values: the best objective whose recovered score stays within --keep of the original's."""
 
     def work() -> None:
-        from laconic.objectives import parse_objective, within
+        from laconic.goals import within
+        from laconic.objectives import parse_objective
         from laconic.recover import parse_recovery, usual_recovery
         from laconic.search.report import search_summary
         from laconic.search.run import SearchOptions, search_task

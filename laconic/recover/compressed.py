@@ -128,8 +128,9 @@ class Bench:
             self.put(weights)
             with self.rounding(weights):
                 self.estimate_norms()
-                for name, tensor in self._others().items():
-                    tensor.copy_(tensor.to(self.types.get(name, tensor.dtype)))
+                others = self._others()
+                for name in self.types.keys() & others.keys():
+                    others[name].copy_(others[name].to(self.types[name]))
                 found = Snapshot(weights, self.rest(), self.task.judge(self.model, self.task.validation), minibatches)
             for slot, value in saved.items():
                 self.parameters[slot].copy_(value)

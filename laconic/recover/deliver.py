@@ -16,7 +16,7 @@ from laconic.recover.call import How, recover_task
 from laconic.recover.checkpoint import STATE
 from laconic.recover.task import Task
 from laconic.recover.text import complete_directory
-from laconic.run import companions, disk_errors, finite, write_json
+from laconic.run import companions, disk_errors, earlier_files, finite, write_json
 from laconic.scheme import Scheme, resolve
 from laconic.sites import find_slots
 from laconic.store import MANIFEST, read_manifest
@@ -94,13 +94,9 @@ def _leftovers(out: Path) -> list[Path]:
     """The files an earlier recovery wrote. Raises: OutputError where anything else is in the folder."""
     ours = {MANIFEST, STATE, RESULT, "config.json", "model.safetensors"}
     ours |= set(read_manifest(out).get("copied", [])) if (out / MANIFEST).is_file() else set()
-    files = sorted(out.iterdir())
-    for file in files:
-        if file.is_dir() or file.name.removesuffix(".tmp") not in ours:
-            raise OutputError(f"{out}: holds files that no recovery wrote ({file.name}); choose another directory")
-    return files
+    return earlier_files(out, "recovery", lambda file: not file.is_dir() and file.name.removesuffix(".tmp") in ours)
 
 
 def _clear(out: Path) -> None:
-    for file in _leftovers(out) if out.exists() else []:
+    for file in _leftovers(out):
         file.unlink()

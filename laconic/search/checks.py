@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from laconic.errors import OutputError, SchemeError, SearchError
+from laconic.goals import Floor
 from laconic.methods.free import Free, fix, free_of
-from laconic.objectives import Floor
 from laconic.recover import LC, Direct, FineTune, Task
+from laconic.run import earlier_files
 from laconic.scheme import Scheme, describe, resolve
 from laconic.search.trial import Goal, Trials
 from laconic.sites import Slot
@@ -72,18 +73,14 @@ def original_score(model: nn.Module, task: Task, keep: Floor) -> tuple[float, fl
     return first, abs(first - second)
 
 
-def earlier_files(out: Path) -> list[Path]:
+def earlier_search(out: Path) -> list[Path]:
     """What an earlier search wrote into a folder. Raises: OutputError where anything else is there too."""
-    found = sorted(out.iterdir()) if out.is_dir() else []
-    for file in found:
-        if not file.name.removesuffix(".tmp").startswith(_OURS):
-            raise OutputError(f"{out}: holds files that no search wrote ({file.name}); choose another directory")
-    return found
+    return earlier_files(out, "search", lambda file: file.name.startswith(_OURS))
 
 
 def clear_folder(out: Path) -> None:
     """Remove what an earlier search wrote. Raises: OutputError where anything else is there too; then nothing is removed."""
-    for file in earlier_files(out):
+    for file in earlier_search(out):
         if file.is_dir() and not file.is_symlink():
             shutil.rmtree(file)
         else:

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from laconic.goals import Floor
 from laconic.machine import machine, versions
 from laconic.memory import plain_bytes
 from laconic.methods.free import Free, fix
-from laconic.objectives import Candidate, Floor, nonzero_bytes_of
+from laconic.objectives import Candidate, nonzero_bytes_of
 from laconic.profile import layers_table
 from laconic.progress import Progress
 from laconic.recover import Task

@@ -13,17 +13,17 @@ from torch import nn
 
 from laconic.blocks import Batch
 from laconic.errors import OutputError, SearchError
+from laconic.goals import Floor, within
 from laconic.memory import half_types
 from laconic.methods.base import Keep
 from laconic.methods.free import Free, fix
-from laconic.objectives import Floor, within
 from laconic.passes import allocations, needs_of
 from laconic.progress import Log, Progress
 from laconic.recover import LC, Task
 from laconic.recover.call import How, first_batches
 from laconic.run import disk_errors, finite
 from laconic.scheme import Scheme, describe, parse, resolve
-from laconic.search.checks import check_arguments, check_folder, clear_folder, earlier_files, original_score, remarks, some_value, variables
+from laconic.search.checks import check_arguments, check_folder, clear_folder, earlier_search, original_score, remarks, some_value, variables
 from laconic.search.neighbours import Neighbour, nearest
 from laconic.search.report import SEARCH_HTML, write_search_report
 from laconic.search.trial import Goal, Trials
@@ -128,7 +128,7 @@ def search_task(
     free = variables(scheme, slots)
     check_arguments(goals, keep, how)
     if options.overwrite:
-        earlier_files(out)
+        earlier_search(out)
     how = how.over(task.train)
     task, given, model = task.checked(), model, copy.deepcopy(model).float().eval()
     reference, noise = original_score(model, task, keep)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from laconic.blocks import Batch
 from laconic.errors import RecoveryError, SearchError
+from laconic.goals import Maximize, Minimize
 from laconic.memory import load_into, save
 from laconic.methods.free import fix
-from laconic.objectives import Candidate, Maximize, Minimize
+from laconic.objectives import Candidate
 from laconic.progress import Progress
 from laconic.recover import LC, Direct, Recovery, StopRecovery, Task, recover_task
 from laconic.recover.call import How
