@@ -1,4 +1,4 @@
-"""A recovery's state on disk after every L-step or check, so that a killed run goes on from the last one."""
+"""A recovery's state on disk after every L-step or check of fine-tuning, so that a killed run goes on from the last one."""
 
 import json
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ STATE = "recovery.safetensors"
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a checkpoint held: the L-steps (or checks) done, the weights, the curve until then, and what relaxations carry. Empty without one."""
+    """What a checkpoint held: the L-steps and checks done, the weights, the curve until then, and what relaxations carry. Empty without one."""
 
     done: int = 0
     weights: dict[Slot, Weight] | None = None
@@ -75,7 +75,7 @@ class Checkpoints:
         self, bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dict[Slot, Tensor], best: Snapshot, done: int,
         relaxed: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """The state after `done` L-steps (or checks), whole or not at all. Raises: OutputError when the disk is full."""
+        """The state after `done` L-steps and checks, whole or not at all. Raises: OutputError when the disk is full."""
         if self.folder is None:
             return
         parts = {
@@ -93,6 +93,7 @@ class Checkpoints:
             "fingerprint": self.fingerprint, "crc": checksum_of(flat), "done": done, "taken": trainer.taken, "skipped": trainer.skipped,
             "faults": trainer.faults,
             "best": [best.judgement.loss, best.judgement.score, best.judgement.examples, best.minibatches], "specs": specs, "curve": self.curve,
+            "notes": bench.projection.notes,
         }  # fmt: skip
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -115,6 +116,8 @@ class Checkpoints:
                     if slot in lam:
                         lam[slot].copy_(multipliers[slot.name])
                 bench.put_rest(nested(tensors, "rest"))
+            notes = bench.projection.notes
+            notes.extend(note for note in told["notes"] if note not in notes)
             restore_optimizer(trainer.optimizer, nested(tensors, "optimizer"))
             trainer.taken, trainer.skipped, trainer.faults = told["taken"], told["skipped"], told["faults"]
             found = {which: _unpacked(bench, told["specs"][which], tensors, which) for which in ("now", "best")}

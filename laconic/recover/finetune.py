@@ -95,9 +95,9 @@ def point(snapshot: Snapshot, **more: Any) -> dict[str, Any]:
 
 def tune(
     bench: Bench, how: FineTune, trainer: Trainer, trained: Trained, best: Best, listen: Listener, spent: int = 0,
-    checkpoints: Checkpoints | None = None, start: int = 0,
+    checkpoints: Checkpoints | None = None, start: int = 0, before: int = 0,
 ) -> None:  # fmt: skip
-    """Carry out FineTune's training from check `start` on; offer what is found to `best`. `spent` minibatches came before."""
+    """Carry out FineTune's training from check `start` on; offer what is found to `best`. `spent` minibatches and `before` L-steps came before."""
     for check in range(start, how.checks):
         count = how.minibatches * (check + 1) // how.checks - how.minibatches * check // how.checks
         if count:
@@ -107,7 +107,7 @@ def tune(
             best.offer(found)
             listen(point(found, loss=loss, phase="fine-tuning", skipped=trainer.skipped))
             if checkpoints is not None:
-                checkpoints.write(bench, trainer, weights, {}, best.found, check + 1, trained.state())
+                checkpoints.write(bench, trainer, weights, {}, best.found, before + check + 1, trained.state())
     tell_faults(bench, trainer)
 
 

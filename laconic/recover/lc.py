@@ -9,7 +9,7 @@ from torch import Tensor
 
 from laconic.blocks import Batch
 from laconic.errors import SchemeError
-from laconic.recover.checkpoint import Checkpoints
+from laconic.recover.checkpoint import Checkpoints, Resumed
 from laconic.recover.compressed import Bench, Best
 from laconic.recover.finetune import FineTune, Listener, check_counts, clones, point, tell_faults, tune
 from laconic.recover.relaxed import Trained
@@ -88,7 +88,28 @@ class LC:
 
 
 def run(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkpoints, seed: int) -> None:
-    """Carry out L-C from the w in the bench's module, and `then`; offer every compressed model to `best`."""
+    """Carry out L-C from the w in the bench's module, and `then`; offer every compressed model to `best`. A checkpoint of either goes on."""
+    told = checkpoints.claim()
+    checked = told["done"] - how.steps if told is not None else 0  # of the checks of `then`, where positive
+    if checked <= 0:
+        _alternate(bench, how, best, listen, checkpoints, seed)
+    if how.then is None:
+        return
+    tail, resumed = Trainer(bench.model, bench.task, how.then.learn, how.then.minibatches, seed + 1, bench.teacher), Resumed()
+    if checked > 0:
+        resumed = checkpoints.resume(bench, tail, {}, best)
+        for earlier in resumed.curve:
+            listen(earlier)
+    else:  # from the best compressed point: w is what it decodes to, its masks stay
+        bench.show(best.found)
+    trained = Trained(bench, clones(resumed.weights or best.found.weights))
+    trained.restore(resumed.relaxed)
+    spent = how.total - how.then.total
+    tune(bench, how.then, tail, trained, best, listen, spent, checkpoints, max(checked, 0), before=how.steps)
+
+
+def _alternate(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkpoints, seed: int) -> None:
+    """The L- and C-steps."""
     trainer = Trainer(bench.model, bench.task, how.learn, sum(how.count(j) for j in range(how.steps)), seed, bench.teacher)
     lam = {slot: torch.zeros_like(value) for slot, value in bench.values().items()}
     resumed = checkpoints.resume(bench, trainer, lam, best)
@@ -121,10 +142,6 @@ def run(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkp
             f"L-C ended with ||w - D(Theta)|| at {apart:.0%} of ||w||: mu is too small for L-steps of {how.minibatches} minibatches at lr "
             f"{how.learn.lr:g}; see docs/recovery.md"
         )
-    if how.then is not None:  # from the best compressed point: w is what it decodes to, its masks stay
-        bench.show(best.found)
-        tail = Trainer(bench.model, bench.task, how.then.learn, how.then.minibatches, seed + 1, bench.teacher)
-        tune(bench, how.then, tail, Trained(bench, clones(best.found.weights)), best, listen, trainer.taken)
 
 
 def _learn(bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dict[Slot, Tensor], mu: float, count: int) -> float:

@@ -1,5 +1,6 @@
 """Resuming: a killed recovery goes on to the same bytes; other runs' folders and damaged states are refused."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,7 +21,7 @@ from laconic.errors import CheckpointError, OutputError
 from laconic.memory import save
 from laconic.progress import Log
 from laconic.recover import LC, Direct, FineTune, Recovery, Steps, StopRecovery, Task, deliver, recover_task
-from laconic.recover.checkpoint import STATE
+from laconic.recover.checkpoint import STATE, Checkpoints
 from laconic.recover.deliver import recover_directory
 from laconic.recover.train import Trainer
 from tests.recover.nets import conv, mlp, task, vectors
@@ -88,6 +90,53 @@ def test_killed_and_resumed_it_gives_the_same_bytes(kind: str, step: int, tmp_pa
     assert heard == expected.curve  # a listener that stops by the whole curve decides as it would have
     assert all(torch.equal(found.state[name], value) for name, value in expected.state.items())
     assert not (tmp_path / "run" / STATE).exists()
+
+
+TAIL = LC(2, 5, mu=0.05, a=1.2, learn=LEARN, norm_batches=2, then=FineTune(13, Steps("adam", 2e-3, 2e-4), checks=3, norm_batches=2))
+
+
+@pytest.mark.parametrize("scheme", ["Magnitude(0.6, scope='model') >> KMeans(bits=3)", "DKM(bits=2, tau=0.2, tau_end=0.02)"])
+@pytest.mark.parametrize("check", [0, 1, 2])
+def test_killed_in_the_training_after_l_c(scheme: str, check: int, tmp_path: Path) -> None:
+    """The L-steps are not taken again; at the first check there is only their last state to go on from."""
+    net, trained = conv().append(nn.Dropout(0.2)), []
+
+    def killed(point: dict[str, Any]) -> None:
+        trained.append(point["phase"])
+        if trained.count("fine-tuning") > check:
+            raise Killed
+
+    whole, expected = recover_task(net, scheme, TAIL, noisy_task())
+    with pytest.raises(Killed):
+        recover_task(net, scheme, TAIL, noisy_task(), folder=tmp_path / "run", listen=killed)
+    told = Checkpoints(tmp_path / "run", resuming=True, fingerprint=fingerprint(tmp_path / "run")).claim()
+    assert told is not None
+    assert told["done"] == 2 + check
+    resumed, found = recover_task(net, scheme, TAIL, noisy_task(), folder=tmp_path / "run", resume=True)
+    assert stored(resumed, tmp_path / "a") == stored(whole, tmp_path / "b")
+    assert figures(found) == figures(expected)
+    assert [point["phase"] for point in found.curve] == ["direct", "L-C", "L-C", *["fine-tuning"] * 3]
+
+
+def fingerprint(folder: Path) -> str:
+    with safe_open(folder / STATE, framework="pt") as reader:
+        return str(json.loads(reader.metadata()["state"])["fingerprint"])
+
+
+def test_notes_of_a_killed_run_are_kept(tmp_path: Path) -> None:
+    """What was found in L-C is told, although the run that tells it only did the rest."""
+    how = LC(2, 3, mu=1e-6, learn=LEARN, then=FineTune(4, LEARN, checks=2))
+    _, expected = recover_task(mlp(), "Magnitude(0.9)", how, task())
+    assert any("mu is too small" in note for note in expected.notes)
+
+    def killed(point: dict[str, Any]) -> None:
+        if point["minibatches"] == how.total:
+            raise Killed
+
+    with pytest.raises(Killed):
+        recover_task(mlp(), "Magnitude(0.9)", how, task(), folder=tmp_path, listen=killed)
+    _, found = recover_task(mlp(), "Magnitude(0.9)", how, task(), folder=tmp_path, resume=True)
+    assert found.notes == expected.notes
 
 
 def test_skipped_minibatches_are_still_counted(tmp_path: Path) -> None:
