@@ -84,12 +84,13 @@ def usual_recovery(scheme: Scheme, model: nn.Module) -> How:
 def recover_task(
     model: nn.Module, scheme: Scheme | str, how: How, task: Task, *, start: dict[str, Tensor] | None = None, coupling: Any = None,
     statistics: Sequence[Batch] | None = None, folder: str | Path | None = None, resume: bool = False, listen: Listener | None = None,
-    seed: int = 0, progress: Progress | None = None, keep: bool = False, types: Mapping[str, torch.dtype] | None = None,
+    seed: int = 0, progress: Progress | None = None, keep: bool = False, strict: bool = True, types: Mapping[str, torch.dtype] | None = None,
 ) -> tuple[nn.Module, Recovery]:  # fmt: skip
     """`recover` for a checked Task. `start` is the state of another recovery; `listen` hears every point of the curve and may stop it.
 
     `types` are those of the original's 16-bit tensors, if the module given is a copy in float32.
-    With `keep` the finished state stays in the folder, for a caller who removes it once the model is stored.
+    With `keep` the finished state stays in the folder, for a caller who removes it once the model is stored; without `strict` a state that
+    is not this run's is removed, and no error.
     """
     began, progress = time.time(), progress or Log()
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
@@ -105,7 +106,7 @@ def recover_task(
     types = half_types(original) if types is None else types
     bench = Bench(model, projection, task, how.norm_batches, seed, teacher, types)
     mark = _mark(bench) if folder is not None else ""
-    checkpoints = Checkpoints(Path(folder) if folder is not None else None, f"{projection.scheme} by {how!r}, seed {seed}{mark}", resume)
+    checkpoints = Checkpoints(Path(folder) if folder is not None else None, f"{projection.scheme} by {how!r}, seed {seed}{mark}", resume, strict)
     checkpoints.claim()
     progress.start("recovering", max(how.total, 1))
     best, stopped = Best(), False

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from laconic.errors import CheckpointError, OutputError
+from laconic.progress import logger
 from laconic.recover.compressed import Bench, Best, Snapshot
 from laconic.recover.task import Judgement
 from laconic.recover.train import Trainer, optimizer_tensors, restore_optimizer
@@ -35,11 +36,15 @@ class Resumed:
 
 @dataclass
 class Checkpoints:
-    """Where, and for which run; without a folder nothing is written. `curve` is what was told of the run so far."""
+    """Where, and for which run; without a folder nothing is written. `curve` is what was told of the run so far.
+
+    `strict`: whether another run's state, or a damaged one, is an error; otherwise it is removed and the run begins anew.
+    """
 
     folder: Path | None = None
     fingerprint: str = ""
     resuming: bool = False
+    strict: bool = True
 
     def __post_init__(self) -> None:
         self.curve: list[dict[str, Any]] = []
@@ -57,6 +62,16 @@ class Checkpoints:
 
         Raises: OutputError for another run's, or where none was expected; CheckpointError for a damaged one.
         """
+        try:
+            return self._read()
+        except (CheckpointError, OutputError) as error:
+            if self.strict:
+                raise
+            logger.info("%s; the run begins anew", error)
+            self.done()
+            return None
+
+    def _read(self) -> dict[str, Any] | None:
         if self._file is None:
             return None
         if not self.resuming:
@@ -128,7 +143,7 @@ class Checkpoints:
             raise CheckpointError(f"{self._file}: damaged, or of another version: {error}") from error
 
     def done(self) -> None:
-        """The run is complete: its state is not needed any more."""
+        """The state is not needed any more."""
         if self._file is not None:
             self._file.unlink()
 

@@ -222,9 +222,9 @@ def _run_trials(study: "Search", trials: Trials, options: SearchOptions, began: 
         with studies.running(study, asked):
             finished = [t for t in studies.trials(study) if "score" in t.user_attrs]
             neighbour = nearest(asked.values, _neighbours(finished, trials)) if options.warm_share is not None else None
-            record = trials.run(asked.number, asked.values, neighbour, _complete_curves(finished), deadline, progress)
+            record = trials.run(asked.number, asked.values, neighbour, _complete_curves(finished), deadline, progress, asked.retry_of)
         score, objectives, late = record.pop("score"), record.pop("objectives"), record.pop("late")
-        if late and score < trials.floor:  # what it would have come to is not known
+        if late:
             studies.give_back(study, asked, "the search's time was up before it kept the floor")
         else:
             studies.tell(study, asked, score, objectives, **record)

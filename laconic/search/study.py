@@ -54,12 +54,14 @@ class Search:
 
 @dataclass(frozen=True)
 class Asked:
-    """A trial to run: its number, the values of the free hyper-parameters, and the stage of the search (None for Optuna's samplers)."""
+    """A trial to run: its number, the values of the free hyper-parameters, the stage of the search (None for Optuna's samplers), and the
+    number of the interrupted trial that it repeats, if any."""
 
     number: int
     values: dict[str, Any]
     stage: int | None
     trial: Trial
+    retry_of: int | None = None
 
 
 def open_study(
@@ -136,7 +138,8 @@ def ask(search: Search, poll: float = 2.0, until: float = math.inf) -> Asked | N
                 stored = search.storage.get_trial(trial._trial_id)  # the one at hand does not know what the sampler noted
                 ahead = [t for t in search.study.get_trials(deepcopy=False) if t.number < trial.number and t.state in (*MEASURED, TrialState.RUNNING)]
                 if len(ahead) < search.settings.trials:
-                    return Asked(trial.number, dict(stored.params), stored.user_attrs.get("stage"), trial)
+                    told = stored.user_attrs
+                    return Asked(trial.number, dict(stored.params), told.get("stage"), trial, told.get("retry_of"))
                 trial.set_user_attr("failure", "one more than the search takes: two workers asked at once")
                 search.study.tell(trial, state=TrialState.FAIL)
         time.sleep(max(0.0, min(poll, until - time.time())))

@@ -22,6 +22,7 @@ from laconic.objectives import Candidate
 from laconic.progress import Progress
 from laconic.recover import LC, Direct, Recovery, StopRecovery, Task, recover_task
 from laconic.recover.call import How
+from laconic.recover.checkpoint import STATE as UNFINISHED
 from laconic.recover.projection import Projection
 from laconic.run import atomically, disk_errors
 from laconic.scheme import Scheme
@@ -78,10 +79,11 @@ class Trials:
 
     def run(
         self, number: int, values: Mapping[str, Any], neighbour: Neighbour | None, curves: Sequence[Sequence[dict[str, Any]]],
-        deadline: float | None, progress: Progress,
+        deadline: float | None, progress: Progress, interrupted: int | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """The record of a trial; its score is that of the model read back from its file. `curves` are those of finished trials, which say what
-        can still be gained; after the time `deadline` it ends with what it has, which the record then calls "late"."""
+        can still be gained. After the time `deadline` it ends with what it has, and the record calls it "late" if that does not keep the floor.
+        It goes on from the last L-step of the trial `interrupted`, if that was the same recovery."""
         began = time.time()
         how, start = self.how, None
         if neighbour is not None and neighbour.state is not None and isinstance(how, LC) and self.warm_share is not None:
@@ -99,11 +101,13 @@ class Trials:
             if late or (self.early_stop and hopeless(curve, total, curves, self.reference, self.floor)):
                 raise StopRecovery
 
+        with disk_errors(self.folder):
+            place = self._begin(number, interrupted)
         diverged = ""
         try:
             compressed, recovery = recover_task(
                 self.model, scheme, how, self.unseen, start=start, coupling=self.coupling, statistics=self.statistics, listen=listen,
-                seed=self.seed, progress=progress, types=self.types,
+                seed=self.seed, progress=progress, types=self.types, folder=place, resume=True, keep=True, strict=False,
             )  # fmt: skip
         except RecoveryError as error:  # a trial may fail without ending the search: it counts as not keeping the floor
             diverged = f"{', '.join(f'{k} {v}' for k, v in values.items())}: {error}; the trial counts as direct compression below every floor"
@@ -111,22 +115,32 @@ class Trials:
         direct = recovery.direct if start is None or diverged else self.direct(scheme)[1].score
         assert recovery.projection is not None
         stored = self.stored_form(compressed, recovery.projection)
-        place = self.place(number)
         with disk_errors(self.folder):
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir(parents=True)
             self.store(stored, place / "model", values)
             atomically(self.state(number), {name: t.detach().cpu().contiguous().clone() for name, t in recovery.state.items()})
         delivered = self.reload(number, values)
         candidate = self.candidate(delivered, place / "model")
+        score = -math.inf if diverged else self.task.judge(delivered, self.task.validation).score
+        late = late and score < self.floor  # what it would have come to is not known
+        if not late:
+            (place / UNFINISHED).unlink(missing_ok=True)
         return {
-            "score": -math.inf if diverged else self.task.judge(delivered, self.task.validation).score, "direct_score": direct,
+            "score": score, "direct_score": direct,
             "objectives": [goal.beside(candidate, standard) for goal, standard in zip(self.goals, self.standards, strict=True)],
             "curve": curve if diverged else recovery.curve,
             "stopped_early": recovery.stopped, "late": late, "warm_from": neighbour.number if neighbour is not None else None,
             "minibatches": curve[-1]["minibatches"] if curve else 0, "cold_minibatches": self.how.total,
             "seconds": time.time() - began, "notes": [*recovery.notes, *([diverged] if diverged else [])],
         }  # fmt: skip
+
+    def _begin(self, number: int, interrupted: int | None) -> Path:
+        """The folder of a trial, empty but for the state of the recovery that an interrupted trial left."""
+        place = self.place(number)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        if interrupted is not None and (left := self.place(interrupted) / UNFINISHED).is_file():
+            left.replace(place / UNFINISHED)
+        return place
 
     def direct(self, scheme: Scheme) -> tuple[nn.Module, Recovery]:
         """Direct compression under a fixed scheme, with batch norms treated as the recovery treats them."""

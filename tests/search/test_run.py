@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as saved
 from torch import Tensor, nn
 
 pytest.importorskip("optuna")
@@ -22,12 +25,14 @@ pytest.importorskip("sklearn")
 import laconic as lc
 from laconic.errors import SearchError
 from laconic.objectives import Candidate, flops, stored_bytes
-from laconic.recover import Direct, FineTune, recover_task
+from laconic.recover import LC, Direct, FineTune, recover_task
+from laconic.recover.checkpoint import STATE as UNFINISHED
+from laconic.recover.train import Trainer
 from laconic.search import Found
 from laconic.store import read_manifest
 from laconic.weights import baked, installed
 from tests.recover.nets import bytes_of, untouched
-from tests.search.digits import Problem, conv, run, sampled
+from tests.search.digits import HOW, Problem, conv, run, sampled
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 PAIR = "Magnitude(Free(0.1, 0.9), scope='model') >> KMeans(bits=Free(choices=(3, 6)))"
@@ -186,6 +191,54 @@ def test_an_interrupted_search_takes_the_trials_it_would_have_taken(
     assert sampled(found) == sampled(small[0])
     assert [row["state"] for row in found.result["trials"]] == ["complete", "fail", "complete", "complete", "complete"]
     assert found.values == small[0].values
+
+
+@pytest.fixture
+def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets an entry for every minibatch that is trained on."""
+    taken: list[int] = []
+    step = Trainer._step
+
+    def counted(trainer: Trainer, *arguments: Any) -> float | None:
+        taken.append(1)
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", counted)
+    return taken
+
+
+@pytest.mark.parametrize("how", [HOW, replace(HOW, then=FineTune(8, HOW.learn, checks=2))])
+def test_an_interrupted_trial_goes_on_from_its_last_l_step(problem: Problem, tmp_path: Path, how: LC, steps_taken: list[int]) -> None:
+    """To the same model, without taking any step of what was finished a second time."""
+    options = {"scheme": "Magnitude(Free(0.3, 0.6), scope='model')", "trials": 1, "recover": how}
+    whole = run(problem, tmp_path / "w", **options)
+    assert len(steps_taken) == how.total
+    steps_taken.clear()
+    ends = 8  # twice the original, the direct compression, and what five parts of training came to (with `then`: its first check)
+    with pytest.raises(KeyboardInterrupt):
+        run(problem, tmp_path / "s", score=broken(ends if how.then else ends - 1, _interrupt), **options)
+    before = len(steps_taken)
+    assert (tmp_path / "s" / "trials" / "000" / UNFINISHED).is_file()
+    found = run(problem, tmp_path / "s", resume=True, **options)
+    assert len(steps_taken) - before == 4 + how.total - before  # an L-step (or check) of 4 is taken again
+    assert sampled(found) == sampled(whole)
+    assert found.result["trials"][1]["curve"] == whole.result["trials"][0]["curve"]
+    assert bytes_of(found.model) == bytes_of(whole.model)
+    assert not list(tmp_path.rglob(UNFINISHED))
+
+
+def test_what_another_recovery_left_is_not_gone_on_from(problem: Problem, tmp_path: Path, steps_taken: list[int]) -> None:
+    """The neighbour an interrupted trial started from may not be the nearest any more: then it begins anew."""
+    with pytest.raises(KeyboardInterrupt):
+        run(problem, tmp_path / "s", trials=1, score=broken(7, _interrupt))
+    file = tmp_path / "s" / "trials" / "000" / UNFINISHED
+    with safe_open(file, framework="pt") as reader:
+        told = json.loads(reader.metadata()["state"])
+    told["fingerprint"] = "something else"
+    file.write_bytes(saved(load_file(file), {"state": json.dumps(told)}))
+    steps_taken.clear()
+    run(problem, tmp_path / "s", trials=1, resume=True)
+    assert len(steps_taken) == HOW.total
 
 
 def test_random_samplers_go_on_after_an_interruption_too(problem: Problem, tmp_path: Path) -> None:
@@ -375,7 +428,9 @@ def clocks(patched: pytest.MonkeyPatch, **steps: float) -> None:
         patched.setattr(sys.modules[f"laconic.search.{module}"], "time", Clock(now, steps.get(module, 0.0)))
 
 
-def test_a_trial_that_has_no_time_left_is_put_back(problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_has_no_time_left_is_put_back(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_taken: list[int]
+) -> None:  # fmt: skip
     """What is cut short below the floor says nothing of its sparsity; a resumed search carries it to its end."""
 
     def carry_out(**options: Any) -> list[dict[str, Any]]:
@@ -388,8 +443,10 @@ def test_a_trial_that_has_no_time_left_is_put_back(problem: Problem, tmp_path: P
         cut, waiting = carry_out(minutes=3, match="no trial was finished: allow more time")
     assert (cut["state"], waiting["state"]) == ("fail", "waiting")
     assert "time was up" in cut["failure"]
+    before = len(steps_taken)
     cut, done = carry_out(trials=1, resume=True, match=r"no trial kept the floor 0\.\d{4}: the best of 1 has 0\.\d{4}, at {'sparsity': 0\.985}")
     assert done["state"] == "complete"
+    assert 0 < before < len(steps_taken) <= 16 + 4, "it went on from what was trained before"
     assert done["values"] == cut["values"]
     assert done["minibatches"] == 16
 
