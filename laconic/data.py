@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,19 +137,26 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@torch.no_grad()
 def sample_windows(model: Any, samples: int, length: int, seed: int, batch: int = 32, progress: Callable[[float], None] | None = None) -> Windows:
     """Text the model writes itself: each window starts from a random token, goes on greedily for 4 tokens, then samples from the model.
 
     `progress` is told of every batch how many windows it was.
-
     Source: LLM-QAT (Liu et al. 2023) section 3.1: data-free calibration by next-token generation, deterministic at first, then stochastic.
     """
-    generator = _generator(seed)
+    rows = []
+    for ids in sampled_batches(model, samples, length, _generator(seed), batch):
+        rows.append(ids)
+        if progress is not None:
+            progress(len(ids))
+    return Windows(torch.cat(rows), "self")
+
+
+@torch.no_grad()
+def sampled_batches(model: Any, samples: int, length: int, generator: torch.Generator, batch: int = 32) -> Iterator[Tensor]:
+    """The windows of `sample_windows`, as many at a time as are written together [batch, length]."""
     table = model.get_input_embeddings().weight
     vocabulary, device = table.shape[0], table.device
     special = {i for i in (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) if isinstance(i, int)}
-    rows = []
     for start in range(0, samples, batch):
         count = min(batch, samples - start)
         ids = torch.randint(vocabulary, (count, 1), generator=generator)
@@ -161,7 +168,4 @@ def sample_windows(model: Any, samples: int, length: int, seed: int, batch: int 
             logits[:, sorted(special)] = -torch.inf  # an end of text would turn the rest of the window into noise
             chosen = logits.argmax(-1, keepdim=True) if position <= 4 else torch.multinomial(logits.softmax(-1), 1, generator=generator)
             ids = torch.cat([ids, chosen], 1)
-        rows.append(ids)
-        if progress is not None:
-            progress(count)
-    return Windows(torch.cat(rows), "self")
+        yield ids

@@ -90,7 +90,7 @@ def search(
             command=shlex.join(["laconic", *sys.argv[1:]]),
         )  # fmt: skip
         with Terminal(quiet=as_json, brief=True) as terminal:
-            model, problem = _problem(source, task, data, test, train_tokens, *windows, seed, device, trust_remote_code, terminal)
+            model, problem = _problem(source, task, data, test, train_tokens, *windows, seed, device, trust_remote_code, terminal, out)
             found = search_task(model, chosen, problem, goals, within(keep), asked or usual_recovery(chosen, model), out, options, terminal)
         notes = _complete(out, found.model, model, source, problem.sample()) if source is not None else []
         for note in notes:
@@ -134,7 +134,7 @@ def recover(
         chosen, asked, windows, text = _way(scheme, plan, recovery, method, bits, length, batch, data, task)
         check_folder(out, resume, overwrite)  # before a model writes its own text, which takes long
         with Terminal(quiet=as_json, brief=True) as terminal:
-            model, problem = _problem(source, task, text, test, train_tokens, *windows, seed, device, trust_remote_code, terminal)
+            model, problem = _problem(source, task, text, test, train_tokens, *windows, seed, device, trust_remote_code, terminal, out)
             result = recover_directory(
                 model, chosen, asked or usual_recovery(chosen, model), problem, out, source=source, resume=resume, overwrite=overwrite, seed=seed,
                 command=shlex.join(["laconic", *sys.argv[1:]]), progress=terminal,
@@ -178,7 +178,7 @@ def _way(
 
 def _problem(
     source: str | None, task: Path | None, data: str | None, test: str | None, train_tokens: int, length: int, batch: int, seed: int, device: str,
-    trust_remote_code: bool, progress: Progress,
+    trust_remote_code: bool, progress: Progress, out: Path,
 ) -> tuple[nn.Module, Any]:  # fmt: skip
     from laconic.machine import pick_device
     from laconic.recover import load_task
@@ -196,7 +196,7 @@ def _problem(
     model, problem = text_task(
         str(source), data, test, train_tokens=train_tokens, length=length, batch=batch, seed=seed, trust_remote_code=trust_remote_code,
         dtype="auto",  # what a search and a recovery compare their result with; they compute in float32
-        device=pick_device(device), progress=progress,
+        device=pick_device(device), progress=progress, out=out,
     )  # fmt: skip
     return model, problem
 

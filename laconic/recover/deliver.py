@@ -14,6 +14,7 @@ from laconic.memory import half_types, load_into, plain_bytes, save
 from laconic.progress import Progress
 from laconic.recover.call import How, recover_task
 from laconic.recover.checkpoint import STATE
+from laconic.recover.own_text import OWN_TEXT
 from laconic.recover.task import Task
 from laconic.recover.text import complete_directory
 from laconic.run import companions, disk_errors, earlier_files, finite, write_json
@@ -23,6 +24,7 @@ from laconic.store import MANIFEST, read_manifest
 from laconic.weights import installed
 
 RESULT = "recovery.json"
+_UNFINISHED = (STATE, OWN_TEXT)  # what is there only while a recovery is not over
 
 
 def recover_directory(
@@ -48,7 +50,7 @@ def recover_directory(
         unseen = replace(task, test=None)
         compressed, found = recover_task(model, scheme, how, unseen, folder=out, resume=resume, seed=seed, progress=progress, keep=True, types=types)
         size = save(compressed, out, types=types, scheme=found.scheme, recovery=repr(how), seed=seed, versions=versions(), copied=copied)
-        size -= (out / STATE).stat().st_size if (out / STATE).is_file() else 0  # still there, and no part of the model
+        size -= sum((out / name).stat().st_size for name in _UNFINISHED if (out / name).is_file())  # still there, and no part of the model
     stored = load_into(copy.deepcopy(model), out).to(next(model.parameters()).device).eval()
     theirs = installed(stored)
     for name, weight in installed(compressed).items():
@@ -66,12 +68,13 @@ def recover_directory(
     if source is not None:
         complete_directory(out, model, source)
     write_json(out / RESULT, result, indent=1)
-    (out / STATE).unlink(missing_ok=True)  # only now is nothing lost by a kill
+    for name in _UNFINISHED:
+        (out / name).unlink(missing_ok=True)  # only now is nothing lost by a kill
     return result
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Make sure the folder is empty, holds this command's unfinished run (`resume`), or a result that may be replaced (`overwrite`).
+    """Make sure the folder is empty (but for a text the model wrote), holds an unfinished run (`resume`), or what may be replaced (`overwrite`).
 
     Raises: OutputError.
     """
@@ -81,22 +84,23 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
         return
     if overwrite:
         _leftovers(out)
+    elif (out / MANIFEST).is_file() and not (out / STATE).is_file():
+        raise OutputError(f"{out}: holds a model; pass --overwrite to replace it")
     elif (out / STATE).is_file():
         if not resume:
             raise OutputError(f"{out}: holds an unfinished recovery; pass --resume to go on with it or --overwrite to replace it")
-    elif (out / MANIFEST).is_file():
-        raise OutputError(f"{out}: holds a model; pass --overwrite to replace it")
-    else:
+    elif [file.name for file in out.iterdir()] != [OWN_TEXT]:
         raise OutputError(f"{out}: holds other files; choose another directory")
 
 
 def _leftovers(out: Path) -> list[Path]:
     """The files an earlier recovery wrote. Raises: OutputError where anything else is in the folder."""
-    ours = {MANIFEST, STATE, RESULT, "config.json", "model.safetensors"}
+    ours = {MANIFEST, *_UNFINISHED, RESULT, "config.json", "model.safetensors"}
     ours |= set(read_manifest(out).get("copied", [])) if (out / MANIFEST).is_file() else set()
     return earlier_files(out, "recovery", lambda file: not file.is_dir() and file.name.removesuffix(".tmp") in ours)
 
 
 def _clear(out: Path) -> None:
     for file in _leftovers(out):
-        file.unlink()
+        if file.name != OWN_TEXT:  # which this run may have written a moment ago
+            file.unlink()

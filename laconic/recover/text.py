@@ -10,11 +10,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from laconic.data import calibration_windows, evaluation_windows, read_text, sample_windows, split_text
+from laconic.data import calibration_windows, evaluation_windows, read_text, split_text
 from laconic.errors import CheckpointError, DataError
 from laconic.evaluate import is_language_model
 from laconic.load import fetch, load_tokenizer
 from laconic.progress import Log, Progress
+from laconic.recover.own_text import own_text
 from laconic.recover.task import Task
 from laconic.run import companions, write_json
 from laconic.store import MANIFEST, SCHEMA
@@ -57,14 +58,14 @@ def copy_companions(folder: Path, source: str | Path) -> None:
 def text_task(
     source: str | Path, data: str | Path, test: str | Path | None = None, *, train_tokens: int = 1_000_000, check_tokens: int = 32_768,
     length: int = 128, batch: int = 16, seed: int = 0, trust_remote_code: bool = False, dtype: str = "float32",
-    device: str | torch.device = "cpu", progress: Progress | None = None,
+    device: str | torch.device = "cpu", progress: Progress | None = None, out: Path | None = None,
 ) -> tuple[nn.Module, Task]:  # fmt: skip
     """A model directory or hub id as a module on `device`, and the task of predicting a text. `dtype`: of the module; "auto" is the file's own.
 
     Of `data`, the last tenth is for the test (unless `test` names a text of its own), the tenth before it for validation, the rest for
     training: at most `train_tokens` of it in windows of `length` drawn at random; validation and test use `check_tokens` each. The score is minus
     the mean loss, in nats per token: minus the log-perplexity. With `data="self"` the model writes all three (the test only if `test` names no
-    text): no data is needed, and a score says how likely the model finds its own text.
+    text): no data is needed, and a score says how likely the model finds its own text. That text is kept in the folder `out` (`own_text`).
     Raises: DataError when the text is too short, CheckpointError.
     """
     folder = fetch(str(source))
@@ -76,7 +77,7 @@ def text_task(
         raise DataError(f"{source}: text needs a model that predicts the next token; describe another task in a file (--task)")
     tokenizer = load_tokenizer(folder, trust_remote_code)
     if data == "self":
-        return model, _own_task(model, tokenizer, test, train_tokens, check_tokens, length, batch, seed, progress or Log())
+        return model, _own_task(model, tokenizer, test, train_tokens, check_tokens, length, batch, seed, progress or Log(), out)
     text = read_text(data)
     rest, last = (text, read_text(test)) if test is not None else split_text(text)
     learning, check = split_text(rest)
@@ -90,14 +91,13 @@ def text_task(
 
 def _own_task(
     model: nn.Module, tokenizer: Any, test: str | Path | None, train_tokens: int, check_tokens: int, length: int, batch: int, seed: int,
-    progress: Progress,
+    progress: Progress, out: Path | None,
 ) -> Task:  # fmt: skip
     """The task of predicting text the model wrote itself."""
     if train_tokens < batch * length:
         raise DataError(f"self: {train_tokens} tokens of training do not fill a minibatch of {batch} windows of {length}")
     counts = [train_tokens // length] + [max(1, check_tokens // length)] * (1 if test is not None else 2)
-    progress.start("the model writes the text it learns from", sum(counts))
-    own, *held = [sample_windows(model, n, length, seed + i, progress=progress.advance) for i, n in enumerate(counts)]
+    own, *held = own_text(model, counts, length, seed, out, progress)
     if test is not None:
         held.append(evaluation_windows(read_text(test), tokenizer, length, check_tokens, str(test)))
     return Task(Shuffled(own.tokens, batch), held[0].batches(2 * batch), held[1].batches(2 * batch))

@@ -12,6 +12,7 @@ from laconic.errors import OutputError, SchemeError, SearchError
 from laconic.goals import Floor
 from laconic.methods.free import Free, fix, free_of
 from laconic.recover import LC, Direct, FineTune, Task
+from laconic.recover.own_text import OWN_TEXT
 from laconic.run import earlier_files
 from laconic.scheme import Scheme, describe, resolve
 from laconic.search.trial import Goal, Trials
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from laconic.search.study import Search
 
 
-_OURS = ("trials", "model", ".model-", "transformers", "study.db", "search.json", "search.html")
+_OURS = ("trials", "model", ".model-", "transformers", "study.db", "search.json", "search.html", OWN_TEXT)
 
 
 def variables(scheme: Scheme, slots: Sequence[Slot]) -> dict[str, Free]:
@@ -83,7 +84,7 @@ def clear_folder(out: Path) -> None:
     for file in earlier_search(out):
         if file.is_dir() and not file.is_symlink():
             shutil.rmtree(file)
-        else:
+        elif file.name != OWN_TEXT:  # which was written a moment ago, or is replaced when it does not fit
             file.unlink()
 
 
