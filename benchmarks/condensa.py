@@ -132,7 +132,7 @@ def row_of(row: Row, result: dict[str, Any], timed: Any) -> dict[str, Any]:
         "reference": round(before["test_score"], 4), "test": round(best["test_score"], 4), "direct": round(best["direct_test_score"], 4),
         "validation": round(best["score"], 4), "floor": round(result["floor"], 4), "r_c": round(best["nonzero_ratio"], 2),
         "file ratio": round(best["ratio"], 2), "file bytes": best["stored_bytes"], "MACs": round(macs, 2), "throughput": round(speed, 3),
-        "trials": len(result["trials"]), "minibatches": result["cost"]["minibatches"], "ten cold": 10 * result["trials"][0]["cold_minibatches"],
+        "trials": sum(trial["state"] == "complete" for trial in result["trials"]), "minibatches": result["cost"]["minibatches"], "ten cold": 10 * next(trial["cold_minibatches"] for trial in result["trials"] if "cold_minibatches" in trial),
         "minutes": round(sum(trial.get("seconds", 0) for trial in result["trials"]) / 60, 1),  # also of a search that was resumed
     }  # fmt: skip
 

@@ -150,7 +150,7 @@ def text(args: Namespace, characters: int = 4_000_000) -> tuple[Tokens, Tokens, 
 NETWORKS = ("resnet20", "resnet56", "vgg", "lstm")
 WIDTH = {"cpu": {"vgg": 0.25, "lstm": 256}, "cuda": {"vgg": 1.0, "lstm": 650}}
 RECIPES = {  # passes over the training data, largest learning rate, weight decay
-    "resnet20": (6, 0.02, 1e-4), "resnet56": (4, 0.02, 1e-4), "vgg": (8, 0.1, 5e-4), "lstm": (3, 0.003, 0.0),
+    "resnet20": (6, 0.02, 1e-4), "resnet56": (4, 0.02, 1e-4), "vgg": (20, 0.1, 5e-4), "lstm": (3, 0.003, 0.0),
 }  # fmt: skip
 
 

@@ -155,9 +155,9 @@ def write_text(file: Path, text: str) -> None:
     _settle(temporary, file)
 
 
-def atomically(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file under a temporary name and rename it."""
-    temporary = file.with_name(file.name + ".tmp")
+def atomically(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, suffix: str = ".tmp") -> None:
+    """Write a safetensors file under a temporary name, the file's with a suffix, and rename it."""
+    temporary = file.with_name(file.name + suffix)
     save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=metadata or {"format": "pt"})
     _settle(temporary, file)
 

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +78,7 @@ def search(
         from laconic.goals import within
         from laconic.objectives import parse_objective
         from laconic.recover import parse_recovery, usual_recovery
+        from laconic.search.checks import check_first
         from laconic.search.report import search_summary
         from laconic.search.run import SearchOptions, search_task
 
@@ -89,8 +91,12 @@ def search(
             thin=not no_thin, sampler=sampler, resume=resume, overwrite=overwrite, seed=seed,
             command=shlex.join(["laconic", *sys.argv[1:]]),
         )  # fmt: skip
+
+        def ready(model: nn.Module) -> None:
+            check_first(model, chosen, goals, within(keep), asked or usual_recovery(chosen, model), out, options)
+
         with Terminal(quiet=as_json, brief=True) as terminal:
-            model, problem = _problem(source, task, data, test, train_tokens, *windows, seed, device, trust_remote_code, terminal, out)
+            model, problem = _problem(source, task, data, test, train_tokens, *windows, seed, device, trust_remote_code, terminal, out, ready)
             found = search_task(model, chosen, problem, goals, within(keep), asked or usual_recovery(chosen, model), out, options, terminal)
         notes = _complete(out, found.model, model, source, problem.sample()) if source is not None else []
         for note in notes:
@@ -130,11 +136,17 @@ def recover(
     def work() -> None:
         from laconic.recover import usual_recovery
         from laconic.recover.deliver import check_folder, recover_directory
+        from laconic.scheme import resolve
+        from laconic.sites import find_slots
 
         chosen, asked, windows, text = _way(scheme, plan, recovery, method, bits, length, batch, data, task)
-        check_folder(out, resume, overwrite)  # before a model writes its own text, which takes long
+
+        def ready(model: nn.Module) -> None:
+            check_folder(out, resume, overwrite)
+            resolve(chosen, find_slots(model))
+
         with Terminal(quiet=as_json, brief=True) as terminal:
-            model, problem = _problem(source, task, text, test, train_tokens, *windows, seed, device, trust_remote_code, terminal, out)
+            model, problem = _problem(source, task, text, test, train_tokens, *windows, seed, device, trust_remote_code, terminal, out, ready)
             result = recover_directory(
                 model, chosen, asked or usual_recovery(chosen, model), problem, out, source=source, resume=resume, overwrite=overwrite, seed=seed,
                 command=shlex.join(["laconic", *sys.argv[1:]]), progress=terminal,
@@ -178,7 +190,7 @@ def _way(
 
 def _problem(
     source: str | None, task: Path | None, data: str | None, test: str | None, train_tokens: int, length: int, batch: int, seed: int, device: str,
-    trust_remote_code: bool, progress: Progress, out: Path,
+    trust_remote_code: bool, progress: Progress, out: Path, ready: Callable[[nn.Module], None],
 ) -> tuple[nn.Module, Any]:  # fmt: skip
     from laconic.machine import pick_device
     from laconic.recover import load_task
@@ -196,7 +208,7 @@ def _problem(
     model, problem = text_task(
         str(source), data, test, train_tokens=train_tokens, length=length, batch=batch, seed=seed, trust_remote_code=trust_remote_code,
         dtype="auto",  # what a search and a recovery compare their result with; they compute in float32
-        device=pick_device(device), progress=progress, out=out,
+        device=pick_device(device), progress=progress, out=out, ready=ready,
     )  # fmt: skip
     return model, problem
 

@@ -106,15 +106,18 @@ def recover_task(
     types = half_types(original) if types is None else types
     bench = Bench(model, projection, task, how.norm_batches, seed, teacher, types)
     mark = _mark(bench) if folder is not None else ""
-    checkpoints = Checkpoints(Path(folder) if folder is not None else None, f"{projection.scheme} by {how!r}, seed {seed}{mark}", resume, strict)
+    fingerprint = f"{projection.scheme} by {how!r}, seed {seed}{mark}"
+    checkpoints = Checkpoints(Path(folder) if folder is not None else None, fingerprint, resume, strict, began)
     checkpoints.claim()
     progress.start("recovering", max(how.total, 1))
-    best, stopped = Best(), False
+    best, stopped, taken = Best(), False, 0
 
     def heard(found: dict[str, Any]) -> None:
-        before = checkpoints.curve[-1]["minibatches"] if checkpoints.curve else 0
-        checkpoints.curve.append(found)
-        progress.advance(found["minibatches"] - before, f"validation score {found['score']:.4f}")
+        nonlocal taken
+        if not any(found is point for point in checkpoints.curve):  # which a checkpoint's are
+            checkpoints.curve.append(found)
+        progress.advance(found["minibatches"] - taken, f"validation score {found['score']:.4f}")
+        taken = found["minibatches"]
         if listen is not None:
             listen(found)
 
@@ -135,7 +138,7 @@ def recover_task(
         checkpoints.done()
     return model, Recovery(
         projection.scheme, snapshot.judgement.score, snapshot.judgement.loss, curve[0]["score"], curve[-1]["minibatches"], curve,
-        time.time() - began, stopped, test_score, projection.notes, state, projection, types,
+        checkpoints.seconds, stopped, test_score, projection.notes, state, projection, types,
     )  # fmt: skip
 
 

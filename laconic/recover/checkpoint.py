@@ -1,7 +1,8 @@
 """A recovery's state on disk after every L-step or check of fine-tuning, so that a killed run goes on from the last one."""
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,15 @@ from laconic.weights import Weight, unpack
 from laconic.weights.base import nested, pack, prefixed
 
 STATE = "recovery.safetensors"
+_TOLD = {"fingerprint", "crc", "done", "taken", "skipped", "faults", "best", "specs", "curve", "notes", "seconds"}
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a checkpoint held: the L-steps and checks done, the weights, the curve until then, and what relaxations carry. Empty without one."""
+    """What a checkpoint held: the L-steps and checks done, the weights, and what relaxations carry. Empty without one."""
 
     done: int = 0
     weights: dict[Slot, Weight] | None = None
-    curve: list[dict[str, Any]] = field(default_factory=list)
     relaxed: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -38,18 +39,26 @@ class Resumed:
 class Checkpoints:
     """Where, and for which run; without a folder nothing is written. `curve` is what was told of the run so far.
 
-    `strict`: whether another run's state, or a damaged one, is an error; otherwise it is removed and the run begins anew.
+    `strict`: whether another run's state, or a damaged one, is an error; otherwise it is removed, with a warning, and the run begins anew.
     """
 
     folder: Path | None = None
     fingerprint: str = ""
     resuming: bool = False
     strict: bool = True
+    began: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
         self.curve: list[dict[str, Any]] = []
+        self._told: dict[str, Any] | None = None
+        self._before = 0.0
         if self.folder is None and self.resuming:
             raise OutputError("resume: expected the folder that holds the recovery's state, got none")
+
+    @property
+    def seconds(self) -> float:
+        """What the run has taken so far, before it was interrupted too."""
+        return self._before + time.time() - self.began
 
     @property
     def _file(self) -> Path | None:
@@ -62,14 +71,17 @@ class Checkpoints:
 
         Raises: OutputError for another run's, or where none was expected; CheckpointError for a damaged one.
         """
-        try:
-            return self._read()
-        except (CheckpointError, OutputError) as error:
-            if self.strict:
-                raise
-            logger.info("%s; the run begins anew", error)
-            self.done()
-            return None
+        if self._told is None:
+            try:
+                self._told = self._read()
+                if self._told is not None and not self.strict:
+                    self._tensors(self._told)
+            except (CheckpointError, OutputError) as error:
+                if self.strict:
+                    raise
+                logger.warning("%s; the run begins anew", error)
+                self.done()
+        return self._told
 
     def _read(self) -> dict[str, Any] | None:
         if self._file is None:
@@ -84,7 +96,21 @@ class Checkpoints:
             raise CheckpointError(f"{self._file}: damaged: {error}") from error
         if fingerprint != self.fingerprint:
             raise OutputError(f"{self.folder}: holds the recovery {fingerprint}; this one is {self.fingerprint}")
+        if missing := sorted(_TOLD - told.keys()):
+            raise CheckpointError(f"{self._file}: damaged, or of another version: no {', '.join(missing)}")
         return told
+
+    def _tensors(self, told: dict[str, Any]) -> dict[str, Tensor]:
+        """The tensors of the state. Raises: CheckpointError when they are not those that were written."""
+        assert self._file is not None
+        try:
+            with safe_open(self._file, framework="pt") as reader:
+                tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._file}: damaged: {error}") from error
+        if checksum_of(tensors) != told["crc"]:
+            raise CheckpointError(f"{self._file}: damaged: its tensors are not those that were written")
+        return tensors
 
     def write(
         self, bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dict[Slot, Tensor], best: Snapshot, done: int,
@@ -108,22 +134,19 @@ class Checkpoints:
             "fingerprint": self.fingerprint, "crc": checksum_of(flat), "done": done, "taken": trainer.taken, "skipped": trainer.skipped,
             "faults": trainer.faults,
             "best": [best.judgement.loss, best.judgement.score, best.judgement.examples, best.minibatches], "specs": specs, "curve": self.curve,
-            "notes": bench.projection.notes,
+            "notes": bench.projection.notes, "seconds": self.seconds,
         }  # fmt: skip
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             atomically(self.folder / STATE, flat, {"state": json.dumps(told)})
 
-    def resume(self, bench: Bench, trainer: Trainer, lam: dict[Slot, Tensor], best: Best) -> Resumed:
-        """Bring everything to where the last checkpoint left it. Raises: as `claim` does."""
+    def resume(self, bench: Bench, trainer: Trainer, lam: dict[Slot, Tensor], best: Best, listen: Callable[[dict[str, Any]], None]) -> Resumed:
+        """Bring everything to where the last checkpoint left it, and tell the listener what it was told then. Raises: as `claim` does."""
         told = self.claim()
-        if told is None or self._file is None:
+        if told is None:
             return Resumed()
+        tensors = self._tensors(told)
         try:
-            with safe_open(self._file, framework="pt") as reader:
-                tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - not a dict
-            if checksum_of(tensors) != told["crc"]:
-                raise CheckpointError("its tensors are not those that were written")
             with torch.no_grad():
                 w, multipliers = nested(tensors, "w"), nested(tensors, "lambda")
                 for slot, parameter in bench.parameters.items():
@@ -138,12 +161,17 @@ class Checkpoints:
             found = {which: _unpacked(bench, told["specs"][which], tensors, which) for which in ("now", "best")}
             loss, score, examples, minibatches = told["best"]
             best.offer(Snapshot(found["best"], nested(tensors, "best"), Judgement(loss, score, examples), minibatches))
-            return Resumed(told["done"], found["now"], told["curve"], nested(tensors, "relaxed"))
-        except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+            resumed = Resumed(told["done"], found["now"], nested(tensors, "relaxed"))
+        except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
             raise CheckpointError(f"{self._file}: damaged, or of another version: {error}") from error
+        self.curve, self._before = told["curve"], told["seconds"]
+        for point in self.curve:
+            listen(point)
+        return resumed
 
     def done(self) -> None:
         """The state is not needed any more."""
+        self._told = None
         if self._file is not None:
             self._file.unlink()
 

@@ -14,7 +14,7 @@ from laconic.memory import half_types, load_into, plain_bytes, save
 from laconic.progress import Progress
 from laconic.recover.call import How, recover_task
 from laconic.recover.checkpoint import STATE
-from laconic.recover.own_text import OWN_TEXT
+from laconic.recover.own_text import is_own_text
 from laconic.recover.task import Task
 from laconic.recover.text import complete_directory
 from laconic.run import companions, disk_errors, earlier_files, finite, write_json
@@ -24,7 +24,6 @@ from laconic.store import MANIFEST, read_manifest
 from laconic.weights import installed
 
 RESULT = "recovery.json"
-_UNFINISHED = (STATE, OWN_TEXT)  # what is there only while a recovery is not over
 
 
 def recover_directory(
@@ -50,7 +49,7 @@ def recover_directory(
         unseen = replace(task, test=None)
         compressed, found = recover_task(model, scheme, how, unseen, folder=out, resume=resume, seed=seed, progress=progress, keep=True, types=types)
         size = save(compressed, out, types=types, scheme=found.scheme, recovery=repr(how), seed=seed, versions=versions(), copied=copied)
-        size -= sum((out / name).stat().st_size for name in _UNFINISHED if (out / name).is_file())  # still there, and no part of the model
+        size -= sum(file.stat().st_size for file in _temporary(out) if file.suffix == ".safetensors")  # still there, and no part of the model
     stored = load_into(copy.deepcopy(model), out).to(next(model.parameters()).device).eval()
     theirs = installed(stored)
     for name, weight in installed(compressed).items():
@@ -68,8 +67,8 @@ def recover_directory(
     if source is not None:
         complete_directory(out, model, source)
     write_json(out / RESULT, result, indent=1)
-    for name in _UNFINISHED:
-        (out / name).unlink(missing_ok=True)  # only now is nothing lost by a kill
+    for file in _temporary(out):  # only now is nothing lost by a kill
+        file.unlink()
     return result
 
 
@@ -89,18 +88,24 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     elif (out / STATE).is_file():
         if not resume:
             raise OutputError(f"{out}: holds an unfinished recovery; pass --resume to go on with it or --overwrite to replace it")
-    elif [file.name for file in out.iterdir()] != [OWN_TEXT]:
+    elif set(out.iterdir()) - set(_temporary(out)):
         raise OutputError(f"{out}: holds other files; choose another directory")
+
+
+def _temporary(out: Path) -> list[Path]:
+    """What is in the folder only while a recovery is not over."""
+    return [file for file in out.iterdir() if file.name.removesuffix(".tmp") == STATE or is_own_text(file)]
 
 
 def _leftovers(out: Path) -> list[Path]:
     """The files an earlier recovery wrote. Raises: OutputError where anything else is in the folder."""
-    ours = {MANIFEST, *_UNFINISHED, RESULT, "config.json", "model.safetensors"}
+    ours = {MANIFEST, RESULT, "config.json", "model.safetensors"}
     ours |= set(read_manifest(out).get("copied", [])) if (out / MANIFEST).is_file() else set()
-    return earlier_files(out, "recovery", lambda file: not file.is_dir() and file.name.removesuffix(".tmp") in ours)
+    temporary = set(_temporary(out))
+    return earlier_files(out, "recovery", lambda file: not file.is_dir() and (file.name.removesuffix(".tmp") in ours or file in temporary))
 
 
 def _clear(out: Path) -> None:
     for file in _leftovers(out):
-        if file.name != OWN_TEXT:  # which this run may have written a moment ago
+        if not is_own_text(file):  # which this run may have written a moment ago
             file.unlink()

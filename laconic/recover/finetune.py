@@ -94,8 +94,8 @@ def point(snapshot: Snapshot, **more: Any) -> dict[str, Any]:
 
 
 def tune(
-    bench: Bench, how: FineTune, trainer: Trainer, trained: Trained, best: Best, listen: Listener, spent: int = 0,
-    checkpoints: Checkpoints | None = None, start: int = 0, before: int = 0,
+    bench: Bench, how: FineTune, trainer: Trainer, trained: Trained, best: Best, listen: Listener, checkpoints: Checkpoints,
+    spent: int = 0, start: int = 0, before: int = 0,
 ) -> None:  # fmt: skip
     """Carry out FineTune's training from check `start` on; offer what is found to `best`. `spent` minibatches and `before` L-steps came before."""
     for check in range(start, how.checks):
@@ -105,8 +105,9 @@ def tune(
             weights = trained.stored()
             found = bench.judged(weights, spent + trainer.taken)
             best.offer(found)
-            listen(point(found, loss=loss, phase="fine-tuning", skipped=trainer.skipped))
-            if checkpoints is not None:
+            try:
+                listen(point(found, loss=loss, phase="fine-tuning", skipped=trainer.skipped))
+            finally:
                 checkpoints.write(bench, trainer, weights, {}, best.found, before + check + 1, trained.state())
     tell_faults(bench, trainer)
 
@@ -114,12 +115,10 @@ def tune(
 def run_finetune(bench: Bench, how: FineTune, best: Best, listen: Listener, checkpoints: Checkpoints, seed: int) -> None:
     """Direct compression of the module's w, then `tune`; goes on from a checkpoint if there is one."""
     trainer = Trainer(bench.model, bench.task, how.learn, how.minibatches, seed, bench.teacher)
-    resumed = checkpoints.resume(bench, trainer, {}, best)
-    for earlier in resumed.curve:
-        listen(earlier)
+    resumed = checkpoints.resume(bench, trainer, {}, best, listen)
     trained = Trained(bench, clones(resumed.weights or run_direct(bench, best, listen)))
     trained.restore(resumed.relaxed)
-    tune(bench, how, trainer, trained, best, listen, 0, checkpoints, resumed.done)
+    tune(bench, how, trainer, trained, best, listen, checkpoints, start=resumed.done)
 
 
 def tell_faults(bench: Bench, trainer: Trainer) -> None:

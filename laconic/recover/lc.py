@@ -97,25 +97,21 @@ def run(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkp
         return
     tail, resumed = Trainer(bench.model, bench.task, how.then.learn, how.then.minibatches, seed + 1, bench.teacher), Resumed()
     if checked > 0:
-        resumed = checkpoints.resume(bench, tail, {}, best)
-        for earlier in resumed.curve:
-            listen(earlier)
+        resumed = checkpoints.resume(bench, tail, {}, best, listen)
     else:  # from the best compressed point: w is what it decodes to, its masks stay
         bench.show(best.found)
     trained = Trained(bench, clones(resumed.weights or best.found.weights))
     trained.restore(resumed.relaxed)
     spent = how.total - how.then.total
-    tune(bench, how.then, tail, trained, best, listen, spent, checkpoints, max(checked, 0), before=how.steps)
+    tune(bench, how.then, tail, trained, best, listen, checkpoints, spent, max(checked, 0), before=how.steps)
 
 
 def _alternate(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkpoints, seed: int) -> None:
     """The L- and C-steps."""
     trainer = Trainer(bench.model, bench.task, how.learn, sum(how.count(j) for j in range(how.steps)), seed, bench.teacher)
     lam = {slot: torch.zeros_like(value) for slot, value in bench.values().items()}
-    resumed = checkpoints.resume(bench, trainer, lam, best)
+    resumed = checkpoints.resume(bench, trainer, lam, best, listen)
     weights = resumed.weights
-    for earlier in resumed.curve:
-        listen(earlier)
     if weights is None:
         weights = bench.projection.compress(bench.values())
         best.offer(bench.judged(clones(weights), 0))
@@ -133,8 +129,10 @@ def _alternate(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints:
             _update(lam, values, weights, mu)
         found = bench.judged(clones(weights), trainer.taken)
         best.offer(found)
-        listen(point(found, step=j, mu=mu, loss=loss, phase="L-C", distance=_distance(bench, weights), skipped=trainer.skipped))
-        checkpoints.write(bench, trainer, weights, lam, best.found, j + 1)
+        try:
+            listen(point(found, step=j, mu=mu, loss=loss, phase="L-C", distance=_distance(bench, weights), skipped=trainer.skipped))
+        finally:  # also when that ends the run: another can go on from here
+            checkpoints.write(bench, trainer, weights, lam, best.found, j + 1)
     tell_faults(bench, trainer)
     apart = _distance(bench, weights)
     if apart > _FAR:

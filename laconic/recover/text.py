@@ -1,7 +1,7 @@
 """The task a language model and some text make: train, validation and test windows of one text, the loss of the next token."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ def text_task(
     source: str | Path, data: str | Path, test: str | Path | None = None, *, train_tokens: int = 1_000_000, check_tokens: int = 32_768,
     length: int = 128, batch: int = 16, seed: int = 0, trust_remote_code: bool = False, dtype: str = "float32",
     device: str | torch.device = "cpu", progress: Progress | None = None, out: Path | None = None,
+    ready: Callable[[nn.Module], None] | None = None,
 ) -> tuple[nn.Module, Task]:  # fmt: skip
     """A model directory or hub id as a module on `device`, and the task of predicting a text. `dtype`: of the module; "auto" is the file's own.
 
@@ -66,6 +67,7 @@ def text_task(
     training: at most `train_tokens` of it in windows of `length` drawn at random; validation and test use `check_tokens` each. The score is minus
     the mean loss, in nats per token: minus the log-perplexity. With `data="self"` the model writes all three (the test only if `test` names no
     text): no data is needed, and a score says how likely the model finds its own text. That text is kept in the folder `out` (`own_text`).
+    Writing it takes long: `ready` is called with the model before, to find what would be refused afterwards.
     Raises: DataError when the text is too short, CheckpointError.
     """
     folder = fetch(str(source))
@@ -77,6 +79,8 @@ def text_task(
         raise DataError(f"{source}: text needs a model that predicts the next token; describe another task in a file (--task)")
     tokenizer = load_tokenizer(folder, trust_remote_code)
     if data == "self":
+        if ready is not None:
+            ready(model)
         return model, _own_task(model, tokenizer, test, train_tokens, check_tokens, length, batch, seed, progress or Log(), out)
     text = read_text(data)
     rest, last = (text, read_text(test)) if test is not None else split_text(text)

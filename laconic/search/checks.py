@@ -12,17 +12,20 @@ from laconic.errors import OutputError, SchemeError, SearchError
 from laconic.goals import Floor
 from laconic.methods.free import Free, fix, free_of
 from laconic.recover import LC, Direct, FineTune, Task
-from laconic.recover.own_text import OWN_TEXT
+from laconic.recover.own_text import is_own_text
 from laconic.run import earlier_files
 from laconic.scheme import Scheme, describe, resolve
 from laconic.search.trial import Goal, Trials
-from laconic.sites import Slot
+from laconic.sites import Slot, find_slots
 
 if TYPE_CHECKING:
+    from laconic.search.run import SearchOptions
     from laconic.search.study import Search
 
 
-_OURS = ("trials", "model", ".model-", "transformers", "study.db", "search.json", "search.html", OWN_TEXT)
+STUDY = "study.db"  # where a search is kept if nothing else is said
+_OURS = ("trials", "model", "transformers", STUDY, "search.json", "search.html")
+_PARTS = (".model-", "study.db-")  # a model on its way, and what SQLite writes beside its file
 
 
 def variables(scheme: Scheme, slots: Sequence[Slot]) -> dict[str, Free]:
@@ -52,6 +55,23 @@ def some_value(free: Free) -> Any:
     return free.high if free.integer else (free.low + free.high) / 2
 
 
+def check_first(
+    model: nn.Module, scheme: Scheme, goals: Sequence[Goal], keep: Floor, how: LC | FineTune | Direct, out: Path, options: "SearchOptions"
+) -> dict[str, Free]:  # fmt: skip
+    """What costs nothing to check, before anything that takes time; returns the scheme's variables. Raises: SearchError, SchemeError, OutputError."""
+    free = variables(scheme, find_slots(model))
+    check_arguments(goals, keep, how)
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: expected a directory, found a file")
+    if options.overwrite:
+        earlier_search(out)
+    elif not options.resume and options.storage is None and (out / STUDY).is_file():
+        from laconic.search.storage import check_new
+
+        check_new(out / STUDY, options.name)
+    return free
+
+
 def check_arguments(goals: Sequence[Any], keep: Any, how: Any) -> None:
     """Raises SearchError unless these are goals of different names, a floor and a recovery."""
     if not goals or any(not isinstance(goal, Goal) for goal in goals):
@@ -76,7 +96,11 @@ def original_score(model: nn.Module, task: Task, keep: Floor) -> tuple[float, fl
 
 def earlier_search(out: Path) -> list[Path]:
     """What an earlier search wrote into a folder. Raises: OutputError where anything else is there too."""
-    return earlier_files(out, "search", lambda file: file.name.startswith(_OURS))
+
+    def ours(file: Path) -> bool:
+        return file.name.removesuffix(".tmp") in _OURS or file.name.startswith(_PARTS) or is_own_text(file)
+
+    return earlier_files(out, "search", ours)
 
 
 def clear_folder(out: Path) -> None:
@@ -84,7 +108,7 @@ def clear_folder(out: Path) -> None:
     for file in earlier_search(out):
         if file.is_dir() and not file.is_symlink():
             shutil.rmtree(file)
-        elif file.name != OWN_TEXT:  # which was written a moment ago, or is replaced when it does not fit
+        elif not is_own_text(file):  # which the model may have written a moment ago
             file.unlink()
 
 

@@ -6,13 +6,14 @@ import statistics as means
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from laconic.blocks import Batch
-from laconic.errors import OutputError, SearchError
+from laconic.errors import SearchError
 from laconic.goals import Floor, within
 from laconic.memory import half_types
 from laconic.methods.base import Keep
@@ -23,7 +24,7 @@ from laconic.recover import LC, Task
 from laconic.recover.call import How, first_batches
 from laconic.run import disk_errors, finite
 from laconic.scheme import Scheme, describe, parse, resolve
-from laconic.search.checks import check_arguments, check_folder, clear_folder, earlier_search, original_score, remarks, some_value, variables
+from laconic.search.checks import STUDY, check_first, check_folder, clear_folder, original_score, remarks, some_value
 from laconic.search.neighbours import Neighbour, nearest
 from laconic.search.report import SEARCH_HTML, write_search_report
 from laconic.search.trial import Goal, Trials
@@ -124,11 +125,7 @@ def search_task(
 
     began = time.time()
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
-    slots = find_slots(model)
-    free = variables(scheme, slots)
-    check_arguments(goals, keep, how)
-    if options.overwrite:
-        earlier_search(out)
+    slots, free = find_slots(model), check_first(model, scheme, goals, keep, how, out, options)
     how = how.over(task.train)
     task, given, model = task.checked(), model, copy.deepcopy(model).float().eval()
     reference, noise = original_score(model, task, keep)
@@ -170,8 +167,6 @@ def _study(
     from laconic.search.drucb import Rule
     from laconic.search.samplers import Settings, chosen_sampler
 
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: expected a directory, found a file")
     level = keep.floor(reference)
     doubt = _DOUBT * (reference - level) if options.warm_share is not None and isinstance(how, LC) else 0.0
     settings = Settings(sampler=options.sampler, trials=options.trials, seed=options.seed, rule=Rule(margin=doubt))  # type: ignore[arg-type]
@@ -185,7 +180,7 @@ def _study(
         "checksum": checksum_of(model.state_dict()),
     }  # fmt: skip
     search = studies.open_study(
-        options.storage or out / "study.db", options.name, free=free, objectives={goal.name: goal.direction for goal in goals},
+        options.storage or out / STUDY, options.name, free=free, objectives={goal.name: goal.direction for goal in goals},
         settings=settings, about=about, resume=options.resume, heartbeat=options.heartbeat,
     )  # fmt: skip
     return search, studies.set_reference(search, level=level, reference=reference, noise=noise, objectives=list(standards))
@@ -219,17 +214,18 @@ def _run_trials(study: "Search", trials: Trials, options: SearchOptions, began: 
         asked = None if short else studies.ask(study, until=deadline)
         if asked is None:
             return [] if studies.finished(study) else [_out_of_time(study, options)]
-        with studies.running(study, asked):
+        with studies.running(study, asked, partial(trials.settle, asked.number)):
             finished = [t for t in studies.trials(study) if "score" in t.user_attrs]
             neighbour = nearest(asked.values, _neighbours(finished, trials)) if options.warm_share is not None else None
-            record = trials.run(asked.number, asked.values, neighbour, _complete_curves(finished), deadline, progress, asked.retry_of)
+            record = trials.run(asked.number, asked.values, neighbour, _complete_curves(finished), deadline, progress, asked.attempts)
         score, objectives, late = record.pop("score"), record.pop("objectives"), record.pop("late")
         if late:
             studies.give_back(study, asked, "the search's time was up before it kept the floor")
         else:
             studies.tell(study, asked, score, objectives, **record)
+            trials.settle(asked.number)
         lasted.append(record["seconds"])
-        progress.say(_line(asked, record, score, objectives, trials))
+        progress.say(_line(asked, record, score, objectives, trials, late))
 
 
 def _out_of_time(study: "Search", options: SearchOptions) -> str:
@@ -252,12 +248,13 @@ def _complete_curves(finished: Sequence[Any]) -> list[list[dict[str, Any]]]:
     return [t.user_attrs["curve"] for t in finished if not t.user_attrs["stopped_early"] and math.isfinite(t.user_attrs["score"])]
 
 
-def _line(asked: Any, record: dict[str, Any], score: float, objectives: Sequence[float], trials: Trials) -> str:
+def _line(asked: Any, record: dict[str, Any], score: float, objectives: Sequence[float], trials: Trials, late: bool) -> str:
     values = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in asked.values.items())
     goals = ", ".join(f"{goal.name} {value:.5g}" for goal, value in zip(trials.goals, objectives, strict=True))
     kept = "keeps" if score >= trials.floor else "misses"
     start = "the original" if record["warm_from"] is None else f"trial {record['warm_from'] + 1}"
+    ended = ", put back: the time is up" if late else ", given up early" if record["stopped_early"] else ""
     return (
         f"trial {asked.number + 1}: {values}: score {score:.4f} {kept} the floor {trials.floor:.4f}, {goals}; "
-        f"{record['minibatches']} minibatches from {start}{', given up early' if record['stopped_early'] else ''}, {record['seconds']:.0f} s"
+        f"{record['minibatches']} minibatches from {start}{ended}, {record['seconds']:.0f} s"
     )

@@ -59,6 +59,19 @@ def connect(url: str | None, place: str, heartbeat: int, lost: Callable[[optuna.
     raise AssertionError("unreachable")
 
 
+def exists_already(place: str, name: str) -> SearchError:
+    """What to say where a study of that name is not to be gone on with."""
+    return SearchError(f"{place}: a study {name!r} exists already; resume it, overwrite it, or give another name")
+
+
+def check_new(file: Path, name: str) -> None:
+    """Raises: SearchError when a study of that name is in an SQLite file."""
+    url, place = address(file)
+    with answering(place), quiet():
+        if name in optuna.get_all_study_names(connect(url, place, 60, lambda study, trial: None)):
+            raise exists_already(place, name)
+
+
 def interval_of(storage: BaseStorage) -> int | None:
     """Seconds between two heartbeats; None in memory, where nobody else can look."""
     return storage.get_heartbeat_interval() if isinstance(storage, RDBStorage) else None

@@ -2,14 +2,13 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from laconic.errors import SearchError
+from laconic.errors import OutputError, SearchError
 from laconic.methods.free import Free
 
 try:
@@ -17,17 +16,15 @@ try:
 except ImportError as error:
     raise SearchError("a search needs Optuna 5 or newer; pip install 'laconic[search]'") from error
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.storages import BaseStorage, fail_stale_trials
+from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from laconic.search.retries import again, attempts, reclaim
 from laconic.search.samplers import MEASURED, Settings, SharedSampler, chosen_sampler, distribution_of, plan, sampler_of
-from laconic.search.storage import address, answering, beat, beating, check_fingerprint, connect, interval_of, quiet
+from laconic.search.storage import address, answering, beat, beating, check_fingerprint, connect, exists_already, quiet
 
 Direction = Literal["maximize", "minimize"]
-
-_RETRIES = 2  # a trial that has taken three workers down is not given to a fourth
-_KEPT = ("stage", "domain", "posterior")  # of a trial that is run again: what its values were chosen by
 
 
 @dataclass(frozen=True)
@@ -55,13 +52,13 @@ class Search:
 @dataclass(frozen=True)
 class Asked:
     """A trial to run: its number, the values of the free hyper-parameters, the stage of the search (None for Optuna's samplers), and the
-    number of the interrupted trial that it repeats, if any."""
+    numbers of the interrupted trials that it repeats, the last one first."""
 
     number: int
     values: dict[str, Any]
     stage: int | None
     trial: Trial
-    retry_of: int | None = None
+    attempts: tuple[int, ...] = ()
 
 
 def open_study(
@@ -90,12 +87,12 @@ def open_study(
         raise SearchError(f"expected objectives, each to maximize or minimize, got {dict(objectives)}")
     url, place = address(storage)
     with answering(place), quiet():
-        opened = connect(url, place, heartbeat, _again)
+        opened = connect(url, place, heartbeat, again)
         shared = SharedSampler(sampler_of(free, len(objectives), settings), lambda trial_id: beat(opened, trial_id))
         try:
             study = optuna.create_study(storage=opened, study_name=name, directions=list(objectives.values()), sampler=shared, load_if_exists=resume)
         except optuna.exceptions.DuplicatedStudyError as error:
-            raise SearchError(f"{place}: a study {name!r} exists already; resume it, overwrite it, or give another name") from error
+            raise exists_already(place, name) from error
         how = asdict(settings) | {"sampler": sampler}
         del how["trials"], how["rule"]["margin"]  # the one may grow, the other is measured noise and differs each time it is measured
         mine = {"free": {key: repr(value) for key, value in free.items()}, "objectives": dict(objectives), "settings": how, **(about or {})}
@@ -129,7 +126,7 @@ def ask(search: Search, poll: float = 2.0, until: float = math.inf) -> Asked | N
     """
     while time.time() < until:
         with answering(search.place), quiet():
-            _reclaim(search)
+            reclaim(search)
             state = _state(search)
             if state == "over":
                 return None
@@ -138,8 +135,7 @@ def ask(search: Search, poll: float = 2.0, until: float = math.inf) -> Asked | N
                 stored = search.storage.get_trial(trial._trial_id)  # the one at hand does not know what the sampler noted
                 ahead = [t for t in search.study.get_trials(deepcopy=False) if t.number < trial.number and t.state in (*MEASURED, TrialState.RUNNING)]
                 if len(ahead) < search.settings.trials:
-                    told = stored.user_attrs
-                    return Asked(trial.number, dict(stored.params), told.get("stage"), trial, told.get("retry_of"))
+                    return Asked(trial.number, dict(stored.params), stored.user_attrs.get("stage"), trial, attempts(search, stored))
                 trial.set_user_attr("failure", "one more than the search takes: two workers asked at once")
                 search.study.tell(trial, state=TrialState.FAIL)
         time.sleep(max(0.0, min(poll, until - time.time())))
@@ -153,19 +149,22 @@ def finished(search: Search) -> bool:
 
 
 @contextmanager
-def running(search: Search, asked: Asked) -> Iterator[None]:
+def running(search: Search, asked: Asked, failed: Callable[[], None] | None = None) -> Iterator[None]:
     """Around the work on a trial: tells the other workers that this one lives, and what became of the trial if the work does not end.
 
-    Interrupted (Ctrl-C, exit), the trial is put back to be run again; after an error it is stored as failed, with the reason.
+    Interrupted (Ctrl-C, exit, a full disk), the trial is put back to be run again; after an error it is stored as failed, with the reason,
+    and `failed` is called.
     """
     try:
         with beating(search.storage, asked.trial._trial_id):
             yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, OutputError):
         give_back(search, asked)
         raise
     except BaseException as error:
         fail(search, asked, f"{type(error).__name__}: {error}")
+        if failed is not None:
+            failed()
         raise
 
 
@@ -209,7 +208,7 @@ def give_back(search: Search, asked: Asked, reason: str = "interrupted") -> None
     """Store a trial as failed and put its values up to be run again, by this worker or another."""
     fail(search, asked, reason)
     with answering(search.place):
-        _again(search.study, _stored(search, asked), died=False)
+        again(search.study, _stored(search, asked), died=False)
 
 
 def best(search: Search) -> FrozenTrial | None:
@@ -262,30 +261,6 @@ def _state(search: Search) -> Literal["go", "wait", "over"]:
     if proposal.exhausted and not busy:
         return "over"
     return "wait" if proposal.exhausted or proposal.wait else "go"
-
-
-def _reclaim(search: Search) -> None:
-    """Fail the trials of workers that have fallen silent, and put up the values of those that were lost to be run again, once each."""
-    interval = interval_of(search.storage)
-    if interval is None:
-        return
-    fail_stale_trials(search.study)  # calls _again for each
-    since = datetime.now() - timedelta(seconds=2 * interval)
-    for lost in search.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not lost.params and lost.datetime_start is not None and lost.datetime_start < since:  # died before its first heartbeat
-            search.storage.set_trial_state_values(lost._trial_id, TrialState.FAIL)
-
-
-def _again(study: optuna.Study, trial: FrozenTrial, died: bool = True) -> None:
-    """Put the values of a trial up to be run again."""
-    if not trial.params:
-        return
-    kept = {key: trial.user_attrs[key] for key in _KEPT if key in trial.user_attrs}
-    deaths = trial.user_attrs.get("deaths", 0) + died
-    if deaths > _RETRIES:
-        raise SearchError(f"trial {trial.number} at {trial.params} has ended {deaths} workers; see their logs (out of memory?)")
-    kept |= {"deaths": deaths, "retry_of": trial.number}
-    study.add_trial(create_trial(state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, user_attrs=kept))
 
 
 def _add_late(search: Search, asked: Asked, values: list[float], attributes: Mapping[str, Any], excess: float) -> None:

@@ -79,11 +79,12 @@ class Trials:
 
     def run(
         self, number: int, values: Mapping[str, Any], neighbour: Neighbour | None, curves: Sequence[Sequence[dict[str, Any]]],
-        deadline: float | None, progress: Progress, interrupted: int | None = None,
+        deadline: float | None, progress: Progress, interrupted: Sequence[int] = (),
     ) -> dict[str, Any]:  # fmt: skip
         """The record of a trial; its score is that of the model read back from its file. `curves` are those of finished trials, which say what
         can still be gained. After the time `deadline` it ends with what it has, and the record calls it "late" if that does not keep the floor.
-        It goes on from the last L-step of the trial `interrupted`, if that was the same recovery."""
+        It goes on from the last L-step of the latest of the `interrupted` trials that left one, if that was the same recovery; its own state
+        stays until `settle`."""
         began = time.time()
         how, start = self.how, None
         if neighbour is not None and neighbour.state is not None and isinstance(how, LC) and self.warm_share is not None:
@@ -103,7 +104,7 @@ class Trials:
 
         with disk_errors(self.folder):
             place = self._begin(number, interrupted)
-        diverged = ""
+        diverged, trained = "", time.time()
         try:
             compressed, recovery = recover_task(
                 self.model, scheme, how, self.unseen, start=start, coupling=self.coupling, statistics=self.statistics, listen=listen,
@@ -112,6 +113,7 @@ class Trials:
         except RecoveryError as error:  # a trial may fail without ending the search: it counts as not keeping the floor
             diverged = f"{', '.join(f'{k} {v}' for k, v in values.items())}: {error}; the trial counts as direct compression below every floor"
             compressed, recovery = self.direct(scheme)
+        earlier = max(0.0, recovery.seconds - (time.time() - trained))  # of the trials that were interrupted
         direct = recovery.direct if start is None or diverged else self.direct(scheme)[1].score
         assert recovery.projection is not None
         stored = self.stored_form(compressed, recovery.projection)
@@ -121,26 +123,29 @@ class Trials:
         delivered = self.reload(number, values)
         candidate = self.candidate(delivered, place / "model")
         score = -math.inf if diverged else self.task.judge(delivered, self.task.validation).score
-        late = late and score < self.floor  # what it would have come to is not known
-        if not late:
-            (place / UNFINISHED).unlink(missing_ok=True)
+        curve = curve if diverged else recovery.curve
         return {
             "score": score, "direct_score": direct,
             "objectives": [goal.beside(candidate, standard) for goal, standard in zip(self.goals, self.standards, strict=True)],
-            "curve": curve if diverged else recovery.curve,
-            "stopped_early": recovery.stopped, "late": late, "warm_from": neighbour.number if neighbour is not None else None,
+            "curve": curve, "late": late and score < self.floor, "stopped_early": recovery.stopped,
+            "warm_from": neighbour.number if neighbour is not None else None,
             "minibatches": curve[-1]["minibatches"] if curve else 0, "cold_minibatches": self.how.total,
-            "seconds": time.time() - began, "notes": [*recovery.notes, *([diverged] if diverged else [])],
+            "seconds": time.time() - began + earlier, "notes": [*recovery.notes, *([diverged] if diverged else [])],
         }  # fmt: skip
 
-    def _begin(self, number: int, interrupted: int | None) -> Path:
+    def _begin(self, number: int, interrupted: Sequence[int]) -> Path:
         """The folder of a trial, empty but for the state of the recovery that an interrupted trial left."""
         place = self.place(number)
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        if interrupted is not None and (left := self.place(interrupted) / UNFINISHED).is_file():
-            left.replace(place / UNFINISHED)
+        left = (self.place(earlier) / UNFINISHED for earlier in interrupted)
+        if (state := next((file for file in left if file.is_file()), None)) is not None:
+            state.replace(place / UNFINISHED)
         return place
+
+    def settle(self, number: int) -> None:
+        """Remove what a trial could have been resumed from, once its result is stored, or it has failed."""
+        (self.place(number) / UNFINISHED).unlink(missing_ok=True)
 
     def direct(self, scheme: Scheme) -> tuple[nn.Module, Recovery]:
         """Direct compression under a fixed scheme, with batch norms treated as the recovery treats them."""

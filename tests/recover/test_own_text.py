@@ -1,6 +1,7 @@
 """Text that a model writes for its training: kept while it is written, gone on with, replaced where it is another's."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import laconic as lc
 from laconic.data import sample_windows
 from laconic.progress import Log
 from laconic.recover import own_text as module
-from laconic.recover.own_text import OWN_TEXT, own_text
+from laconic.recover.own_text import is_own_text, own_text
 from laconic.recover.text import text_task
 from laconic.recover.train import Trainer
 from laconic.store import stored_bytes
@@ -55,6 +56,10 @@ def calls(model: Any) -> list[int]:
     return made
 
 
+def kept(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if is_own_text(file))
+
+
 def written(model: Any, folder: Path | None, windows: int = 10**6, seed: int = 3) -> list[torch.Tensor]:
     return [part.tokens for part in own_text(model, COUNTS, 6, seed, folder, Until(windows))]
 
@@ -74,7 +79,7 @@ def test_what_was_killed_goes_on_to_the_same_text(windows: int, model: Any, call
     calls.clear()
     assert all(torch.equal(a, b) for a, b in zip(written(model, tmp_path), expected, strict=True))
     assert not calls
-    assert load_file(tmp_path / OWN_TEXT)["1"].dtype == torch.int32
+    assert load_file(kept(tmp_path)[0])["1"].dtype == torch.int32
 
 
 def test_without_a_folder_nothing_is_kept(model: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -83,21 +88,40 @@ def test_without_a_folder_nothing_is_kept(model: Any, tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("other", ["seed", "model", "size", "cut off", "empty"])
-def test_what_does_not_fit_is_replaced(other: str, model: Any, tmp_path: Path) -> None:
-    file = tmp_path / OWN_TEXT
-    before = written(model, tmp_path, seed=4 if other == "seed" else 3)
-    if other == "model":
-        with torch.no_grad():
-            model.model.layers[0].mlp.up_proj.weight[:2] += 1
-    elif other == "size":
-        own_text(model, [70, 32], 6, 3, tmp_path, Log())
-    elif other in ("cut off", "empty"):
-        file.write_bytes(file.read_bytes()[: 0 if other == "empty" else -7])
+@pytest.mark.parametrize("damage", ["cut off", "empty", "one bit"])
+def test_a_damaged_text_is_written_anew(damage: str, model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = written(model, tmp_path)
+    (file,) = kept(tmp_path)
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes({"cut off": content[:-7], "empty": b"", "one bit": content}[damage])
     found = written(model, tmp_path)
+    assert "damaged; the text is written anew" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(before, found, strict=True))
     assert torch.equal(load_file(file)["0"].long(), found[0])
-    assert torch.equal(found[0], sample_windows(model, 70, 6, 3).tokens)
-    assert torch.equal(before[0], found[0]) == (other not in ("seed", "model"))
+
+
+def test_texts_of_other_runs_are_left_alone(model: Any, calls: list[int], tmp_path: Path) -> None:
+    """Another seed, size or model has a file of its own: a command that is refused later costs nobody what was written."""
+    first = written(model, tmp_path)
+    written(model, tmp_path, seed=4)
+    own_text(model, [70, 32], 6, 3, tmp_path, Log())
+    own_text(model, [70, 40], 5, 3, tmp_path, Log())
+    calls.clear()
+    assert torch.equal(written(model, tmp_path)[1], first[1])
+    assert not calls
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:2] += 1
+    assert not torch.equal(written(model, tmp_path)[0], first[0])
+    assert len(kept(tmp_path)) == 5
+
+
+def test_two_workers_do_not_take_each_others_temporary_file(model: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    names = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda file, target: (names.append(file.name), replace(file, target))[1])
+    written(model, tmp_path)
+    assert [f".{os.getpid()}." in name and is_own_text(tmp_path / name) for name in names] == [True]
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
@@ -109,12 +133,13 @@ def test_recover_does_not_write_it_twice(resume: list[str], tiny: Path, tmp_path
         patched.setattr(Trainer, "run", _interrupted)
         stopped = laconic(*recover)
     assert stopped.exit_code == 130, stopped.stderr
-    assert (out / OWN_TEXT).is_file()
+    assert len(kept(out)) == 1
+    (out / f"{kept(out)[0].name}.123.tmp").write_bytes(b"")  # of a run that was killed while it wrote
     with monkeypatch.context() as patched:
         patched.setattr(module, "sampled_batches", _nothing)
         done = laconic(*recover, *resume)
     assert done.exit_code == 0, done.stderr
-    assert not (out / OWN_TEXT).exists()
+    assert not kept(out)
     assert json.loads((out / "recovery.json").read_text())["stored_bytes"] == stored_bytes(out)
 
 
@@ -128,6 +153,20 @@ def test_search_does_not_write_it_twice(tiny: Path, tmp_path: Path, monkeypatch:
             found = laconic(*search, *more, "--out", tmp_path / "s")
             assert found.exit_code == 0, found.stderr
     assert lc.load(tmp_path / "s" / "model") is not None
+    before = {file: file.read_bytes() for file in (tmp_path / "s").rglob("*") if file.is_file()}
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "sampled_batches", None)  # what is refused is refused before anything is written
+        for code, wrong in (
+            (8, []),
+            (8, ["--seed", 7]),
+            (8, ["--resume", "--scheme", "RTN(4, 32)"]),
+            (2, ["--overwrite", "--scheme", "RTN(4, Free(choices=(5,)))"]),
+        ):
+            refused = laconic(*search, *wrong, "--out", tmp_path / "s")
+            assert (refused.exit_code, refused.exception.__class__) == (code, SystemExit), refused.stderr
+        (tmp_path / "file").write_text("")
+        assert laconic(*search, "--out", tmp_path / "file").exit_code == 5
+    assert {file: file.read_bytes() for file in (tmp_path / "s").rglob("*") if file.is_file()} == before
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """`lc.search` end to end, on a conv net that reads real digits: what it delivers, how it is resumed, interrupted and shared."""
 
 import copy
+import errno
 import json
 import multiprocessing
 import os
@@ -23,12 +24,14 @@ pytest.importorskip("torch_pruning")
 pytest.importorskip("sklearn")
 
 import laconic as lc
-from laconic.errors import SearchError
+from laconic.errors import OutputError, SearchError
 from laconic.objectives import Candidate, flops, stored_bytes
 from laconic.recover import LC, Direct, FineTune, recover_task
 from laconic.recover.checkpoint import STATE as UNFINISHED
 from laconic.recover.train import Trainer
+from laconic.run import atomically
 from laconic.search import Found
+from laconic.search.trial import Trials
 from laconic.store import read_manifest
 from laconic.weights import baked, installed
 from tests.recover.nets import bytes_of, untouched
@@ -241,6 +244,74 @@ def test_what_another_recovery_left_is_not_gone_on_from(problem: Problem, tmp_pa
     assert len(steps_taken) == HOW.total
 
 
+def damaged(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_state_does_not_end_a_search(
+    problem: Problem, tmp_path: Path, steps_taken: list[int], caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        run(problem, tmp_path / "s", trials=1, score=broken(7, _interrupt))
+    damaged(tmp_path / "s" / "trials" / "000" / UNFINISHED)
+    steps_taken.clear()
+    run(problem, tmp_path / "s", trials=1, resume=True)
+    assert len(steps_taken) == HOW.total
+    assert "damaged: its tensors are not those that were written; the run begins anew" in caplog.text
+
+
+def test_a_trial_interrupted_again_and_again(problem: Problem, tmp_path: Path, steps_taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before its recovery begins: the state is looked for in all of its attempts."""
+    with pytest.raises(KeyboardInterrupt):
+        run(problem, tmp_path / "s", trials=1, score=broken(6, _interrupt))
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["laconic.search.trial"], "fix", lambda *_: _interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(problem, tmp_path / "s", trials=1, resume=True)
+    found = run(problem, tmp_path / "s", trials=1, resume=True)
+    assert len(steps_taken) == HOW.total + 4
+    assert [row["state"] for row in found.result["trials"]] == ["fail", "fail", "complete"]
+    assert not list(tmp_path.rglob(UNFINISHED))
+
+
+def test_a_trial_whose_result_could_not_be_stored_is_not_trained_again(
+    problem: Problem, tmp_path: Path, steps_taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["laconic.search.study"], "tell", lambda *_, **__: _interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(problem, tmp_path / "s", trials=1, heartbeat=1)
+    before = len(steps_taken)
+    run(problem, tmp_path / "s", trials=1, heartbeat=1, resume=True)
+    assert (before, len(steps_taken)) == (HOW.total, HOW.total)
+
+
+def test_a_full_disk_puts_the_trial_back(problem: Problem, tmp_path: Path, steps_taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was stored before is there when some space is free again; after any other error nothing is left of a trial."""
+    writes = []
+
+    def full(*arguments: Any) -> None:
+        writes.append(1)
+        if len(writes) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        atomically(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["laconic.recover.checkpoint"], "atomically", full)
+        with pytest.raises(OutputError, match="free some space and run again with --resume"):
+            run(problem, tmp_path / "s", trials=1)
+    assert (tmp_path / "s" / "trials" / "000" / UNFINISHED).is_file()
+    run(problem, tmp_path / "s", trials=1, resume=True)
+    assert len(steps_taken) == HOW.total + 4
+    with monkeypatch.context() as patched:
+        patched.setattr(Trials, "stored_form", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(problem, tmp_path / "s", trials=2, resume=True)
+    assert not list(tmp_path.rglob(UNFINISHED))
+
+
 def test_random_samplers_go_on_after_an_interruption_too(problem: Problem, tmp_path: Path) -> None:
     options = {"scheme": PAIR, "recover": Direct(2), "keep": lc.within(0.5), "trials": 3}
     with pytest.raises(KeyboardInterrupt):  # twice the original, twice a trial: in the second one
@@ -449,6 +520,27 @@ def test_a_trial_that_has_no_time_left_is_put_back(
     assert 0 < before < len(steps_taken) <= 16 + 4, "it went on from what was trained before"
     assert done["values"] == cut["values"]
     assert done["minibatches"] == 16
+
+
+def test_every_session_gets_a_trial_further(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_taken: list[int], caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    """A trial longer than the time there is: what a session trained is stored before the trial is put back."""
+    options = {"scheme": "Magnitude(Free(0.97, 1))", "recover": replace(HOW, norm_batches=0), "trials": 1}
+    caplog.set_level("INFO", logger="laconic")
+    for session in range(1, 4):
+        with monkeypatch.context() as patched:
+            clocks(patched, trial=60)
+            with pytest.raises(SearchError, match="no trial was finished: allow more time"):
+                run(problem, tmp_path / "s", minutes=2 + session, resume=True, **options)  # a look at the clock per point of the curve
+        assert len(steps_taken) == 4 * session
+        assert caplog.text.count(", put back: the time is up") == session
+    with pytest.raises(SearchError, match="no trial kept the floor"):
+        run(problem, tmp_path / "s", resume=True, **options)
+    assert len(steps_taken) == HOW.total
+    rows = json.loads((tmp_path / "s" / "search.json").read_text())["trials"]
+    assert [row["state"] for row in rows] == ["fail"] * 3 + ["complete"]
+    assert rows[-1]["minibatches"] == HOW.total
 
 
 def test_the_time_ends_the_search(problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

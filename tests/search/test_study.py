@@ -223,10 +223,10 @@ def test_a_trial_that_kills_every_worker_is_given_up() -> None:
 
 
 def _die(search: Search, asked: Asked) -> None:
-    from laconic.search.study import _again  # what the storage calls for a silent worker's trial
+    from laconic.search.retries import again  # what the storage calls for a silent worker's trial
 
     fail(search, asked, "silent")
-    _again(search.study, trials(search)[asked.number])
+    again(search.study, trials(search)[asked.number])
 
 
 def test_interrupted_and_failed_trials() -> None:
