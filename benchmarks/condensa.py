@@ -126,14 +126,14 @@ def row_of(row: Row, result: dict[str, Any], timed: Any) -> dict[str, Any]:
     """The columns of the paper's Table 2, and ours."""
     before, best, layers = result["reference"], result["best"], result["layers"]
     macs = sum(layer["macs_before"] for layer in layers) / max(sum(layer["macs_after"] for layer in layers), 1)
-    speed = timed[1]["speedup"]
+    speed, done = timed[1]["speedup"], [trial for trial in result["trials"] if trial["state"] == "complete"]
     return {
         "network": row.network, "scheme": row.label, "s*": round(next(iter(best["values"].values())), 4),
         "reference": round(before["test_score"], 4), "test": round(best["test_score"], 4), "direct": round(best["direct_test_score"], 4),
         "validation": round(best["score"], 4), "floor": round(result["floor"], 4), "r_c": round(best["nonzero_ratio"], 2),
         "file ratio": round(best["ratio"], 2), "file bytes": best["stored_bytes"], "MACs": round(macs, 2), "throughput": round(speed, 3),
-        "trials": sum(trial["state"] == "complete" for trial in result["trials"]), "minibatches": result["cost"]["minibatches"], "ten cold": 10 * next(trial["cold_minibatches"] for trial in result["trials"] if "cold_minibatches" in trial),
-        "minutes": round(sum(trial.get("seconds", 0) for trial in result["trials"]) / 60, 1),  # also of a search that was resumed
+        "trials": len(done), "minibatches": result["cost"]["minibatches"], "ten cold": 10 * done[0]["cold_minibatches"],
+        "minutes": round(sum(trial["seconds"] for trial in done) / 60, 1),  # also of a search that was resumed
     }  # fmt: skip
 
 
