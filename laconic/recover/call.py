@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ def recover_task(
     types = half_types(original) if types is None else types
     bench = Bench(model, projection, task, how.norm_batches, seed, teacher, types)
     mark = _mark(bench) if folder is not None else ""
-    fingerprint = f"{projection.scheme} by {how!r}, seed {seed}{mark}"
+    passes = f", {len(task.train)} minibatches a pass" if isinstance(task.train, Sized) else ""  # what was asked of the data, as far as it shows
+    fingerprint = f"{projection.scheme} by {how!r}, seed {seed}{passes}{mark}"
     checkpoints = Checkpoints(Path(folder) if folder is not None else None, fingerprint, resume, strict, began)
     checkpoints.claim()
     progress.start("recovering", max(how.total, 1))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,14 @@ def test_another_run_is_refused(change: str, unfinished: Path) -> None:
     with pytest.raises(OutputError, match="holds the recovery.*this one is"):
         recover_task(net, scheme, how, task(), folder=unfinished, resume=True, seed=seed)
     assert (unfinished / STATE).read_bytes() == before
+
+
+def test_another_amount_of_data_is_another_run(unfinished: Path) -> None:
+    """As with another --train-tokens or --batch on the command line."""
+    with pytest.raises(OutputError, match=r"6 minibatches a pass.*this one is .* 4 minibatches a pass"):
+        recover_task(
+            mlp(), "Magnitude(0.5)", LC(3, 4, mu=0.1), replace(task(), train=[vectors(16, i) for i in range(4)]), folder=unfinished, resume=True
+        )
 
 
 def test_functions_of_one_name_are_told_apart(tmp_path: Path) -> None:
