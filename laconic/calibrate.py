@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laconic.blocks import Batch, BlockModel, Calls, call, to_device
+from laconic.files import disk_errors, write_tensors
 from laconic.sites import INPUTS, NONE, Slot, Stats
 from laconic.statistics import Statistics
 
@@ -44,8 +45,9 @@ class Shelf:
             self._kept[key] = tensors
             return
         temporary = self.folder / f"{key}.tmp"
-        save_file({str(i): t.contiguous() for i, t in enumerate(tensors)}, temporary)
-        temporary.replace(self.folder / f"{key}.safetensors")
+        with disk_errors(self.folder):  # what a kill destroys is made again, so nothing waits for the disk here
+            write_tensors(temporary, {str(i): t for i, t in enumerate(tensors)})
+            temporary.replace(self.folder / f"{key}.safetensors")
 
     def get(self, key: str) -> list[Tensor]:
         if self.folder is None:

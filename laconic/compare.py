@@ -6,8 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from laconic.files import write_text
 from laconic.report import Report, fill_page, inline_svg
-from laconic.run import write_text
 
 
 def row_of(report: Report, family: str, link: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from laconic.blocks import Batch, BlockModel, InMemory, examples_in, find_chain, in_evaluation
 from laconic.calibrate import Loss, Shelf, default_loss, parameters_of
 from laconic.errors import CheckpointError, DataError, SchemeError
+from laconic.files import atomically, write_json
 from laconic.methods.base import Keep
 from laconic.passes import (
     Chosen,
@@ -28,7 +29,6 @@ from laconic.passes import (
 )  # fmt: skip
 from laconic.progress import Log, Progress, peak_memory
 from laconic.report import Report
-from laconic.run import atomically, write_json
 from laconic.scheme import Scheme, describe, resolve
 from laconic.sites import INPUTS, Slot, find_slots
 from laconic.solve import put_back, solve_stage

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from laconic.blocks import Batch, BlockModel, Residency
@@ -24,6 +24,7 @@ from laconic.calibrate import (
     walk_whole,
 )  # fmt: skip
 from laconic.errors import SchemeError, VerificationError
+from laconic.files import atomically, disk_errors
 from laconic.load import Checkpoint, CompressedCheckpoint
 from laconic.methods.allocation import Allocation
 from laconic.methods.base import Keep, Method
@@ -132,7 +133,8 @@ class Extras:
         if self.folder is None:
             self._kept[site.name] = values
         else:
-            save_file({key: t.contiguous().cpu() for key, t in values.items()}, self._file(site.name))
+            with disk_errors(self.folder):
+                atomically(self._file(site.name), values)
 
     def given(self, site: Site) -> Site:
         """The site with what was kept for it."""

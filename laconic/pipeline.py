@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from laconic.blocks import Batch, BlockModel, find_chain
@@ -16,6 +16,7 @@ from laconic.calibrate import Shelf
 from laconic.data import Windows, calibration_windows, evaluation_windows, read_text, sample_windows, split_text
 from laconic.errors import CheckpointError, DataError, SchemeError
 from laconic.evaluate import count_parameters, is_language_model, open_blocks, perplexity, similarity
+from laconic.files import atomically, disk_errors
 from laconic.load import Checkpoint, CompressedCheckpoint, load_tokenizer, open_source
 from laconic.machine import machine, pick_device, pick_dtype, versions
 from laconic.memory import compress_module
@@ -208,9 +209,8 @@ def _own_text(checkpoint: Checkpoint, run: Run, use: str, samples: int, length: 
     progress.start(f"sampling {use} text from the model itself", samples)
     with Residence(checkpoint.skeleton, checkpoint, None, None, device).hold(""):
         windows = sample_windows(checkpoint.skeleton, samples, length, seed, progress=progress.advance)
-    temporary = file.with_suffix(".tmp")
-    save_file({"tokens": windows.tokens.to(torch.int32)}, temporary)
-    temporary.replace(file)
+    with disk_errors(run.out):
+        atomically(file, {"tokens": windows.tokens.to(torch.int32)})
     return Windows(windows.tokens, "text sampled from the model itself")
 
 

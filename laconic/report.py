@@ -12,9 +12,9 @@ import torch
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
+from laconic.files import write_json, write_text
 from laconic.load import Checkpoint, load, load_tokenizer
 from laconic.residence import Residence
-from laconic.run import write_json, write_text
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 _PROMPT, _ANSWER = 24, 60  # tokens of the generation sample

@@ -1,21 +1,18 @@
 """An output directory while a model is compressed: written part by part, so that nothing finished is ever lost."""
 
-import errno
 import hashlib
 import json
 import math
-import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from laconic.errors import OutputError
+from laconic.files import atomically, copy_bytes, disk_errors, settle, write_header, write_json
 from laconic.store import MANIFEST
 from laconic.tensors import INDEX, read_header
 from laconic.weights.base import Spec
@@ -114,17 +111,6 @@ def companions(source: Path) -> list[Path]:
     return sorted({file for pattern in _COPIED for file in source.glob(pattern) if file.name not in ours})
 
 
-@contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """Turns a full disk into an OutputError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, OutputError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise OutputError(f"{out}: the disk is full ({error}); finished parts are kept: free some space and run again with --resume") from error
-
-
 def earlier_files(out: Path, writer: str, ours: Callable[[Path], bool]) -> list[Path]:
     """What an earlier run of a `writer` left in a folder, by name. Raises: OutputError where anything is there that is not `ours`."""
     found = sorted(out.iterdir()) if out.is_dir() else []
@@ -141,31 +127,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     return [finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def write_json(file: Path, value: Any, indent: int | None = None) -> None:
-    """Write a JSON file under a temporary name and rename it."""
-    write_text(file, json.dumps(value, indent=indent, separators=(",", ":") if indent is None else None) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _settle(temporary, file)
-
-
-def atomically(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, suffix: str = ".tmp") -> None:
-    """Write a safetensors file under a temporary name, the file's with a suffix, and rename it."""
-    temporary = file.with_name(file.name + suffix)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=metadata or {"format": "pt"})
-    _settle(temporary, file)
-
-
-def _settle(temporary: Path, file: Path) -> None:
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(file)
 
 
 def _clear(out: Path) -> None:
@@ -246,31 +207,14 @@ def _write_shard(file: Path, shard: list[tuple[str, Path]]) -> None:
         with part.open("rb") as stream:
             length = struct.unpack("<Q", stream.read(8))[0]
             raw[part] = json.loads(stream.read(length)), 8 + length
-    # the widest types first, so that every tensor is aligned to its own width, as the format advises
-    ordered = sorted(shard, key=lambda item: (-_width(raw[item[1]][0][item[0]]["dtype"]), item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, part in ordered:
+    parts, offsets, entries = dict(shard), {}, []
+    for name, part in shard:
         entry = raw[part][0][name]
-        nbytes = entry["data_offsets"][1] - entry["data_offsets"][0]
-        header[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "data_offsets": [position, position + nbytes]}
-        position += nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+        start, stop = entry["data_offsets"]
+        offsets[name] = raw[part][1] + start
+        entries.append((name, entry["dtype"], entry["shape"], stop - start))
     temporary = file.with_name(file.name + ".tmp")
     with temporary.open("wb") as target:
-        target.write(struct.pack("<Q", len(text)) + text)
-        for name, part in ordered:
-            start, stop = raw[part][0][name]["data_offsets"]
-            with part.open("rb") as source:
-                source.seek(raw[part][1] + start)
-                left = stop - start
-                while left:
-                    chunk = source.read(min(left, 1 << 24))
-                    target.write(chunk)
-                    left -= len(chunk)
-    _settle(temporary, file)
-
-
-def _width(dtype: str) -> int:
-    return {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}.get(dtype, 1)
+        for name, _, _, nbytes in write_header(target, entries):
+            copy_bytes(parts[name], offsets[name], nbytes, target)
+    settle(temporary, file)

@@ -211,20 +211,20 @@ def test_a_full_disk_keeps_what_is_finished(tiny: Path, text: Path, tmp_path: Pa
     import laconic.run as run_module
 
     writes = []
-    original = run_module.save_file
+    original = run_module.atomically
 
-    def full(tensors: Any, file: Path, metadata: Any = None) -> None:
+    def full(file: Path, tensors: Any, metadata: Any = None) -> None:
         writes.append(file)
         if len(writes) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(tensors, file, metadata=metadata)
+        original(file, tensors, metadata)
 
-    monkeypatch.setattr(run_module, "save_file", full)
+    monkeypatch.setattr(run_module, "atomically", full)
     out = tmp_path / "out"
     with pytest.raises(OutputError, match="the disk is full.*--resume"):
         run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False)
     assert len(list(out.glob(".laconic/part-*.safetensors"))) == 2
-    monkeypatch.setattr(run_module, "save_file", original)
+    monkeypatch.setattr(run_module, "atomically", original)
     run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False, resume=True)
     run(tiny, "RTN(bits=4, group=32)", tmp_path / "whole", data=str(text), evaluate=False)
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()

@@ -9,11 +9,11 @@ from typing import Any
 from laconic.compare import row_of, write_comparison
 from laconic.demo.corpus import HELD_OUT, held_out_text, training_text
 from laconic.errors import CheckpointError
+from laconic.files import write_json
 from laconic.machine import machine, versions
 from laconic.pipeline import Options, compress_directory
 from laconic.progress import Progress
 from laconic.report import Report
-from laconic.run import write_json
 from laconic.scheme import parse
 
 MODEL = Path(__file__).parent / "model"

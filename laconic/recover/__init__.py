@@ -1,7 +1,8 @@
 """Recovery of accuracy by training: L-C, fine-tuning with side information kept, and direct compression to compare with."""
 
 from laconic.recover.call import Recovery, recover, recover_task, usual_recovery
-from laconic.recover.finetune import Direct, FineTune, StopRecovery
+from laconic.recover.checkpoint import StopRecovery
+from laconic.recover.finetune import Direct, FineTune
 from laconic.recover.lc import LC
 from laconic.recover.parsing import parse_recovery
 from laconic.recover.prepare import advance, convert, prepare

@@ -20,6 +20,14 @@ def size_of(batch: Batch) -> int:
     return len(_inputs(batch)[0])
 
 
+def length_of(data: Iterable[Batch]) -> int | None:
+    """How many batches there are in a pass, None if the data does not say (a loader of a stream has `__len__`, which raises)."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError, AttributeError):
+        return None
+
+
 def digests(data: Iterable[Batch]) -> Iterator[bytes]:
     """A hash of every example's inputs, batch after batch; labels do not count."""
     for batch in data:

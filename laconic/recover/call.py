@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from laconic.memory import half_types
 from laconic.methods.free import methods_of
 from laconic.progress import Log, Progress
 from laconic.recover import lc
-from laconic.recover.batches import private_randomness, stream
-from laconic.recover.checkpoint import Checkpoints
+from laconic.recover.batches import length_of, private_randomness, stream
+from laconic.recover.checkpoint import Checkpoints, Listener, StopRecovery
 from laconic.recover.compressed import Bench, Best
-from laconic.recover.finetune import Direct, FineTune, Listener, StopRecovery, run_direct, run_finetune
+from laconic.recover.finetune import Direct, FineTune, run_direct, run_finetune
 from laconic.recover.projection import Projection, project_onto, reads_data
 from laconic.recover.recipes import dkm
 from laconic.recover.task import OutputLoss, OutputScore, Task
@@ -106,7 +106,8 @@ def recover_task(
     types = half_types(original) if types is None else types
     bench = Bench(model, projection, task, how.norm_batches, seed, teacher, types)
     mark = _mark(bench) if folder is not None else ""
-    passes = f", {len(task.train)} minibatches a pass" if isinstance(task.train, Sized) else ""  # what was asked of the data, as far as it shows
+    length = length_of(task.train)
+    passes = f", {length} minibatches a pass" if length is not None else ""  # what was asked of the data, as far as it shows
     fingerprint = f"{projection.scheme} by {how!r}, seed {seed}{passes}{mark}"
     checkpoints = Checkpoints(Path(folder) if folder is not None else None, fingerprint, resume, strict, began)
     checkpoints.claim()

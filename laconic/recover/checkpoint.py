@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from laconic.errors import CheckpointError, OutputError
+from laconic.files import atomically, disk_errors
 from laconic.progress import logger
 from laconic.recover.compressed import Bench, Best, Snapshot
 from laconic.recover.task import Judgement
 from laconic.recover.train import Trainer, optimizer_tensors, restore_optimizer
-from laconic.run import atomically, disk_errors
 from laconic.sites import Slot
 from laconic.tensors import checksum_of
 from laconic.weights import Weight, unpack
@@ -24,6 +25,13 @@ from laconic.weights.base import nested, pack, prefixed
 
 STATE = "recovery.safetensors"
 _TOLD = {"fingerprint", "crc", "done", "taken", "skipped", "faults", "best", "specs", "curve", "notes", "seconds"}
+
+Listener = Callable[[dict[str, Any]], None]
+"""Is told every point of the learning curve; raising StopRecovery from it ends the recovery with the best found so far."""
+
+
+class StopRecovery(Exception):  # noqa: N818 - a message to the loop, not an error
+    """Raised by a listener: what was found is enough, or cannot become enough."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class Checkpoints:
             try:
                 self._told = self._read()
                 if self._told is not None and not self.strict:
-                    self._tensors(self._told)
+                    self._weights(self._told, self._tensors(self._told))
             except (CheckpointError, OutputError) as error:
                 if self.strict:
                     raise
@@ -112,6 +120,15 @@ class Checkpoints:
             raise CheckpointError(f"{self._file}: damaged: its tensors are not those that were written")
         return tensors
 
+    def _weights(self, told: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, list[Weight]]:
+        """The weights at the time, and those of the best model. Raises: CheckpointError for what this version does not know."""
+        try:
+            return {
+                which: [unpack(spec, nested(tensors, f"{which}-{i}")) for i, spec in enumerate(told["specs"][which])] for which in ("now", "best")
+            }
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{self._file}: damaged, or of another version: {error}") from error
+
     def write(
         self, bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dict[Slot, Tensor], best: Snapshot, done: int,
         relaxed: Mapping[str, Tensor] | None = None,
@@ -140,7 +157,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             atomically(self.folder / STATE, flat, {"state": json.dumps(told)})
 
-    def resume(self, bench: Bench, trainer: Trainer, lam: dict[Slot, Tensor], best: Best, listen: Callable[[dict[str, Any]], None]) -> Resumed:
+    def resume(self, bench: Bench, trainer: Trainer, lam: dict[Slot, Tensor], best: Best, listen: Listener) -> Resumed:
         """Bring everything to where the last checkpoint left it, and tell the listener what it was told then. Raises: as `claim` does."""
         told = self.claim()
         if told is None:
@@ -158,15 +175,17 @@ class Checkpoints:
             notes.extend(note for note in told["notes"] if note not in notes)
             restore_optimizer(trainer.optimizer, nested(tensors, "optimizer"))
             trainer.taken, trainer.skipped, trainer.faults = told["taken"], told["skipped"], told["faults"]
-            found = {which: _unpacked(bench, told["specs"][which], tensors, which) for which in ("now", "best")}
+            found = {which: _placed(bench, weights) for which, weights in self._weights(told, tensors).items()}
             loss, score, examples, minibatches = told["best"]
             best.offer(Snapshot(found["best"], nested(tensors, "best"), Judgement(loss, score, examples), minibatches))
             resumed = Resumed(told["done"], found["now"], nested(tensors, "relaxed"))
         except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
             raise CheckpointError(f"{self._file}: damaged, or of another version: {error}") from error
         self.curve, self._before = told["curve"], told["seconds"]
-        for point in self.curve:
-            listen(point)
+        for point in self.curve[:-1]:
+            with suppress(StopRecovery):  # what more was trained is there
+                listen(point)
+        listen(self.curve[-1])
         return resumed
 
     def done(self) -> None:
@@ -176,6 +195,6 @@ class Checkpoints:
             self._file.unlink()
 
 
-def _unpacked(bench: Bench, specs: list[dict[str, Any]], tensors: dict[str, Tensor], which: str) -> dict[Slot, Weight]:
-    sites = enumerate(bench.parameters.items())
-    return {slot: unpack(specs[i], nested(tensors, f"{which}-{i}")).to(parameter.device) for i, (slot, parameter) in sites}
+def _placed(bench: Bench, weights: list[Weight]) -> dict[Slot, Weight]:
+    """Weights at their sites, on the device of these."""
+    return {slot: weight.to(parameter.device) for (slot, parameter), weight in zip(bench.parameters.items(), weights, strict=True)}

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from laconic.errors import OutputError, VerificationError
+from laconic.files import disk_errors, write_json
 from laconic.load import fetch
 from laconic.machine import machine, versions
 from laconic.memory import half_types, load_into, plain_bytes, save
@@ -17,7 +18,7 @@ from laconic.recover.checkpoint import STATE
 from laconic.recover.own_text import is_own_text
 from laconic.recover.task import Task
 from laconic.recover.text import complete_directory
-from laconic.run import companions, disk_errors, earlier_files, finite, write_json
+from laconic.run import companions, earlier_files, finite
 from laconic.scheme import Scheme, resolve
 from laconic.sites import find_slots
 from laconic.store import MANIFEST, read_manifest
@@ -44,7 +45,7 @@ def recover_directory(
     reference = task.judge(model, task.validation)
     copied = [file.name for file in companions(fetch(source))] if source is not None else []
     with disk_errors(out):
-        if overwrite:
+        if overwrite and not (resume and (out / STATE).is_file()):  # of this very run, most likely; another's is refused
             _clear(out)
         unseen = replace(task, test=None)
         compressed, found = recover_task(model, scheme, how, unseen, folder=out, resume=resume, seed=seed, progress=progress, keep=True, types=types)

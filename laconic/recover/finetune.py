@@ -1,25 +1,19 @@
 """Direct compression, and training of w through what compression makes of it: masks, scales and tables kept, or clusters that move along."""
 
 import copy
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from laconic.blocks import Batch
 from laconic.errors import SchemeError
-from laconic.recover.checkpoint import Checkpoints
+from laconic.recover.batches import length_of
+from laconic.recover.checkpoint import Checkpoints, Listener
 from laconic.recover.compressed import Bench, Best, Snapshot
 from laconic.recover.relaxed import Trained
 from laconic.recover.train import Steps, Trainer
 from laconic.sites import Slot
 from laconic.weights import Weight
-
-Listener = Callable[[dict[str, Any]], None]
-"""Is told every point of the learning curve; raising StopRecovery from it ends the recovery with the best found so far."""
-
-
-class StopRecovery(Exception):  # noqa: N818 - a message to the loop, not an error
-    """Raised by a listener: what was found is enough, or cannot become enough."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +70,10 @@ class FineTune:
         """The same with `epochs` counted in minibatches of this data. Raises: SchemeError for data of unknown length."""
         if self.epochs is None:
             return self
-        if not isinstance(train, Sized):
+        length = length_of(train)
+        if length is None:
             raise SchemeError(f"FineTune: epochs need training data that has a length, got a {type(train).__name__}; give minibatches instead")
-        return replace(self, epochs=None, minibatches=max(1, self.epochs * len(train) // self.learn.accumulate))
+        return replace(self, epochs=None, minibatches=max(1, self.epochs * length // self.learn.accumulate))
 
 
 def check_counts(how: object, least: int, **numbers: object) -> None:

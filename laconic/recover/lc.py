@@ -9,9 +9,9 @@ from torch import Tensor
 
 from laconic.blocks import Batch
 from laconic.errors import SchemeError
-from laconic.recover.checkpoint import Checkpoints, Resumed
+from laconic.recover.checkpoint import Checkpoints, Listener, Resumed
 from laconic.recover.compressed import Bench, Best
-from laconic.recover.finetune import FineTune, Listener, check_counts, clones, point, tell_faults, tune
+from laconic.recover.finetune import FineTune, check_counts, clones, point, tell_faults, tune
 from laconic.recover.relaxed import Trained
 from laconic.recover.train import Steps, Trainer
 from laconic.sites import Slot

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,17 +14,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from laconic.data import Windows, sampled_batches
+from laconic.files import atomically, disk_errors
 from laconic.progress import Progress, logger
-from laconic.run import atomically, disk_errors
 from laconic.tensors import checksum_of
 
-_PREFIX = "own_text-"
 _EVERY = 60.0  # seconds of writing that a kill may cost
 
 
 def is_own_text(file: Path) -> bool:
     """Whether `own_text` wrote a file, perhaps not to its end."""
-    return file.name.startswith(_PREFIX)
+    return re.fullmatch(r"own_text-[0-9a-f]{12}\.safetensors(\.\d+\.tmp)?", file.name) is not None and not file.is_dir()
 
 
 def own_text(model: Any, counts: Sequence[int], length: int, seed: int, folder: Path | None, progress: Progress) -> list[Windows]:
@@ -56,7 +56,7 @@ def own_text(model: Any, counts: Sequence[int], length: int, seed: int, folder: 
 
 def _file(folder: Path, model: Any, numbers: list[int]) -> Path:
     about = json.dumps([checksum_of(model.state_dict()), *numbers])
-    return folder / f"{_PREFIX}{hashlib.sha256(about.encode()).hexdigest()[:12]}.safetensors"
+    return folder / f"own_text-{hashlib.sha256(about.encode()).hexdigest()[:12]}.safetensors"
 
 
 def _write(file: Path, parts: Sequence[Tensor], state: Tensor) -> None:

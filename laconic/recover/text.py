@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from laconic.data import calibration_windows, evaluation_windows, read_text, split_text
 from laconic.errors import CheckpointError, DataError
 from laconic.evaluate import is_language_model
+from laconic.files import write_json
 from laconic.load import fetch, load_tokenizer
 from laconic.progress import Log, Progress
 from laconic.recover.own_text import own_text
 from laconic.recover.task import Task
-from laconic.run import companions, write_json
+from laconic.run import companions
 from laconic.store import MANIFEST, SCHEMA
 
 _LONG = 32  # characters per token wanted: from here on windows are looked for in a text, below it is tokenised whole
@@ -101,10 +102,10 @@ def _own_task(
     if train_tokens < batch * length:
         raise DataError(f"self: {train_tokens} tokens of training do not fill a minibatch of {batch} windows of {length}")
     counts = [train_tokens // length] + [max(1, check_tokens // length)] * (1 if test is not None else 2)
+    told = [] if test is None else [evaluation_windows(read_text(test), tokenizer, length, check_tokens, str(test))]
     own, *held = own_text(model, counts, length, seed, out, progress)
-    if test is not None:
-        held.append(evaluation_windows(read_text(test), tokenizer, length, check_tokens, str(test)))
-    return Task(Shuffled(own.tokens, batch), held[0].batches(2 * batch), held[1].batches(2 * batch))
+    validation, tested = [*held, *told]
+    return Task(Shuffled(own.tokens, batch), validation.batches(2 * batch), tested.batches(2 * batch))
 
 
 def _training(text: str, tokenizer: Any, samples: int, length: int, seed: int, source: str) -> Tensor:

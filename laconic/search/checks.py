@@ -59,16 +59,18 @@ def check_first(
     model: nn.Module, scheme: Scheme, goals: Sequence[Goal], keep: Floor, how: LC | FineTune | Direct, out: Path, options: "SearchOptions"
 ) -> dict[str, Free]:  # fmt: skip
     """What costs nothing to check, before anything that takes time; returns the scheme's variables. Raises: SearchError, SchemeError, OutputError."""
+    from laconic.search.samplers import Settings, chosen_sampler
+    from laconic.search.storage import check_new
+
     free = variables(scheme, find_slots(model))
     check_arguments(goals, keep, how)
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: expected a directory, found a file")
     if options.overwrite:
         earlier_search(out)
-    elif not options.resume and options.storage is None and (out / STUDY).is_file():
-        from laconic.search.storage import check_new
-
-        check_new(out / STUDY, options.name)
+    elif not options.resume:
+        check_new(options.storage or out / STUDY, options.name)
+    chosen_sampler(free, len(goals), Settings(options.sampler, options.trials))  # type: ignore[arg-type]
     return free
 
 

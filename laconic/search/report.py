@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from laconic.files import write_json, write_text
 from laconic.report import fill_page, human_bytes
-from laconic.run import write_json, write_text
 from laconic.search import pictures, profiles
 from laconic.search.pictures import Values, goals_of, is_measured, is_number, objectives_of
 

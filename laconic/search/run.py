@@ -14,6 +14,7 @@ from torch import nn
 
 from laconic.blocks import Batch
 from laconic.errors import SearchError
+from laconic.files import disk_errors
 from laconic.goals import Floor, within
 from laconic.memory import half_types
 from laconic.methods.base import Keep
@@ -22,7 +23,7 @@ from laconic.passes import allocations, needs_of
 from laconic.progress import Log, Progress
 from laconic.recover import LC, Task
 from laconic.recover.call import How, first_batches
-from laconic.run import disk_errors, finite
+from laconic.run import finite
 from laconic.scheme import Scheme, describe, parse, resolve
 from laconic.search.checks import STUDY, check_first, check_folder, clear_folder, original_score, remarks, some_value
 from laconic.search.neighbours import Neighbour, nearest
@@ -165,12 +166,11 @@ def _study(
     """The study and what its first worker found of the original. Only here does the search begin to write."""
     from laconic.search import study as studies
     from laconic.search.drucb import Rule
-    from laconic.search.samplers import Settings, chosen_sampler
+    from laconic.search.samplers import Settings
 
     level = keep.floor(reference)
     doubt = _DOUBT * (reference - level) if options.warm_share is not None and isinstance(how, LC) else 0.0
     settings = Settings(sampler=options.sampler, trials=options.trials, seed=options.seed, rule=Rule(margin=doubt))  # type: ignore[arg-type]
-    chosen_sampler(free, len(goals), settings)  # before anything is removed
     with disk_errors(out):
         if options.overwrite:
             clear_folder(out)
@@ -214,16 +214,17 @@ def _run_trials(study: "Search", trials: Trials, options: SearchOptions, began: 
         asked = None if short else studies.ask(study, until=deadline)
         if asked is None:
             return [] if studies.finished(study) else [_out_of_time(study, options)]
-        with studies.running(study, asked, partial(trials.settle, asked.number)):
+        with studies.running(study, asked, partial(trials.settle, asked.number, *asked.attempts)):
             finished = [t for t in studies.trials(study) if "score" in t.user_attrs]
             neighbour = nearest(asked.values, _neighbours(finished, trials)) if options.warm_share is not None else None
             record = trials.run(asked.number, asked.values, neighbour, _complete_curves(finished), deadline, progress, asked.attempts)
+            studies.check_numbers(study, asked, record["score"], record["objectives"])
         score, objectives, late = record.pop("score"), record.pop("objectives"), record.pop("late")
         if late:
             studies.give_back(study, asked, "the search's time was up before it kept the floor")
         else:
             studies.tell(study, asked, score, objectives, **record)
-            trials.settle(asked.number)
+            trials.settle(asked.number, *asked.attempts)
         lasted.append(record["seconds"])
         progress.say(_line(asked, record, score, objectives, trials, late))
 

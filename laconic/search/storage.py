@@ -64,9 +64,11 @@ def exists_already(place: str, name: str) -> SearchError:
     return SearchError(f"{place}: a study {name!r} exists already; resume it, overwrite it, or give another name")
 
 
-def check_new(file: Path, name: str) -> None:
-    """Raises: SearchError when a study of that name is in an SQLite file."""
-    url, place = address(file)
+def check_new(storage: str | Path, name: str) -> None:
+    """Raises: SearchError when a study of that name is in a storage, which is not made here if it is a file."""
+    if "://" not in str(storage) and not Path(storage).expanduser().is_file():
+        return
+    url, place = address(storage)
     with answering(place), quiet():
         if name in optuna.get_all_study_names(connect(url, place, 60, lambda study, trial: None)):
             raise exists_already(place, name)

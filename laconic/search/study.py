@@ -179,11 +179,11 @@ def tell(search: Search, asked: Asked, score: float, objectives: Sequence[float]
     if facts is None:
         raise SearchError("a result needs a floor to be judged by: call set_reference first")
     score, objectives = float(score), [float(value) for value in objectives]
-    for name, value in zip(("score", *search.objectives), (score, *objectives), strict=True):
-        if math.isnan(value) or (name != "score" and math.isinf(value)):
-            reason = f"{'the score' if name == 'score' else f'the objective {name!r}'} is {value} at {asked.values}; expected a finite number"
-            fail(search, asked, reason)
-            raise SearchError(reason)
+    try:
+        check_numbers(search, asked, score, objectives)
+    except SearchError as error:
+        fail(search, asked, str(error))
+        raise
     attributes = {**attributes, "score": score}
     excess = facts["level"] - score
     with answering(search.place), quiet():
@@ -194,6 +194,14 @@ def tell(search: Search, asked: Asked, score: float, objectives: Sequence[float]
             asked.trial.set_user_attr(key, value)
         asked.trial.set_constraint("score", excess)
         search.study.tell(asked.trial, objectives)
+
+
+def check_numbers(search: Search, asked: Asked, score: float, objectives: Sequence[float]) -> None:
+    """Raises: SearchError naming the objective (or the score) that is not a number."""
+    for name, value in zip(("score", *search.objectives), (score, *objectives), strict=True):
+        if math.isnan(value) or (name != "score" and math.isinf(value)):
+            what = "the score" if name == "score" else f"the objective {name!r}"
+            raise SearchError(f"{what} is {value} at {asked.values}; expected a finite number")
 
 
 def fail(search: Search, asked: Asked, reason: str) -> None:

@@ -5,6 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from laconic.blocks import Batch
 from laconic.errors import RecoveryError, SearchError
+from laconic.files import atomically, disk_errors
 from laconic.goals import Maximize, Minimize
 from laconic.memory import load_into, save
 from laconic.methods.free import fix
@@ -24,7 +26,6 @@ from laconic.recover import LC, Direct, Recovery, StopRecovery, Task, recover_ta
 from laconic.recover.call import How
 from laconic.recover.checkpoint import STATE as UNFINISHED
 from laconic.recover.projection import Projection
-from laconic.run import atomically, disk_errors
 from laconic.scheme import Scheme
 from laconic.search.neighbours import Neighbour, hopeless, nearest
 from laconic.search.remains import after_cut, encode_remains
@@ -138,14 +139,16 @@ class Trials:
         place = self.place(number)
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        left = (self.place(earlier) / UNFINISHED for earlier in interrupted)
-        if (state := next((file for file in left if file.is_file()), None)) is not None:
-            state.replace(place / UNFINISHED)
+        for earlier in interrupted:
+            with suppress(FileNotFoundError):  # it left none, or its worker was only slow and has just finished
+                (self.place(earlier) / UNFINISHED).replace(place / UNFINISHED)
+                break
         return place
 
-    def settle(self, number: int) -> None:
-        """Remove what a trial could have been resumed from, once its result is stored, or it has failed."""
-        (self.place(number) / UNFINISHED).unlink(missing_ok=True)
+    def settle(self, *numbers: int) -> None:
+        """Remove what a trial, in all of its attempts, could have been resumed from, once its result is stored or it has failed."""
+        for number in numbers:
+            (self.place(number) / UNFINISHED).unlink(missing_ok=True)
 
     def direct(self, scheme: Scheme) -> tuple[nn.Module, Recovery]:
         """Direct compression under a fixed scheme, with batch norms treated as the recovery treats them."""

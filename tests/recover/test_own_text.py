@@ -116,6 +116,14 @@ def test_texts_of_other_runs_are_left_alone(model: Any, calls: list[int], tmp_pa
     assert len(kept(tmp_path)) == 5
 
 
+def test_what_others_wrote_is_not_taken_for_it(tmp_path: Path) -> None:
+    for name in ("own_text-notes.md", "own_text-0123456789ab.safetensors.bak", "own_text.safetensors"):
+        assert not is_own_text(tmp_path / name)
+    (tmp_path / "own_text-0123456789ab.safetensors").mkdir()
+    assert not is_own_text(tmp_path / "own_text-0123456789ab.safetensors")
+    assert is_own_text(tmp_path / "own_text-123456789abc.safetensors.77.tmp")
+
+
 def test_two_workers_do_not_take_each_others_temporary_file(model: Any, tmp_path: Path, monkeypatch: Any) -> None:
     names = []
     replace = Path.replace
@@ -160,6 +168,8 @@ def test_search_does_not_write_it_twice(tiny: Path, tmp_path: Path, monkeypatch:
             (8, []),
             (8, ["--seed", 7]),
             (8, ["--resume", "--scheme", "RTN(4, 32)"]),
+            (4, ["--resume", "--test", "/nowhere/test.txt"]),
+            (8, ["--storage", tmp_path / "s" / "study.db"]),
             (2, ["--overwrite", "--scheme", "RTN(4, Free(choices=(5,)))"]),
         ):
             refused = laconic(*search, *wrong, "--out", tmp_path / "s")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import laconic as lc
-from laconic.errors import CheckpointError, OutputError
+from laconic.errors import CheckpointError, OutputError, SchemeError
 from laconic.memory import save
 from laconic.progress import Log
 from laconic.recover import LC, Direct, FineTune, Recovery, Steps, StopRecovery, Task, deliver, recover_task
@@ -236,6 +237,22 @@ def test_another_amount_of_data_is_another_run(unfinished: Path) -> None:
         )
 
 
+class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = vectors(64, 1)
+        return iter(zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("how", [LC(2, 3, mu=0.1), FineTune(4), Direct()])
+def test_data_of_unknown_length(how: Any, tmp_path: Path) -> None:
+    """A loader of a stream has a `__len__`, which raises."""
+    problem = replace(task(), train=DataLoader(Stream(), 16))
+    _, found = recover_task(mlp(), "Magnitude(0.5)", how, problem, folder=tmp_path)
+    assert found.minibatches == how.total
+    with pytest.raises(SchemeError, match="data that has a length, got a DataLoader"):
+        recover_task(mlp(), "Magnitude(0.5)", FineTune(epochs=1), problem)
+
+
 def test_functions_of_one_name_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         recover_task(mlp(), larger, LC(2, 2), task(), folder=tmp_path, listen=killed_after(1))
@@ -262,6 +279,22 @@ def test_a_damaged_state(damage: str, unfinished: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{STATE}: damaged"):
         recover_task(mlp(), "Magnitude(0.5)", LC(3, 4, mu=0.1), task(), folder=unfinished, resume=True)
+
+
+def test_a_listener_decides_by_the_last_point_that_was_stored(tmp_path: Path) -> None:
+    """Not by an earlier one: what was trained beyond it is there."""
+
+    def stop_early(point: dict[str, Any]) -> None:
+        if point["minibatches"] == 4:
+            raise StopRecovery
+
+    how = LC(3, 4, mu=0.1)
+    _, whole = recover_task(mlp(), "Magnitude(0.5)", how, task())
+    with pytest.raises(Killed):
+        recover_task(mlp(), "Magnitude(0.5)", how, task(), folder=tmp_path, listen=killed_after(2))
+    _, found = recover_task(mlp(), "Magnitude(0.5)", how, task(), folder=tmp_path, resume=True, listen=stop_early)
+    assert not found.stopped
+    assert found.curve == whole.curve
 
 
 def test_resuming_needs_a_folder_and_may_find_nothing(tmp_path: Path) -> None:

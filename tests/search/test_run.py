@@ -25,11 +25,11 @@ pytest.importorskip("sklearn")
 
 import laconic as lc
 from laconic.errors import OutputError, SearchError
+from laconic.files import atomically
 from laconic.objectives import Candidate, flops, stored_bytes
 from laconic.recover import LC, Direct, FineTune, recover_task
 from laconic.recover.checkpoint import STATE as UNFINISHED
 from laconic.recover.train import Trainer
-from laconic.run import atomically
 from laconic.search import Found
 from laconic.search.trial import Trials
 from laconic.store import read_manifest
@@ -305,6 +305,8 @@ def test_a_full_disk_puts_the_trial_back(problem: Problem, tmp_path: Path, steps
     assert (tmp_path / "s" / "trials" / "000" / UNFINISHED).is_file()
     run(problem, tmp_path / "s", trials=1, resume=True)
     assert len(steps_taken) == HOW.total + 4
+    with pytest.raises(SearchError, match="the score is nan"):
+        run(problem, tmp_path / "s", trials=2, resume=True, score=lambda output, batch: output[:, 0] * (torch.nan if len(steps_taken) > 24 else 1))
     with monkeypatch.context() as patched:
         patched.setattr(Trials, "stored_form", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

@@ -1,0 +1,105 @@
+"""Files that are there whole or not at all: text, JSON and safetensors under a temporary name, renamed when they are on the disk."""
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laconic.errors import OutputError
+
+_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+}  # fmt: skip
+_WIDTHS = {name: dtype.itemsize for dtype, name in _TYPES.items()}
+_CHUNK = 1 << 24  # bytes copied at a time
+
+Entry = tuple[str, str, list[int], int]
+"""Of a tensor: its name, its type as safetensors names it, its shape, its bytes."""
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turns a full disk into an OutputError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, OutputError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OutputError(f"{out}: the disk is full ({error}); finished parts are kept: free some space and run again with --resume") from error
+
+
+def write_json(file: Path, value: Any, indent: int | None = None) -> None:
+    """Write a JSON file under a temporary name and rename it."""
+    write_text(file, json.dumps(value, indent=indent, separators=(",", ":") if indent is None else None) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    settle(temporary, file)
+
+
+def atomically(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, suffix: str = ".tmp") -> None:
+    """Write a safetensors file under a temporary name, the file's with a suffix, and rename it."""
+    temporary = file.with_name(file.name + suffix)
+    write_tensors(temporary, tensors, metadata)
+    settle(temporary, file)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, a tensor at a time, as any file is written.
+
+    The safetensors library writes under a name of its own choosing, which a kill leaves behind, readable by its owner only, and tells a full
+    disk as an error of its own.
+    """
+    given = {name: (name, _TYPES[t.dtype], list(t.shape), t.nbytes) for name, t in tensors.items()}
+    with file.open("wb") as target:
+        for name, *_ in write_header(target, given.values(), metadata):
+            flat = tensors[name].detach().cpu().reshape(-1)
+            if flat.stride() != (1,):  # of a single number it can be anything, and then it has no bytes to look at
+                flat = flat.clone(memory_format=torch.contiguous_format)
+            target.write(flat.view(torch.uint8).numpy().data)
+
+
+def write_header(target: Any, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> list[Entry]:
+    """Write a safetensors header to an open file; returns the tensors in the order in which their bytes have to follow.
+
+    The widest types first, so that every tensor is aligned to its own width, as the format advises.
+    """
+    ordered = sorted(entries, key=lambda entry: (-_WIDTHS.get(entry[1], 1), entry[0]))
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    position = 0
+    for name, dtype, shape, nbytes in ordered:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    target.write(struct.pack("<Q", len(text)) + text)
+    return ordered
+
+
+def copy_bytes(source: Path, start: int, count: int, target: Any) -> None:
+    """Copy a part of a file to an open one, a few MB in memory."""
+    with source.open("rb") as stream:
+        stream.seek(start)
+        while count:
+            chunk = stream.read(min(count, _CHUNK))
+            target.write(chunk)
+            count -= len(chunk)
+
+
+def settle(temporary: Path, file: Path) -> None:
+    """Give a file its name, once its bytes are on the disk."""
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(file)
