@@ -137,21 +137,21 @@ def test_the_same_seed_gives_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
 KILLED = """
 import sys, os, signal
 from pathlib import Path
-from laconic import run as run_module
+from laconic import files, run as run_module
 from laconic.pipeline import Options, compress_directory
 from laconic.scheme import parse
 import torch
 torch.set_num_threads(1)
 out, source, text, at = sys.argv[1:5]
 count = 0
-settle = run_module._settle
+settle = files.settle
 def dying(temporary, file):
     global count
     count += 1
     if count == int(at):
         os.kill(os.getpid(), signal.SIGKILL)
     settle(temporary, file)
-run_module._settle = dying
+files.settle = run_module.settle = dying
 from laconic.calibrate import Shelf
 put = Shelf.put
 def shelved(self, key, tensors):
