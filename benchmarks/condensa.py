@@ -5,6 +5,7 @@ ratio of real files, multiply-accumulates, and throughput measured side by side 
 its folder in `benchmarks/work/`; one that was interrupted goes on. `--paper` takes the paper's numbers of iterations (for a GPU).
 """
 
+import copy
 import json
 import shutil
 import time
@@ -108,7 +109,8 @@ def run(row: Row, args: Namespace) -> dict[str, Any]:
         model, task = problem(row, args)
         options = SearchOptions(trials=args.trials, minutes=args.minutes, resume=True, seed=args.seed)
         found = search_task(model, row.scheme, task, (row.goal,), lc.within(row.margin), recovery(row, args.paper), out, options, Said())
-        timed = side_by_side({"reference": model, "compressed": baked(found.model)}, task.sample(), repeats=20)
+        original = copy.deepcopy(model).float()  # both compute in float32
+        timed = side_by_side({"reference": original, "compressed": baked(found.model)}, task.sample(), repeats=20)
         figures = row_of(row, found.result, timed)
         (out / "row.json").write_text(json.dumps(figures))
         (RESULTS / f"condensa-{row.name.replace(' ', '')}.svg").write_text(profile_picture(found.result))
