@@ -17,6 +17,7 @@ import laconic as lc
 from laconic.data import sample_windows
 from laconic.progress import Log
 from laconic.recover import own_text as module
+from laconic.recover.checkpoint import STATE
 from laconic.recover.own_text import is_own_text, own_text
 from laconic.recover.text import text_task
 from laconic.recover.train import Trainer
@@ -142,12 +143,13 @@ def test_recover_does_not_write_it_twice(resume: list[str], tiny: Path, tmp_path
         stopped = laconic(*recover)
     assert stopped.exit_code == 130, stopped.stderr
     assert len(kept(out)) == 1
-    (out / f"{kept(out)[0].name}.123.tmp").write_bytes(b"")  # of a run that was killed while it wrote
+    (out / f"{kept(out)[0].name}.123.tmp").write_bytes(b"")  # of runs that were killed while they wrote
+    (out / f"{STATE}.tmp").write_bytes(b"")
     with monkeypatch.context() as patched:
         patched.setattr(module, "sampled_batches", _nothing)
         done = laconic(*recover, *resume)
     assert done.exit_code == 0, done.stderr
-    assert not kept(out)
+    assert not [file for file in out.iterdir() if is_own_text(file) or file.name.startswith(STATE)]
     assert json.loads((out / "recovery.json").read_text())["stored_bytes"] == stored_bytes(out)
 
 
