@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from laconic.errors import OutputError
+from laconic.tensors import bytes_of
 
 _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
@@ -65,10 +66,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     given = {name: (name, _TYPES[t.dtype], list(t.shape), t.nbytes) for name, t in tensors.items()}
     with file.open("wb") as target:
         for name, *_ in write_header(target, given.values(), metadata):
-            flat = tensors[name].detach().cpu().reshape(-1)
-            if flat.stride() != (1,):  # of a single number it can be anything, and then it has no bytes to look at
-                flat = flat.clone(memory_format=torch.contiguous_format)
-            target.write(flat.view(torch.uint8).numpy().data)
+            target.write(bytes_of(tensors[name]))
 
 
 def write_header(target: Any, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) -> list[Entry]:

@@ -24,7 +24,7 @@ from laconic.calibrate import (
     walk_whole,
 )  # fmt: skip
 from laconic.errors import SchemeError, VerificationError
-from laconic.files import atomically, disk_errors
+from laconic.files import disk_errors, write_tensors
 from laconic.load import Checkpoint, CompressedCheckpoint
 from laconic.methods.allocation import Allocation
 from laconic.methods.base import Keep, Method
@@ -134,7 +134,7 @@ class Extras:
             self._kept[site.name] = values
         else:
             with disk_errors(self.folder):
-                atomically(self._file(site.name), values)
+                write_tensors(self._file(site.name), values)
 
     def given(self, site: Site) -> Site:
         """The site with what was kept for it."""

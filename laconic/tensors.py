@@ -122,5 +122,13 @@ def checksum_of(tensors: Mapping[str, Tensor]) -> int:
     for name in sorted(tensors):
         crc = zlib.crc32(name.encode(), crc)
         if tensors[name].numel():
-            crc = zlib.crc32(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data, crc)
+            crc = zlib.crc32(bytes_of(tensors[name]), crc)
     return crc
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row by row, as files hold them; copied only where they do not lie so."""
+    flat = tensor.detach().cpu().reshape(-1)
+    if flat.stride() != (1,):  # of a single number it can be anything, and then it has no bytes to look at
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data

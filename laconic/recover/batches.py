@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from laconic.blocks import Batch
 from laconic.errors import DataError
+from laconic.tensors import bytes_of
 
 
 def size_of(batch: Batch) -> int:
@@ -36,7 +37,7 @@ def digests(data: Iterable[Batch]) -> Iterator[bytes]:
         for i in range(len(inputs[0])):
             digest = hashlib.blake2b(digest_size=16)
             for tensor in rows:
-                digest.update(tensor[i].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(bytes_of(tensor[i]))
             yield digest.digest()
 
 

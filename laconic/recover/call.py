@@ -25,6 +25,7 @@ from laconic.recover.recipes import dkm
 from laconic.recover.task import OutputLoss, OutputScore, Task
 from laconic.scheme import Scheme, parse
 from laconic.sites import find_slots
+from laconic.tensors import bytes_of
 
 How = lc.LC | FineTune | Direct
 _STATISTICS = 32  # minibatches of training data that statistics are gathered from
@@ -179,7 +180,7 @@ def _mark(bench: Bench) -> str:
     digest = hashlib.sha256(repr([(slot.name, bench.projection.chosen[slot]) for slot in bench.projection.slots]).encode())
     for name, tensor in sorted([*bench.rest().items(), *((slot.name, value) for slot, value in bench.values().items())], key=lambda item: item[0]):
         digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(tensor))
     return f", start {digest.hexdigest()[:12]}"
 
 

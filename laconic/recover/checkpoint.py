@@ -146,7 +146,7 @@ class Checkpoints:
             packed = [pack(these[slot]) for slot in bench.parameters]
             specs[which] = [spec for spec, _ in packed]
             parts |= {f"{which}-{i}": tensors for i, (_, tensors) in enumerate(packed)}
-        flat = {name: t.detach().cpu().contiguous().clone() for part, tensors in parts.items() for name, t in prefixed(part, tensors).items()}
+        flat = {name: t.detach().cpu() for part, tensors in parts.items() for name, t in prefixed(part, tensors).items()}
         told = {
             "fingerprint": self.fingerprint, "crc": checksum_of(flat), "done": done, "taken": trainer.taken, "skipped": trainer.skipped,
             "faults": trainer.faults,

@@ -120,7 +120,7 @@ class Trials:
         stored = self.stored_form(compressed, recovery.projection)
         with disk_errors(self.folder):
             self.store(stored, place / "model", values)
-            atomically(self.state(number), {name: t.detach().cpu().contiguous().clone() for name, t in recovery.state.items()})
+            atomically(self.state(number), recovery.state)
         delivered = self.reload(number, values)
         candidate = self.candidate(delivered, place / "model")
         score = -math.inf if diverged else self.task.judge(delivered, self.task.validation).score
