@@ -5,13 +5,16 @@ RUN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DEVSTAMP := $(VENV)/installed-dev
 
-.PHONY: demo test check setup clean
+.PHONY: demo test test-portable check setup clean
 
 demo: $(STAMP)  ## compress the embedded language model at 4, 3 and 2 bits with three schemes and compare them
 	$(RUN)/laconic demo --out laconic-demo
 
 test: $(DEVSTAMP) check  ## linters, types and all tests
 	$(RUN)/python -m pytest -n 2
+
+test-portable: $(DEVSTAMP)  ## the tests that compute, as other machines would run them: 2 threads, an instruction set without vector units
+	$(RUN)/python tools/portable.py
 
 check: $(DEVSTAMP)
 	$(RUN)/ruff check .

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from laconic.sites import Site
+from tests.processes import THREADS
 
-torch.set_num_threads(1)  # the tests run in parallel processes
+torch.set_num_threads(THREADS)
 
 TEXT = " ".join(
     f"The {a} {b} {c} the {d}." for a in ("old", "new", "red") for b in ("fox", "dog") for c in ("sees", "eats", "finds") for d in ("cat", "hen")
@@ -88,6 +89,15 @@ def make_site(rows: int = 48, columns: int = 64, seed: int = 0, groups: int = 1,
         peak=torch.stack(peaks), tokens=torch.full((groups,), 512), input=0,
         fisher=torch.rand(rows, columns, generator=generator), output=torch.rand(rows, generator=generator) + 0.1, channels=torch.arange(rows),
     )  # fmt: skip
+
+
+def rows_agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two ways to compute the same rounded matrix [out, in] agree but for ties.
+
+    Where sums are associated differently a value can come to lie on the other side of the middle between two levels, about once in a
+    million; the rest of its row follows from that. So at most one row in 16 may differ.
+    """
+    return int((found != expected).any(1).sum()) <= len(found) // 16
 
 
 def output_loss(site: Site, Q: torch.Tensor) -> float:

@@ -1,11 +1,15 @@
-"""Two processes that meet through a folder."""
+"""Processes of the tests: how many threads each computes with, and two that meet through a folder."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+THREADS = int(os.environ.get("LACONIC_TEST_THREADS", "1"))
+"""Of each process; one by default, since the tests themselves run in parallel. `make test-portable` asks for others."""
 
 
 def halves_of(work: Callable[[int, str], None], folder: Path) -> list[Any]:

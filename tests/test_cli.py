@@ -18,8 +18,9 @@ from laconic import errors
 from laconic.cli import app
 from laconic.scheme import known_methods
 from laconic.store import MANIFEST, stored_bytes
+from tests.processes import THREADS
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
 
 
 def laconic(*words: object) -> Result:

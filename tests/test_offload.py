@@ -17,6 +17,7 @@ from laconic.clustering import dkm_naive
 from laconic.errors import SchemeError
 from laconic.offload import Saved, offload_saved
 from laconic.offload.rows import Weight
+from tests.processes import THREADS
 
 MB = 1 << 20
 VIEWS = {"ViewBackward0", "TBackward0", "TransposeBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0",
@@ -397,7 +398,7 @@ def test_weights_without_entries_have_no_rows() -> None:
 
 
 def _learner(rank: int, file: str) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     try:
         w, c = clustered()

@@ -24,6 +24,7 @@ from laconic.pipeline import Options, compress_directory
 from laconic.scheme import parse
 from laconic.store import MANIFEST, Compressed
 from tests.conftest import tiny_config
+from tests.processes import THREADS
 
 SMALL = dict(samples=8, length=32, test_tokens=512)
 
@@ -140,8 +141,6 @@ from pathlib import Path
 from laconic import files, run as run_module
 from laconic.pipeline import Options, compress_directory
 from laconic.scheme import parse
-import torch
-torch.set_num_threads(1)
 out, source, text, at = sys.argv[1:5]
 count = 0
 settle = files.settle
@@ -171,7 +170,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(tiny: Path, text: Pat
 
     def child(out: Path, at: int) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", KILLED, str(out), str(tiny), str(text), str(at)]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)}, check=False)
 
     whole = child(tmp_path / "whole", 10**9)
     assert whole.returncode == 0, whole.stderr
@@ -192,7 +191,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(tiny: Path, text: Pat
 
 def test_a_killed_process_from_outside(tiny: Path, text: Path, tmp_path: Path) -> None:
     """The command line itself, killed by the clock wherever it happens to be, then run again with --resume."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
     base = [sys.executable, "-m", "laconic", "compress", str(tiny), "--scheme", "GPTQ(bits=3, group=32)", "--data", str(text), "--samples", "8"]
     base += ["--length", "32", "--test-tokens", "256", "--json"]
     subprocess.run([*base, "--out", str(tmp_path / "whole")], env=environment, check=True, capture_output=True)

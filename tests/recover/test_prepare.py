@@ -196,7 +196,7 @@ def test_compiled_it_computes_the_same(scheme: str) -> None:
     """Traced with gradients by `aot_eager`, which is what every backend starts from; generating code takes minutes on small machines."""
     if not torch._dynamo.is_dynamo_supported():
         pytest.skip("torch.compile does not work with this Python")
-    make = lambda: lc.prepare(seeded(lambda: nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))), scheme)  # noqa: E731
+    make = lambda: lc.prepare(seeded(lambda: nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)).double()), scheme)  # noqa: E731
     plain, model = make(), make()
     compiled = torch.compile(model, backend="aot_eager")
     optimizers = [torch.optim.SGD(m.parameters(), 0.5) for m in (plain, model)]
@@ -204,12 +204,13 @@ def test_compiled_it_computes_the_same(scheme: str) -> None:
         for m, run, optimizer in ((plain, plain, optimizers[0]), (model, compiled, optimizers[1])):
             lc.advance(m, step / 3)
             optimizer.zero_grad()
-            loss_of(run, *vectors(32, step)).backward()
+            x, y = vectors(32, step)
+            loss_of(run, x.double(), y).backward()
             optimizer.step()
     for name, tensor in plain.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
-    x = vectors(32, 9)[0]
-    torch.testing.assert_close(compiled.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-5)  # type: ignore[attr-defined]
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
+    x = vectors(32, 9)[0].double()
+    torch.testing.assert_close(compiled.eval()(x), plain.eval()(x), rtol=1e-6, atol=1e-7)  # type: ignore[attr-defined]
 
 
 def test_a_deep_copy_is_another_model() -> None:
@@ -324,7 +325,9 @@ def test_16_bit_master_weights_are_clustered_as_they_are(cast_first: bool) -> No
     x = torch.eye(64, dtype=torch.bfloat16)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     shown = model(x)
-    assert torch.equal(shown, expected.bfloat16().t())
+    wanted = expected.bfloat16().t()  # decoded in float32: once in a thousand values that is on the other side of a tie of bfloat16
+    assert float((shown != wanted).float().mean()) < 0.01
+    torch.testing.assert_close(shown, wanted, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
     assert torch.allclose(relaxation.centroids.double(), last, atol=1e-6)
     shown.float().square().sum().backward()
     optimizer.step()

@@ -26,6 +26,7 @@ from laconic.recover import LC, Direct, FineTune, Recovery, Steps, StopRecovery,
 from laconic.recover.checkpoint import STATE, Checkpoints
 from laconic.recover.deliver import recover_directory
 from laconic.recover.train import Trainer
+from tests.processes import THREADS
 from tests.recover.nets import conv, mlp, task, vectors
 
 LEARN = Steps(lr=0.05, lr_end=0.005)
@@ -167,7 +168,7 @@ def test_kill_9(tmp_path: Path) -> None:
     """A process that is killed while L-step 3's listener runs: its state is that after step 2."""
     scheme, how = CASES["sgd"]
     root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(THREADS)}
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, env=environment, cwd=root
     ) as process:  # fmt: skip

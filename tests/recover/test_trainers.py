@@ -80,6 +80,29 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_step_of_accelerate_is_a_step_by_hand(scheme: str) -> None:
+    """Two gradients of four examples, accumulated, are one of eight. One step, since the next one would round other values: from there on
+    a difference in the last bit may grow to a level of the grid."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    plain, own = lc.prepare(llama().train(), scheme), lc.prepare(llama().train(), scheme)
+    before = copy.deepcopy(own)
+    plain(input_ids=_TOKENS[:8], labels=_TOKENS[:8], use_cache=False).loss.backward()
+    torch.optim.SGD(plain.parameters(), 0.5).step()
+    model, optimizer = accelerator.prepare(own, torch.optim.SGD(own.parameters(), 0.5))
+    for tokens in _TOKENS[:8].split(4):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    for start, one, other in zip(before.parameters(), accelerator.unwrap_model(model).parameters(), plain.parameters(), strict=True):
+        step = other - start
+        assert step.any()
+        assert (one - other).norm() <= 1e-4 * step.norm()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_accelerate_trains_saves_and_resumes(scheme: str, tmp_path: Path) -> None:
     from accelerate import Accelerator
 
@@ -92,14 +115,6 @@ def test_accelerate_trains_saves_and_resumes(scheme: str, tmp_path: Path) -> Non
                 optimizer.step()
                 optimizer.zero_grad()
 
-    plain = lc.prepare(llama().train(), scheme)
-    by_hand = torch.optim.SGD(plain.parameters(), 0.5)
-    for _ in range(2):
-        for tokens in _TOKENS.split(8):
-            by_hand.zero_grad()
-            plain(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-            by_hand.step()
-
     own = lc.prepare(llama().train(), scheme)
     before = copy.deepcopy(own)
     model, optimizer, loader = accelerator.prepare(own, torch.optim.SGD(own.parameters(), 0.5), torch.utils.data.DataLoader(_TOKENS, 4))
@@ -109,8 +124,6 @@ def test_accelerate_trains_saves_and_resumes(scheme: str, tmp_path: Path) -> Non
     epoch(model, optimizer)
     finished = copy.deepcopy(accelerator.unwrap_model(model))
     assert not same(finished, before)
-    for one, other in zip(finished.parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(one, other, atol=1e-3)
     accelerator.load_state(str(tmp_path / "state"))
     assert same(accelerator.unwrap_model(model), half)
     epoch(model, optimizer)
