@@ -2,6 +2,7 @@
 
 import enum
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from laconic.roles import Role, head_modules, router_parameters
 from laconic.weights import View
 
 
@@ -41,14 +43,14 @@ MEASURED = INPUTS | GRADIENTS  # what a model has to be run for
 class Slot:
     """Where a compressible tensor lives. `users` are the (module path, parameter name) pairs that share it: more than one for a tie.
 
-    `groups` row groups have inputs of their own (grouped convolutions, packed experts). `role` is "embedding", "head" or "body".
+    `groups` row groups have inputs of their own (grouped convolutions, packed experts). `role` says what it is for (see `roles`).
     """
 
     name: str
     users: tuple[tuple[str, str], ...]
     view: View
     groups: int = 1
-    role: str = "body"
+    role: Role = "body"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,7 +97,7 @@ class Site:
     `mask` [out, in] says which entries an earlier method kept; `values_dtype` is the type pruning keeps values in (float32 when another method
     encodes them afterwards). `dims` is the parameter's own shape (four numbers for a 2-D convolution);
     empty where only the matrix is known. `channels` [out] int64: rows of any site with the same number are one channel of the network and
-    are cut together; -1 may not be cut. `role` is that of the slot: "embedding", "head" or "body".
+    are cut together; -1 may not be cut. `role` is that of the slot.
     """
 
     name: str
@@ -113,7 +115,7 @@ class Site:
     values_dtype: str = "bfloat16"
     dims: tuple[int, ...] = ()
     channels: Tensor | None = None
-    role: str = "body"
+    role: Role = "body"
     seed: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -149,24 +151,25 @@ def find_slots(model: nn.Module) -> list[Slot]:
     projections of MultiheadAttention, and packed experts: three-dimensional parameters held by any other module. A parametrized tensor is
     not a slot.
     """
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if callable(find_head) else None
+    heads, routers = head_modules(model), router_parameters(model)
     found: dict[int, Slot] = {}
     for path, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):
             continue
         for parameter, tensor in module.named_parameters(recurse=False):
+            user = (path, parameter)
             seen = _see(module, parameter, tensor)
+            if seen is None and user in routers and tensor.is_floating_point():
+                seen = View(tuple(tensor.shape)), 1
             if seen is None:
                 continue
             view, groups = seen
-            user = (path, parameter)
             if id(tensor) in found:
                 first = found[id(tensor)]
-                tied_role = "embedding" if isinstance(module, nn.Embedding) else first.role
+                tied_role: Role = "embedding" if isinstance(module, nn.Embedding) else first.role
                 found[id(tensor)] = replace(first, users=(*first.users, user), role=tied_role)
                 continue
-            role = "embedding" if isinstance(module, nn.Embedding) else "head" if module is head else "body"
+            role: Role = "embedding" if isinstance(module, nn.Embedding) else "head" if module in heads else "router" if user in routers else "body"
             found[id(tensor)] = Slot(site_name(path, parameter), (user,), view, groups, role)
     return list(found.values())
 
@@ -198,3 +201,31 @@ def _see(module: nn.Module, parameter: str, tensor: Tensor) -> tuple[View, int] 
         transposed = bool(getattr(module, "is_transposed", False))  # transformers marks experts that compute x W this way
         return View(shape, lead=2, transposed=transposed), shape[0]
     return None
+
+
+def uncompressed(model: nn.Module, slots: Sequence[Slot]) -> list[tuple[str, tuple[int, ...], int, str]]:
+    """What no method is offered: (name, shape, entries, reason in words) of every parameter of two dimensions or more that is no site.
+
+    Ties appear once. Cost: a walk over the modules.
+    """
+    sites = {user for slot in slots for user in slot.users}
+    taken = {id(getattr(model.get_submodule(path), name)) for path, name in sites}
+    found: list[tuple[str, tuple[int, ...], int, str]] = []
+    for path, module in model.named_modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            if tensor.dim() < 2 or id(tensor) in taken:
+                continue
+            taken.add(id(tensor))
+            found.append((f"{path}.{name}".lstrip("."), tuple(tensor.shape), tensor.numel(), _why_not(module, tensor)))
+    return found
+
+
+def _why_not(module: nn.Module, tensor: Tensor) -> str:
+    """Why a parameter is no site, in words."""
+    if isinstance(module, parametrize.ParametrizationList):
+        return "a parametrization's own tensor"
+    if not tensor.is_floating_point():
+        return f"{str(tensor.dtype).removeprefix('torch.')} values"
+    if type(module).__module__.startswith("torch."):
+        return f"of a layer that is not supported, {type(module).__name__}"
+    return f"a parameter of {type(module).__name__} that is not known to multiply anything"
