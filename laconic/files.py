@@ -15,12 +15,12 @@ from torch import Tensor
 from laconic.errors import OutputError
 from laconic.tensors import bytes_of
 
-_TYPES = {
+TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
     torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
 }  # fmt: skip
-_WIDTHS = {name: dtype.itemsize for dtype, name in _TYPES.items()}
+_WIDTHS = {name: dtype.itemsize for dtype, name in TYPES.items()}
 _CHUNK = 1 << 24  # bytes copied at a time
 
 Entry = tuple[str, str, list[int], int]
@@ -63,7 +63,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     The safetensors library writes under a name of its own choosing, which a kill leaves behind, readable by its owner only, and tells a full
     disk as an error of its own.
     """
-    given = {name: (name, _TYPES[t.dtype], list(t.shape), t.nbytes) for name, t in tensors.items()}
+    given = {name: (name, TYPES[t.dtype], list(t.shape), t.nbytes) for name, t in tensors.items()}
     with file.open("wb") as target:
         for name, *_ in write_header(target, given.values(), metadata):
             target.write(bytes_of(tensors[name]))

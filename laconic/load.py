@@ -16,6 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from laconic.errors import CheckpointError
 from laconic.residence import Residence
 from laconic.sites import Slot, find_slots, tied_names
+from laconic.state import guard
 from laconic.store import MANIFEST, Compressed
 from laconic.tensors import TensorFiles, is_finite
 from laconic.weights import install
@@ -277,8 +278,7 @@ def load(path: str | Path, *, dense: bool = True, dtype: torch.dtype | None = No
     dtype = dtype or getattr(checkpoint.config, "dtype", None) or torch.float32
     residence = Residence(model, checkpoint, None, dtype, torch.device("cpu"))
     residence.keep_all(skip=() if dense else checkpoint.slots)
-    rounds = any("input_bits" in spec for spec in checkpoint.stored.weights.values())
-    if dense and not rounds and hasattr(model.config, "quantization_config"):
+    if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # `save_pretrained` writes what is there: an ordinary dense model
     if not dense:
         for name, slot in checkpoint.slots.items():
@@ -286,6 +286,7 @@ def load(path: str | Path, *, dense: bool = True, dtype: torch.dtype | None = No
                 weight = checkpoint.stored.weight(name)
                 for user, parameter in slot.users:
                     install(model.get_submodule(user), parameter, weight, slot.view)
+    guard(model)
     if (Path(path) / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model

@@ -1,5 +1,6 @@
 """Any nn.Module in memory: compress it in place, save it, load it into a module of the same architecture."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from laconic.blocks import Batch, BlockModel, InMemory, examples_in, find_chain, in_evaluation
 from laconic.calibrate import Loss, Shelf, default_loss, parameters_of
-from laconic.errors import CheckpointError, DataError, SchemeError
+from laconic.errors import CheckpointError, DataError, SchemeError, VerificationError
 from laconic.files import atomically, write_json
 from laconic.methods.base import Keep
 from laconic.passes import (
@@ -32,13 +33,15 @@ from laconic.report import Report
 from laconic.scheme import Scheme, describe, resolve
 from laconic.sites import INPUTS, Slot, find_slots
 from laconic.solve import put_back, solve_stage
-from laconic.store import MANIFEST, Compressed, manifest_of, pack_weights, same_tensor, stored_bytes
+from laconic.state import check_storable, check_values, guard, not_stored, plain_value, state_of, tensors_of
+from laconic.store import MANIFEST, Compressed, manifest_of, pack_weights, remove_shards, same_tensor, stored_bytes
 from laconic.surgery.reshape import Shapes, rebuild
-from laconic.tensors import is_finite
-from laconic.weights import Weight, install, installed
+from laconic.tensors import Reader, is_finite
+from laconic.weights import Weight, install
 from laconic.weights.inputs import Rounding, rounding_of, set_rounding
 
 Score = Callable[[nn.Module], float]
+_log = logging.getLogger("laconic")
 
 
 def compress_module(
@@ -62,6 +65,7 @@ def compress_module(
     it was, for which calibrated methods keep a copy of its matrices until the end.
     """
     progress, started = progress or Log(), time.time()
+    check_values(model)
     slots = find_slots(model)
     chosen = resolve(scheme, slots)
     refuse_structures(chosen)
@@ -79,6 +83,7 @@ def compress_module(
         for slot, weight in weights.items():
             for path, name in slot.users:
                 install(model.get_submodule(path), name, weight, slot.view)
+        guard(model)
         after = score(model) if score is not None else None
     stored = sum(record["bits"] for record in records) // 8
     kept = original - sum(record["original_bytes"] for record in records)
@@ -176,33 +181,44 @@ def save(
 ) -> int:  # fmt: skip
     """Write a module with installed Weights to a directory (safetensors and one JSON); returns the bytes of its files.
 
-    Every tie is stored once. What is not compressed is stored as the state dict has it, or in the type that `types` names, which has to hold
-    its values exactly. `shapes`: for a thinned module, how it differs from the original architecture (`surgery.shapes(thinned, original)`).
-    `fields` go into the manifest.
-    Raises: SchemeError for a layer that rounds its inputs but has no installed Weight any more, since a plain tensor cannot say so, and for a
-    tensor that is not exact in its type.
+    Every entry of the state dict that is not an installed Weight's is stored as it is, parametrizations of other makes among them, or in the
+    type that `types` names, which has to hold its values exactly; every tie is stored once. Buffers that are not persistent are the
+    constructor's and are not stored: the manifest says what they were. `shapes`: for a thinned module, how it differs from the original
+    architecture (`surgery.shapes(thinned, original)`). `fields` go into the manifest. A model saved here before is replaced.
+    Raises: SchemeError, before anything is written, for a layer that rounds its inputs but has no installed Weight any more (a plain tensor
+    cannot say so), for a tensor that is not exact in its type, and for state that a safetensors file cannot hold, by name; VerificationError
+    if what was written does not hold every entry.
     """
     for name, layer in model.named_modules():
         if isinstance(rounding_of(layer), Rounding):
             raise SchemeError(f"{name}: rounds its inputs and is stored as a plain tensor, which would forget it; save the module before `bake`")
+    state = state_of(model)
+    check_storable(model, state)
     if shapes:
         fields["shapes"] = shapes
+    if buffers := not_stored(model):
+        fields["not_stored"] = buffers
+    first: dict[int, str] = {}
+    for name, weight in state.weights.items():
+        first.setdefault(id(weight), name)
+    tensors, specs = pack_weights({name: state.weights[name] for name in first.values()})
+    under: dict[int, str] = {}
+    for name, tensor in state.plain.items():
+        if under.setdefault(id(tensor), name) == name:
+            value = plain_value(tensor)
+            tensors[name] = _in_type(name, value, types[name]) if types and name in types else value
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = installed(model)
-    first: dict[int, str] = {}
-    for name, weight in weights.items():
-        first.setdefault(id(weight), name)
-    tensors, specs = pack_weights({name: weights[name] for name in first.values()})
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if ".parametrizations." in f".{name}" or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        value = tensor.detach().cpu()
-        tensors[name] = (_in_type(name, value, types[name]) if types and name in types else value).contiguous()
+    again = (folder / MANIFEST).is_file()
     atomically(folder / "model.safetensors", tensors)
     write_json(folder / MANIFEST, manifest_of([{"specs": specs}], **fields))
+    if again:
+        remove_shards(folder)
+    stored = Compressed(folder)
+    missing = [name for name, tensor in state.plain.items() if under[id(tensor)] not in stored.files.tensors]
+    missing += [name for name, weight in state.weights.items() if first[id(weight)] not in stored.weights]
+    if missing:
+        raise VerificationError(f"{folder}: {missing[0]} was not stored")
     return stored_bytes(folder)
 
 
@@ -217,10 +233,13 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
     """Install a saved directory's Weights and tensors into a freshly built module of the same architecture.
 
     A thinned module's directory says its shapes: the module, built as the original was, is brought to them first.
-    Raises: CheckpointError when a stored tensor has no place in the module, or a place in the module has no tensor.
+    Raises: CheckpointError when a stored tensor has no place in the module, a place in the module has no tensor, two stored tensors differ
+    where the module has one, or the module has no values of its own to set (meta device, lazy layers); no weight is changed then.
     """
     stored = Compressed(Path(path))
+    check_values(model)
     rebuild(model, stored.manifest.get("shapes", {}))
+    plain = set(stored.files.tensors) - {f"{name}.{key}" for name in stored.weights for key in stored.packed(name)}
     slots = {".".join(part for part in user if part): slot for slot in find_slots(model) for user in slot.users}
     for name, spec in stored.weights.items():
         if name not in slots or tuple(spec["shape"]) != slots[name].shape:
@@ -228,24 +247,58 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
                 f"{path}: stores {name} as {spec['shape']}, the module has {slots[name].shape if name in slots else 'no such weight'}"
             )
         stored.check_layers(name, slots[name].layers(model))
-        weight = stored.weight(name)
-        for user, parameter in slots[name].users:
-            install(model.get_submodule(user), parameter, weight, slots[name].view)
-    packed = {f"{name}.{key}" for name in stored.weights for key in stored.packed(name)}
-    places = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if ".parametrizations." not in f".{name}"}
+    with stored.files.open() as reader:
+        places = _places(model, stored, plain, reader)
+        for name, weight in {name: stored.weight(name) for name in stored.weights}.items():
+            for user, parameter in slots[name].users:
+                install(model.get_submodule(user), parameter, weight, slots[name].view)
+        _set_plain(model, places, plain, reader, stored.path)
+    expected, found = stored.manifest.get("not_stored", {}), not_stored(model)
+    for name in sorted(expected.keys() & found.keys()):
+        (dtype, _), (here, _) = expected[name].split(":"), found[name].split(":")
+        if dtype == here and expected[name] != found[name]:
+            _log.warning("%s: the buffer %s is not persistent, so it was not stored, and here it is another one than in the saved module", path, name)
+    guard(model)
+    return model
+
+
+def _places(model: nn.Module, stored: Compressed, plain: set[str], reader: Reader) -> dict[str, Any]:
+    """Every entry of the module's state dict, once it is certain that each has exactly one stored value. Raises: CheckpointError."""
+    places = state_of(model).plain
+    if extra := sorted(plain - set(places)):
+        raise CheckpointError(f"{stored.path}: stores {extra[0]}, which the module does not have")
     by_identity: dict[int, list[str]] = {}
     for name, tensor in places.items():
         by_identity.setdefault(id(tensor), []).append(name)
-    plain = set(stored.files.tensors) - packed
-    if extra := sorted(plain - set(places)):
-        raise CheckpointError(f"{path}: stores {extra[0]}, which the module does not have")
-    with stored.files.open() as reader, torch.no_grad():
-        for names in by_identity.values():
-            found = next((n for n in names if n in plain), None)
-            if found is None:
-                raise CheckpointError(f"{path}: does not store {names[0]}")
-            tensor = reader.get(found)
-            if tensor.shape != places[found].shape:
-                raise CheckpointError(f"{path}: stores {found} as {list(tensor.shape)}, the module has {list(places[found].shape)}")
-            places[found].copy_(tensor)
-    return model
+    for names in by_identity.values():
+        found = [name for name in names if name in plain or name in stored.weights]
+        if not found:
+            raise CheckpointError(f"{stored.path}: does not store {names[0]}")
+        place, values = places[names[0]], [reader.get(name) for name in found if name in plain]
+        if len(found) > 1 and (len(values) < len(found) or not all(same_tensor(value, values[0]) for value in values)):
+            raise CheckpointError(f"{stored.path}: stores {found[0]} and {found[1]} as two tensors, the module has one for both")
+        if values and isinstance(place, Tensor):
+            kinds = [(t.is_floating_point(), t.is_complex(), t.dtype if not t.is_floating_point() else None) for t in (values[0], place)]
+            if values[0].shape != place.shape or kinds[0] != kinds[1]:
+                here, there = (f"{list(t.shape)} {t.dtype}" for t in (values[0], place))
+                raise CheckpointError(f"{stored.path}: stores {found[0]} as {here}, the module has {there}")
+    return places
+
+
+def _set_plain(model: nn.Module, places: dict[str, Any], plain: set[str], reader: Reader, path: Path) -> None:
+    """Give every plain entry of the state its stored value; entries that the module makes when asked (hooks, extra state) go its own way."""
+    own = {id(tensor) for _, tensor in tensors_of(model)}
+    made = [name for name in plain if id(places[name]) not in own]
+    with torch.no_grad():
+        for name in plain.difference(made):
+            places[name].copy_(reader.get(name))
+    if not made:
+        return
+    try:
+        model.load_state_dict({name: reader.get(name).clone() for name in plain}, strict=False)
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: the module does not take {made[0]}: {error}") from error
+    now = state_of(model).plain
+    for name in made:
+        if not (isinstance(now[name], Tensor) and same_tensor(plain_value(now[name]), reader.get(name).to(now[name].dtype))):
+            raise CheckpointError(f"{path}: the module did not take the stored {name}; its state dict gives back another value")

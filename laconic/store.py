@@ -1,6 +1,7 @@
 """Compressed models on disk: safetensors shards and one JSON that says how each weight decodes; checked before anything is read."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from laconic.weights.inputs import Rounding, why_not
 
 MANIFEST = "laconic.json"
 SCHEMA = 1
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}[.]safetensors")
 
 
 class Compressed:
@@ -137,6 +139,13 @@ def stored_bytes(path: Path) -> int:
     """Bytes of the files a model is made of: its safetensors, their index, and the manifest (not config, tokenizer or report)."""
     files = [p for p in path.iterdir() if p.suffix == ".safetensors" or p.name in (INDEX, MANIFEST)]
     return sum(p.stat().st_size for p in files)
+
+
+def remove_shards(folder: Path) -> None:
+    """Remove the shards and the index of an earlier model of ours, over which a single `model.safetensors` was just written."""
+    for file in [folder / INDEX, *folder.glob("*.safetensors")]:
+        if file.name == INDEX or _SHARD.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:

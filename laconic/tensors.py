@@ -66,7 +66,10 @@ class TensorFiles:
             self.tensors |= read_header(file)[0]
 
     def _files(self) -> list[Path]:
+        """As transformers chooses: one `model.safetensors` before an index, which may have been left behind."""
         single, index = self.directory / "model.safetensors", self.directory / INDEX
+        if single.is_file():
+            return [single]
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -76,8 +79,6 @@ class TensorFiles:
                 if Path(name).name != name:
                     raise CheckpointError(f"{index}: names the file {name!r}, which is outside the checkpoint's directory")
             return [self.directory / name for name in names]
-        if single.is_file():
-            return [single]
         others = sorted(p.name for p in self.directory.glob("*.bin")) if self.directory.is_dir() else []
         hint = f"; {others[0]} is a pickle, which is never read: convert it to safetensors first" if others else ""
         raise CheckpointError(f"{self.directory}: expected model.safetensors or {INDEX}{hint}")

@@ -460,11 +460,16 @@ def test_a_calibrated_run_leaves_the_original_as_it_was(tiny: Path, text: Path, 
     assert report.metrics["kl"] > 1e-3
 
 
-def test_what_is_saved_as_dense_says_what_it_lacks(made: tuple[Path, lc.Report], tmp_path: Path) -> None:
-    """A dense checkpoint would compute something else, so what `save_pretrained` writes is not taken for one."""
-    lc.load(made[0], dtype=torch.float32).save_pretrained(tmp_path)
-    with pytest.raises((CheckpointError, OSError), match=MANIFEST):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+def test_what_cannot_be_saved_as_dense_is_refused(made: tuple[Path, lc.Report], tmp_path: Path) -> None:
+    """A dense checkpoint would compute something else: in whatever way the model came to be, nothing is written."""
+    decoded, baked = lc.load(made[0], dtype=torch.float32), lc.load(made[0], dense=False, dtype=torch.float32)
+    with pytest.raises(SchemeError, match="is a compressed weight"):
+        baked.save_pretrained(tmp_path / "dense")
+    bake(baked)
+    for model in (decoded, baked):
+        with pytest.raises(SchemeError, match="rounds its inputs"):
+            model.save_pretrained(tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
 
 
 def test_a_look_up_in_a_manifest(tiny: Path, text: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from laconic.recover.batches import private_randomness, stream
 from laconic.recover.projection import Projection
 from laconic.recover.task import Judgement, Task
 from laconic.sites import Slot
+from laconic.state import guard
 from laconic.weights import Weight, install
 from laconic.weights.inputs import check_rounding, rounding_of, set_rounding
 
@@ -165,3 +166,4 @@ class Bench:
         for slot, weight in snapshot.weights.items():
             for path, name in slot.users:
                 install(self.model.get_submodule(path), name, weight, slot.view)
+        guard(self.model)

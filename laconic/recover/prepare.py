@@ -12,6 +12,7 @@ from laconic.calibrate import Loss, parameters_of
 from laconic.errors import SchemeError
 from laconic.recover.projection import project_onto, reads_data
 from laconic.scheme import Scheme, parse
+from laconic.state import guard
 from laconic.weights import View, Weight, install
 from laconic.weights.inputs import check_rounding, set_rounding
 from laconic.weights.install import own_class
@@ -109,6 +110,7 @@ def convert(model: nn.Module) -> nn.Module:
         own_class(module)
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         install(module, name, weights[id(prepared.relaxation)], prepared.view)
+    guard(model)
     return model.eval()
 
 

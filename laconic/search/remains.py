@@ -11,6 +11,7 @@ from laconic.memory import compress_module
 from laconic.methods.base import Keep, Method, Pruning, Then
 from laconic.methods.patterned import sparse
 from laconic.sites import Site, Slot, Stats, find_slots
+from laconic.state import guard
 from laconic.weights import Weight, install, installed
 
 
@@ -75,4 +76,5 @@ def encode_remains(
     for slot in whole:
         for path, name in slot.users:
             install(thinned.get_submodule(path), name, trained[slot.parameter], slot.view)
+    guard(thinned)
     return thinned
