@@ -1,87 +1,55 @@
 """laconic compresses trained neural networks: schemes in, smaller verified models out, with numbers that can be believed.
 
-Besides the names below, every method of `laconic.methods` is an attribute of the package: `laconic.GPTQ`, `laconic.KMeans`, ...
+Its names are loaded when the first of them is used (they are listed in `laconic.api`), so that `import laconic` costs nothing. Besides
+them, every method of `laconic.methods` is an attribute of the package (`laconic.GPTQ`, `laconic.KMeans`, ...), and so is every module.
 """
 
-from typing import Any
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from laconic import hf as _hf  # noqa: F401 - importing it registers compressed directories with transformers
-from laconic.clustering import dkm_decode
-from laconic.errors import (
-    CheckpointError,
-    DataError,
-    LaconicError,
-    OutputError,
-    RecoveryError,
-    SchemeError,
-    SearchError,
-    SurgeryError,
-    VerificationError,
-)  # fmt: skip
-from laconic.evaluate import evaluate_source
-from laconic.goals import Maximize, Minimize, at_least, within
-from laconic.load import load
-from laconic.memory import load_into, save
-from laconic.methods.base import Keep, Method
-from laconic.methods.free import Free
-from laconic.offload import offload_saved
-from laconic.pipeline import Options, compress
-from laconic.recover import LC, Direct, FineTune, Steps, Task, advance, convert, prepare, recover
-from laconic.report import Report
-from laconic.scheme import known_methods, parse
-from laconic.search import search
-from laconic.surgery import fold
-from laconic.version import __version__
+from laconic import registration as _registration
+from laconic.version import __version__ as __version__
 
-__all__ = [
-    "LC",
-    "CheckpointError",
-    "DataError",
-    "Direct",
-    "FineTune",
-    "Free",
-    "Keep",
-    "LaconicError",
-    "Maximize",
-    "Method",
-    "Minimize",
-    "Options",
-    "OutputError",
-    "RecoveryError",
-    "Report",
-    "SchemeError",
-    "SearchError",
-    "Steps",
-    "SurgeryError",
-    "Task",
-    "VerificationError",
-    "__version__",
-    "advance",
-    "at_least",
-    "compress",
-    "convert",
-    "dkm_decode",
-    "evaluate_source",
-    "fold",
-    "load",
-    "load_into",
-    "offload_saved",
-    "parse",
-    "prepare",
-    "recover",
-    "save",
-    "search",
-    "within",
-]  # fmt: skip
+if TYPE_CHECKING:
+    from laconic.api import *  # noqa: F403
+
+_FUNCTIONS = frozenset({"load", "recover", "search"})
+"""Public functions that live in a module of the same name."""
+
+
+class _Package(ModuleType):
+    """Python makes an imported module an attribute of its package; a function of that name is not to be replaced by it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _FUNCTIONS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
 
 
 def __getattr__(name: str) -> Any:
-    """Methods by name, found where they are: adding one edits no list."""
-    found = known_methods().get(name) if name[:1].isupper() else None
+    """A public name, a method or a module. Methods are found where they are: adding one edits no list."""
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module 'laconic' has no attribute {name!r}")
+    if name not in _FUNCTIONS and find_spec(f"laconic.{name}") is not None:
+        return import_module(f"laconic.{name}")
+    from laconic import api
+    from laconic.scheme import known_methods
+
+    found = vars(api).get(name) if name in (*api.__all__, "__all__") else known_methods().get(name)
     if found is None:
         raise AttributeError(f"module 'laconic' has no attribute {name!r}")
+    globals()[name] = found
     return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *known_methods()})
+    from laconic import api
+    from laconic.scheme import known_methods
+
+    return sorted({*globals(), *api.__all__, *known_methods()})
+
+
+sys.modules[__name__].__class__ = _Package
+_registration.register()

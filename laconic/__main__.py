@@ -1,5 +1,6 @@
 """`python -m laconic` is the command `laconic`."""
 
-from laconic.cli import main
+from laconic.start import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -10,21 +10,36 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from laconic import training
-from laconic.commands import Device, Json, Trust, emit, err, guard, out_console
-from laconic.console import Terminal
+from laconic.commands import Commands, Device, Json, Trust, emit, err, guard, note, out_console, print_rows
+from laconic.console import Terminal, markup
 from laconic.errors import SchemeError
+from laconic.shown import shown
+from laconic.units import human_bytes
+from laconic.version import __version__
 
 DEFAULT_SCHEME = "GPTQ(rate=3.25)"
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Compress neural networks: schemes of quantization, clustering, pruning and low rank, stored exactly, reported honestly.",
+    cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 Data = Annotated[str, typer.Option(help="Calibration text: a file, a directory, hub:name[:config[:split]], or 'self': sampled from the model.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out_console.print(f"laconic {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def laconic(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    """Compress neural networks: schemes of quantization, clustering, pruning and low rank, stored exactly, reported honestly."""
 
 
 @app.command()
@@ -76,22 +91,20 @@ def compress(
             emit(report.as_dict())
         else:
             summarize(report.as_dict())
-            err.print(f"report: {out / 'report.html'}", markup=False)
+            err.print(f"report: {shown(out / 'report.html')}", markup=False)
 
     guard(work, "; what is finished is kept: run the same command with --resume")
 
 
 def summarize(report: dict[str, Any]) -> None:
     """The outcome of a run in a few lines on stderr."""
-    from laconic.report import human_bytes
-
     stored, original, m = report["stored_bytes"], report["original_bytes"], report["metrics"]
     err.print(f"stored [bold]{human_bytes(stored)}[/] from {human_bytes(original)}: {report['bits_per_weight']:.3f} bits per weight, ", end="")
     err.print(f"{report['matrix_bits']:.3f} in the compressed matrices")
     if "perplexity" in m:
         low, high = m["perplexity_interval"]
         err.print(
-            f"perplexity [bold]{m['perplexity']:.3f}[/] ({low:.2f} to {high:.2f}), original {m['reference_perplexity']:.3f}, on {escape(m['data'])}"
+            f"perplexity [bold]{m['perplexity']:.3f}[/] ({low:.2f} to {high:.2f}), original {m['reference_perplexity']:.3f}, on {markup(m['data'])}"
         )
         err.print(f"KL from the original {m['kl']:.5f} nats per token; same first token {100 * m['top1']:.2f} %")
     for name in ("cosine", "relative_error"):
@@ -99,8 +112,8 @@ def summarize(report: dict[str, Any]) -> None:
             err.print(f"{name.replace('_', ' ')} of the output: {m[name]:.5f}")
     peak = report["peak_memory"]
     err.print(f"peak memory {human_bytes(peak['actual'])} (expected {human_bytes(peak['expected'])}), {report['seconds']:.0f} seconds")
-    for note in report["notes"]:
-        err.print(f"[yellow]note[/] {escape(note)}")
+    for text in report["notes"]:
+        note(text)
 
 
 @app.command()
@@ -131,12 +144,7 @@ def evaluate(
         if as_json:
             emit(result)
             return
-        table = Table(header_style="bold")
-        table.add_column("measure")
-        table.add_column("value", justify="right")
-        for name, value in _flat(result):
-            table.add_row(name, escape(value))
-        out_console.print(table)
+        print_rows(_flat(result), "measure", "value")
 
     guard(work)
 
@@ -172,20 +180,27 @@ def inspect(
         if as_json:
             emit(found)
             return
-        table = Table(title=escape(f"{path}: {found['scheme']}"), title_justify="left", header_style="bold")
+        table = Table(title=markup(f"{path}: {found['scheme']}"), title_justify="left", header_style="bold")
         for name in ("weight", "kind"):
             table.add_column(name, overflow="fold")
         for name in ("shape", "bits", "bytes", "error"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in found["weights"]:
             error = "" if row["error"] is None else f"{row['error']:.2e}"
-            table.add_row(row["name"], row["kind"], " x ".join(map(str, row["shape"])), f"{row['bits_per_weight']:.3f}", f"{row['bytes']:,}", error)
+            table.add_row(
+                markup(row["name"]),
+                markup(row["kind"]),
+                " x ".join(map(str, row["shape"])),
+                f"{row['bits_per_weight']:.3f}",
+                f"{row['bytes']:,}",
+                error,
+            )
         for row in found["plain"]:
-            table.add_row(row["name"], row["kind"], " x ".join(map(str, row["shape"])), "", f"{row['bytes']:,}", "")
+            table.add_row(markup(row["name"]), markup(row["kind"]), " x ".join(map(str, row["shape"])), "", f"{row['bytes']:,}", "")
         table.add_row("headers, index and manifest", "container", "", "", f"{found['container_bytes']:,}", "")
         table.add_row("[bold]model[/]", "", "", "", f"[bold]{found['bytes']:,}[/]", "")
         for name, size in found["other_files"].items():
-            table.add_row(f"[dim]{name}[/]", "[dim]not counted[/]", "", "", f"[dim]{size:,}[/]", "")
+            table.add_row(f"[dim]{markup(name)}[/]", "[dim]not counted[/]", "", "", f"[dim]{size:,}[/]", "")
         out_console.print(table)
 
     guard(work)
@@ -211,7 +226,7 @@ def fold(
             emit(result)
             return
         for line in result["kept"]:
-            err.print(f"[yellow]note[/] {escape(line)}")
+            note(line)
         done, left = len(result["folded"]), len(result["kept"])
         out_console.print(f"scales folded into {done} places, kept by {left} weights; output moved by {result['difference']:.1e} of its size")
         out_console.print(f"stored {result['stored_bytes']:,} bytes from {result['source_bytes']:,}")
@@ -222,14 +237,9 @@ def fold(
 @app.command(name="methods")
 def list_methods(as_json: Json = False) -> None:
     """List the methods a scheme can use, with one line each."""
-    import inspect as python
+    from laconic.listing import list_methods as listed
 
-    from laconic.scheme import known_methods
-
-    found: dict[str, dict[str, Any]] = {
-        name: {"does": (cls.__doc__ or "").strip().split("\n")[0], "arguments": [str(p) for p in python.signature(cls).parameters.values()]}
-        for name, cls in known_methods().items()
-    }
+    found = listed()
     if as_json:
         emit(found)
         return
@@ -237,7 +247,7 @@ def list_methods(as_json: Json = False) -> None:
     table.add_column("method")
     table.add_column("what it does, and its arguments")
     for name, entry in found.items():
-        table.add_row(name, f"{escape(entry['does'])}\n[dim]{escape(', '.join(entry['arguments']))}[/]")
+        table.add_row(name, f"{markup(entry['does'])}\n[dim]{markup(', '.join(entry['arguments']))}[/]")
     out_console.print(table)
 
 
@@ -258,27 +268,25 @@ def demo(
             emit(result)
             return
         out_console.print(comparison(result))
-        err.print(f"page: {out / 'index.html'}")
+        err.print(f"page: {shown(out / 'index.html')}", markup=False)
 
     guard(work, "; nothing to clean up: a new demo starts over")
 
 
 def comparison(result: dict[str, Any]) -> Table:
     """The rows of a demo as a table; the best of each size in bold."""
-    from laconic.report import human_bytes
-
     table = Table(header_style="bold", caption="KL from the original in nats per token; ranges: 95 % bootstrap; bold: the least KL at a size")
     table.add_column("scheme", no_wrap=True)
     for name in ("files", "bits/weight", "in matrices", "perplexity", "KL", "same first token", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     r = result["reference"]
-    table.add_row(r["name"], human_bytes(r["bytes"]), f"{r['bits_per_weight']:.3f}", "", f"{r['perplexity']:.3f}", "0", "100.0 %", "")
+    table.add_row(markup(r["name"]), human_bytes(r["bytes"]), f"{r['bits_per_weight']:.3f}", "", f"{r['perplexity']:.3f}", "0", "100.0 %", "")
     for row in result["rows"]:
         if row["first"]:
             table.add_section()
         low, high = row["kl_interval"]
         table.add_row(
-            row["scheme"], human_bytes(row["stored_bytes"]), f"{row['bits_per_weight']:.3f}", f"{row['matrix_bits']:.3f}",
+            markup(row["scheme"]), human_bytes(row["stored_bytes"]), f"{row['bits_per_weight']:.3f}", f"{row['matrix_bits']:.3f}",
             f"{row['perplexity']:.3f}", f"{row['kl']:.4f} ({low:.4f} to {high:.4f})", f"{100 * row['top1']:.1f} %", f"{row['seconds']:.0f}",
             style="bold" if row["best"] else None,
         )  # fmt: skip
@@ -290,5 +298,5 @@ app.command()(training.recover)
 
 
 def main() -> None:
-    """The entry point of `laconic` and `python -m laconic`."""
+    """The commands in this process as it is; `laconic.start` prepares one of its own for them."""
     app()

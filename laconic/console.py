@@ -8,13 +8,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from laconic.report import human_bytes
+from laconic.shown import shown
+from laconic.units import human_bytes
 
 
 def terminal_console(stderr: bool = False) -> Console:
     """A console as wide as the terminal, or wide enough for a line per site where there is none (a file, a pipe)."""
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+    console = Console(stderr=stderr, highlight=False, emoji=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, emoji=False, width=160)
+
+
+def markup(text: object) -> str:
+    """Text from outside as a part of what a console draws: nothing in it is understood as style, nothing of it is hidden."""
+    return escape(shown(text))
 
 
 class Terminal:
@@ -43,7 +49,7 @@ class Terminal:
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         for (pattern, method, bits), sites in _grouped(preflight["sites"]).items():
             number, size = f"{len(sites)}", human_bytes(sum(s["bytes"] for s in sites))
-            table.add_row(escape(pattern), number, escape(method) if not sites[0]["kept"] else "Keep(), as stored", f"{bits:.3f}", size)
+            table.add_row(markup(pattern), number, markup(method) if not sites[0]["kept"] else "Keep(), as stored", f"{bits:.3f}", size)
         self.console.print(table)
         before, after = preflight["original_bytes"], preflight["bytes"]
         self.console.print(
@@ -54,22 +60,22 @@ class Terminal:
     def start(self, task: str, total: float) -> None:
         if self.task is not None:
             self.bar.remove_task(self.task)
-        self.task = self.bar.add_task(task, total=total, note="")
+        self.task = self.bar.add_task(markup(task), total=total, note="")
 
     def advance(self, units: float, note: str = "") -> None:
         if self.task is not None:
-            self.bar.update(self.task, advance=units, note=note)
+            self.bar.update(self.task, advance=units, note=markup(note))
 
     def site(self, record: dict[str, Any]) -> None:
         if not self.quiet:
             self.console.print(
-                f"{record['name']:<48} {record['bits_per_weight']:7.3f} bits   output error {record['error']:.3e}   {record['seconds']:.2f} s"
+                f"{markup(record['name']):<48} {record['bits_per_weight']:7.3f} bits   output error {record['error']:.3e}   {record['seconds']:.2f} s"
             )
         for note in record["notes"]:
-            self.console.print(f"[yellow]note[/] {escape(note)}")
+            self.console.print(f"[yellow]note[/] {markup(note)}")
 
     def say(self, message: str) -> None:
-        self.console.print(f"[yellow]note[/] {escape(message)}")
+        self.console.print(f"[yellow]note[/] {markup(message)}")
 
 
 def _grouped(sites: list[dict[str, Any]]) -> dict[tuple[str, str, float], list[dict[str, Any]]]:

@@ -1,26 +1,31 @@
-"""transformers loads compressed directories: `AutoModelForCausalLM.from_pretrained(dir)` works once `laconic` is imported."""
+"""transformers loads compressed directories: `AutoModelForCausalLM.from_pretrained(dir)` works once `laconic` is imported.
+
+`laconic.registration` imports this module while transformers is being imported: what else is needed of either is imported on use.
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils import cached_file
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from laconic.errors import CheckpointError
-from laconic.sites import find_slots
-from laconic.store import MANIFEST, SCHEMA, Compressed
-from laconic.weights.inputs import set_rounding
+
+if TYPE_CHECKING:
+    from laconic.store import Compressed
 
 
 @register_quantization_config("laconic")
 class LaconicConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Marks a config.json as that of a compressed directory."""
 
-    def __init__(self, schema: int = SCHEMA, **_: Any) -> None:
-        self.quant_method, self.schema = "laconic", schema
+    def __init__(self, schema: int | None = None, **_: Any) -> None:
+        from laconic.store import SCHEMA
+
+        self.quant_method, self.schema = "laconic", SCHEMA if schema is None else schema
 
 
 @register_quantizer("laconic")
@@ -35,6 +40,9 @@ class LaconicQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Tell the loader which parameters it will not find, and which stored tensors are none of its business."""
+        from laconic.sites import find_slots
+        from laconic.store import Compressed
+
         self._stored = Compressed(_directory(model, kwargs.get("checkpoint_files")))
         names = sorted(self._stored.weights)
         for slot in find_slots(model):
@@ -53,6 +61,9 @@ class LaconicQuantizer(HfQuantizer):  # type: ignore[misc]
         model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *(f"{p}$" for p in patterns)}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from laconic.sites import find_slots
+        from laconic.weights.inputs import set_rounding
+
         stored = self._stored
         if stored is None:
             raise CheckpointError("laconic: the model was not prepared before its weights were loaded")
@@ -82,6 +93,10 @@ class LaconicQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _directory(model: Any, files: list[str] | None) -> Path:
     """The directory of the loaded files; for a hub snapshot, with its manifest fetched."""
+    from transformers.utils import cached_file
+
+    from laconic.store import MANIFEST
+
     if files and (Path(files[0]).parent / MANIFEST).is_file():
         return Path(files[0]).parent
     found = cached_file(model.config.name_or_path, MANIFEST)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from laconic.files import write_json, write_text
 from laconic.load import Checkpoint, load, load_tokenizer
 from laconic.residence import Residence
+from laconic.units import human_bytes
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 _PROMPT, _ANSWER = 24, 60  # tokens of the generation sample
@@ -122,15 +123,6 @@ def inline_svg(figure: Figure) -> str:
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return stream.getvalue()[stream.getvalue().index("<svg") :]
-
-
-def human_bytes(n: float) -> str:
-    """A size as people read it, in units of 1000."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(n) < 1000 or unit == "GB":
-            return f"{n:,.0f} {unit}" if unit == "bytes" else f"{n:.2f} {unit}"
-        n /= 1000
-    return ""
 
 
 def _experts(report: Report) -> list[dict[str, Any]]:

@@ -5,17 +5,18 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
-from torch import nn
 
-from laconic.commands import Device, Json, Trust, emit, err, guard, out_console
+from laconic.commands import Device, Json, Trust, emit, err, guard, note, print_rows
 from laconic.console import Terminal
 from laconic.errors import SchemeError
 from laconic.progress import Progress
+from laconic.shown import shown
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Source = Annotated[str | None, typer.Argument(help="A language model: a directory with safetensors, or a hub id. Not with --task.")]
 TaskFile = Annotated[
@@ -92,20 +93,20 @@ def search(
             command=shlex.join(["laconic", *sys.argv[1:]]),
         )  # fmt: skip
 
-        def ready(model: nn.Module) -> None:
+        def ready(model: "nn.Module") -> None:
             check_first(model, chosen, goals, within(keep), asked or usual_recovery(chosen, model), out, options)
 
         with Terminal(quiet=as_json, brief=True) as terminal:
             model, problem = _problem(source, task, data, test, train_tokens, *windows, seed, device, trust_remote_code, terminal, out, ready)
             found = search_task(model, chosen, problem, goals, within(keep), asked or usual_recovery(chosen, model), out, options, terminal)
         notes = _complete(out, found.model, model, source, problem.sample()) if source is not None else []
-        for note in notes:
-            err.print(note, markup=False)
+        for text in notes:
+            note(text)
         if as_json:
             emit(found.result)
             return
-        _table(search_summary(found.result))
-        err.print(f"model: {found.path}, report: {found.report}", markup=False)
+        print_rows(search_summary(found.result))
+        err.print(f"model: {shown(found.path)}, report: {shown(found.report)}", markup=False)
 
     guard(work, "; finished trials are kept: run the same command with --resume")
 
@@ -141,7 +142,7 @@ def recover(
 
         chosen, asked, windows, text = _way(scheme, plan, recovery, method, bits, length, batch, data, task)
 
-        def ready(model: nn.Module) -> None:
+        def ready(model: "nn.Module") -> None:
             check_folder(out, resume, overwrite)
             resolve(chosen, find_slots(model))
 
@@ -154,8 +155,8 @@ def recover(
         if as_json:
             emit(result)
             return
-        _table([(key.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in _short(result).items()])
-        err.print(f"model: {out}, figures: {out / 'recovery.json'}", markup=False)
+        print_rows([(key.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in _short(result).items()])
+        err.print(f"model: {shown(out)}, figures: {shown(out / 'recovery.json')}", markup=False)
 
     guard(work, "; what is finished is kept: run the same command with --resume")
 
@@ -190,8 +191,8 @@ def _way(
 
 def _problem(
     source: str | None, task: Path | None, data: str | None, test: str | None, train_tokens: int, length: int, batch: int, seed: int, device: str,
-    trust_remote_code: bool, progress: Progress, out: Path, ready: Callable[[nn.Module], None],
-) -> tuple[nn.Module, Any]:  # fmt: skip
+    trust_remote_code: bool, progress: Progress, out: Path, ready: Callable[["nn.Module"], None],
+) -> "tuple[nn.Module, Any]":  # fmt: skip
     from laconic.machine import pick_device
     from laconic.recover import load_task
     from laconic.recover.text import text_task
@@ -213,7 +214,7 @@ def _problem(
     return model, problem
 
 
-def _complete(out: Path, delivered: nn.Module, original: nn.Module, source: str, example: Any) -> list[str]:
+def _complete(out: Path, delivered: "nn.Module", original: "nn.Module", source: str, example: Any) -> list[str]:
     """Make the folder of a language model one that loads by itself; says how to load one that cannot."""
     from laconic.errors import SurgeryError
     from laconic.recover.text import complete_directory, copy_companions
@@ -245,12 +246,3 @@ def _short(result: dict[str, Any]) -> dict[str, Any]:
         "seconds",
     )
     return {name: result[name] for name in names if result.get(name) is not None}
-
-
-def _table(rows: list[tuple[str, str]]) -> None:
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in rows:
-        table.add_row(escape(name), escape(value))
-    out_console.print(table)

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from laconic.files import write_json, write_text
-from laconic.report import fill_page, human_bytes
+from laconic.report import fill_page
 from laconic.search import pictures, profiles
 from laconic.search.pictures import Values, goals_of, is_measured, is_number, objectives_of
+from laconic.units import human_bytes
 
 SEARCH_JSON, SEARCH_HTML = "search.json", "search.html"
 NOTHING = "-"

@@ -1,0 +1,68 @@
+"""The public names, brought together: `laconic.NAME` loads this module when the first of them is used."""
+
+from laconic import hf as _hf  # noqa: F401 - registers compressed directories with transformers, whatever became of `registration`
+from laconic.clustering import dkm_decode
+from laconic.errors import (
+    CheckpointError,
+    DataError,
+    LaconicError,
+    OutputError,
+    RecoveryError,
+    SchemeError,
+    SearchError,
+    SurgeryError,
+    VerificationError,
+)  # fmt: skip
+from laconic.evaluate import evaluate_source
+from laconic.goals import Maximize, Minimize, at_least, within
+from laconic.load import load
+from laconic.memory import load_into, save
+from laconic.methods.base import Keep, Method
+from laconic.methods.free import Free
+from laconic.offload import offload_saved
+from laconic.pipeline import Options, compress
+from laconic.recover import LC, Direct, FineTune, Steps, Task, advance, convert, prepare, recover
+from laconic.report import Report
+from laconic.scheme import parse
+from laconic.search import search
+from laconic.surgery import fold
+
+__all__ = [
+    "LC",
+    "CheckpointError",
+    "DataError",
+    "Direct",
+    "FineTune",
+    "Free",
+    "Keep",
+    "LaconicError",
+    "Maximize",
+    "Method",
+    "Minimize",
+    "Options",
+    "OutputError",
+    "RecoveryError",
+    "Report",
+    "SchemeError",
+    "SearchError",
+    "Steps",
+    "SurgeryError",
+    "Task",
+    "VerificationError",
+    "advance",
+    "at_least",
+    "compress",
+    "convert",
+    "dkm_decode",
+    "evaluate_source",
+    "fold",
+    "load",
+    "load_into",
+    "offload_saved",
+    "parse",
+    "prepare",
+    "recover",
+    "save",
+    "search",
+    "within",
+]  # fmt: skip
