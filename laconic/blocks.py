@@ -187,6 +187,12 @@ class BlockModel:
                 captured.append(Calls(notes[0][0][0].cpu(), [(args[1:], kwargs) for args, kwargs in notes]))
         return captured
 
+    def look_up(self, batches: Iterable[Batch]) -> None:
+        """Run what lies before the chain, once for each batch, for those who watch its look-ups."""
+        with self.residency.hold("", head=False):
+            for batch in batches:
+                self._watch(batch, 1)
+
     @torch.no_grad()
     def _form(self, batch: Batch) -> tuple[Any, ...] | None:
         """What block 0 returns beside the hidden state: None for a bare tensor, else the rest of its tuple."""

@@ -94,7 +94,7 @@ def walk(
     outside = [slot for slot in slots if not inside(slot, model.path)]
     early = [slot for slot in outside if slot.role == "embedding" and (len(slot.users) == 1 or not needs[slot])]
     run = any(needs[slot] & INPUTS for slot in slots)
-    yield from _alone(model, [slot for slot in early if slot.name not in done], needs)
+    yield from _alone(model, batches, [slot for slot in early if slot.name not in done], needs)
     calls = model.capture(batches) if run else []
     start = max((i + 1 for i in range(len(model)) if model.block_path(i) in done), default=0)
     reach = _reach(model, slots, needs)
@@ -113,7 +113,7 @@ def walk(
             shelf.drop(f"hidden-{i}")
     late = [slot for slot in outside if slot not in early and slot.name not in done]
     if not any(needs[slot] & INPUTS for slot in late):
-        yield from _alone(model, late, needs)
+        yield from _alone(model, batches, late, needs)
         return
     with model.residency.hold(""):
         statistics = Statistics(parameters_of(model.model, late), needs)
@@ -132,11 +132,19 @@ def _reach(model: BlockModel, slots: Sequence[Slot], needs: Needs) -> int:
     return len(model) if after else max(last, default=0)
 
 
-def _alone(model: BlockModel, slots: list[Slot], needs: Needs) -> Iterator[Stage]:
-    """Sites outside the chain that need no statistics, each alone in memory: embeddings and heads are the largest tensors there are."""
+def _alone(model: BlockModel, batches: Sequence[Batch], slots: list[Slot], needs: Needs) -> Iterator[Stage]:
+    """Sites outside the chain whose inputs need not be summed, each alone in memory: embeddings and heads are the largest tensors there are.
+
+    Where look-ups are to be counted, what lies before the chain is run for them.
+    """
     for slot in slots:
-        with model.residency.hold(slot.users[0][0]):
-            yield Stage(slot.name, [slot], Statistics(parameters_of(model.model, [slot]), needs))
+        counted = bool(needs[slot] & Stats.USES)
+        with model.residency.hold("", head=False) if counted else model.residency.hold(slot.users[0][0]):
+            statistics = Statistics(parameters_of(model.model, [slot]), needs)
+            if counted:
+                with statistics.watch():
+                    model.look_up(batches)
+            yield Stage(slot.name, [slot], statistics)
 
 
 def _resume(shelf: Shelf, start: int, calls: list[Calls]) -> list[Tensor]:

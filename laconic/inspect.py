@@ -52,6 +52,7 @@ def _kind(spec: dict[str, Any]) -> str:
     inner = [_kind(value) for key, value in spec.items() if isinstance(value, dict) and key in ("weight", "values", "left", "right")]
     inner += [_kind(term) for term in spec.get("terms", [])]
     kind = f"{spec['kind']}({', '.join(inner)})" if inner else str(spec["kind"])
+    kind += ", bias" if "bias" in spec else ""
     return f"{kind}, inputs {spec['input_bits']} bits" if "input_bits" in spec else kind
 
 

@@ -83,7 +83,7 @@ def nonzero_bits(weight: Weight) -> int:
     if isinstance(weight, Scaled):
         return sum(nonzero_bits(part) for part in (weight.weight, weight.row_scale, weight.column_scale) if part is not None)
     if isinstance(weight, LowRank):
-        return nonzero_bits(weight.left) + nonzero_bits(weight.right)
+        return sum(nonzero_bits(part) for part in (weight.left, weight.right, weight.bias) if part is not None)
     return weight.bits()
 
 

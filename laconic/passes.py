@@ -36,6 +36,7 @@ from laconic.solve import checksum, matrix_of, put_back, solve_stage
 from laconic.statistics import Statistics
 from laconic.store import pack_weights, same_tensor
 from laconic.weights import Weight, unpack
+from laconic.weights.base import asks_its_layer
 from laconic.weights.inputs import Rounding
 
 Chosen = dict[Slot, Method]
@@ -59,7 +60,7 @@ class Overlay:
 
     def rounding(self, name: str) -> Rounding | None:
         finished = self.run.weight_files().get(name)
-        return Rounding.of(read_weight(*finished, name)) if finished is not None and "input_bits" in finished[1] else None
+        return Rounding.of(read_weight(*finished, name)) if finished is not None and asks_its_layer(finished[1]) else None
 
     def nbytes(self, name: str) -> int:
         return self.checkpoint.nbytes(name)

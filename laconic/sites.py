@@ -29,12 +29,16 @@ class Stats(enum.Flag):
     """E[(dL / dW)^2] over sequences, entry by entry."""
     OUTPUT = enum.auto()
     """E[(dL / dy)^2] over tokens, per row of W: how much the loss minds an error of that output."""
+    CENTRE = enum.auto()
+    """The mean x of every input column, with its sign."""
+    USES = enum.auto()
+    """How often each row of an embedding was looked up."""
     CHANNELS = enum.auto()
     """Which rows are one channel of the network, across sites; known to modules in memory only (`surgery.couple`)."""
 
 
 NONE = Stats(0)
-INPUTS = Stats.HESSIAN | Stats.SQUARES | Stats.MEAN | Stats.MAX
+INPUTS = Stats.HESSIAN | Stats.SQUARES | Stats.MEAN | Stats.MAX | Stats.CENTRE | Stats.USES
 GRADIENTS = Stats.FISHER | Stats.OUTPUT
 MEASURED = INPUTS | GRADIENTS  # what a model has to be run for
 
@@ -92,8 +96,9 @@ class Slot:
 class Site:
     """What a method sees: W [out, in] and the statistics it asked for. Methods may not change W; `notes` collects what the user must hear.
 
-    `hessian` [groups, in, in], `squares`, `magnitude` (mean |x|) and `peak` (largest |x|) [groups, in], `tokens` [groups], `fisher` [out, in],
-    `output` [out]; None where not asked for. `input`: sites that read one tensor have the same number; None where no input was summed.
+    `hessian` [groups, in, in], `squares`, `magnitude` (mean |x|), `peak` (largest |x|) and `centre` (mean x) [groups, in], `tokens` [groups],
+    `fisher` [out, in], `output` and `uses` (look-ups) [out]; None where not asked for. `input`: sites that read one tensor have the
+    same number; None where no input was summed.
     `mask` [out, in] says which entries an earlier method kept; `values_dtype` is the type pruning keeps values in (float32 when another method
     encodes them afterwards). `dims` is the parameter's own shape (four numbers for a 2-D convolution);
     empty where only the matrix is known. `channels` [out] int64: rows of any site with the same number are one channel of the network and
@@ -107,6 +112,8 @@ class Site:
     squares: Tensor | None = None
     magnitude: Tensor | None = None
     peak: Tensor | None = None
+    centre: Tensor | None = None
+    uses: Tensor | None = None
     tokens: Tensor | None = None
     fisher: Tensor | None = None
     output: Tensor | None = None

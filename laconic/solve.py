@@ -81,20 +81,23 @@ def record_of(slot: Slot, method: Method, site: Site, weight: Weight) -> dict[st
 
 def kind_of(weight: Weight) -> str:
     """The weight's structure in words, such as "sum(uniform, sparse(dense))"."""
-    children = [child for child in weight.children() if isinstance(child, Weight)]
+    children = [child for name, child in weight.named_children() if isinstance(child, Weight) and name != "bias"]
     children += [term for child in weight.children() if isinstance(child, nn.ModuleList) for term in child if isinstance(term, Weight)]
     inner = [kind_of(child) for child in children] if weight.kind not in ("uniform", "codebook") else []
     kind = f"{weight.kind}({', '.join(inner)})" if inner else weight.kind
+    kind += ", bias" if weight.output_bias() is not None else ""
     return kind if weight.input_bits is None else f"{kind}, inputs {weight.input_bits} bits"
 
 
 def checksum(weight: Weight) -> int:
-    """CRC-32 of the decoded matrix as float32, a few rows at a time."""
+    """CRC-32 of the decoded matrix and output bias as float32, a few rows at a time."""
     value = 0
     with torch.no_grad():
         for start in range(0, weight.shape[0], _ROWS):
             rows = weight.rows(start, min(start + _ROWS, weight.shape[0])).float().cpu().contiguous()
             value = zlib.crc32(rows.numpy().data, value)
+        if (bias := weight.output_bias()) is not None:
+            value = zlib.crc32(bias.float().cpu().contiguous().numpy().data, value)
     return value
 
 

@@ -20,7 +20,8 @@ _STRIPS = 4  # more of them save little more (1/2 at most) and make the products
 
 
 class Gram:
-    """Sums X^T X (or only its diagonal) over tokens, per group: X [groups, tokens, in]; `magnitude` sums |x|, `peak` holds the largest.
+    """Sums X^T X (or only its diagonal) over tokens, per group: X [groups, tokens, in]; `magnitude` sums |x|, `centre` sums x, `peak`
+    holds the largest |x|.
 
     Of the symmetric sum only blocks on and above the diagonal are computed, five eighths of the work, until `mean` mirrors them.
     `number` is the input's: slots that are fed one tensor share it.
@@ -32,12 +33,13 @@ class Gram:
         self.total = side if self.diagonal else torch.zeros(groups, columns, columns, dtype=dtype, device=device)
         self.magnitude = side.clone() if wanted & Stats.MEAN else None
         self.peak = side.clone() if wanted & Stats.MAX else None
+        self.centre = side.clone() if wanted & Stats.CENTRE else None
         self.tokens = torch.zeros(groups, dtype=torch.int64)
         self._divided = False
 
     def covers(self, wanted: Stats) -> bool:
-        """Whether everything wanted of an input is summed here; its mean squares always are."""
-        return not wanted & INPUTS & ~(self.wanted | Stats.SQUARES)
+        """Whether everything wanted of an input is summed here; its mean squares always are, look-ups (which are a table's) never."""
+        return not wanted & INPUTS & ~(self.wanted | Stats.SQUARES | Stats.USES)
 
     def add(self, x: Tensor, group: int | None = None) -> None:
         """Add the inputs x [groups, tokens, in], or x [1, tokens, in] of one group."""
@@ -51,6 +53,8 @@ class Gram:
                     total[here, rest].addmm_(part[:, here].t(), part[:, rest])
         if self.magnitude is not None:
             self.magnitude[rows] += x.abs().sum(1)
+        if self.centre is not None:
+            self.centre[rows] += x.sum(1)
         if self.peak is not None and x.shape[1]:
             self.peak[rows] = torch.maximum(self.peak[rows], x.abs().amax(1))
         self.tokens[rows] += x.shape[1]
@@ -67,10 +71,14 @@ class Gram:
         copy.total, copy.tokens = self.total.clone(), self.tokens.clone()
         copy.magnitude = self.magnitude.clone() if self.magnitude is not None else None
         copy.peak = self.peak.clone() if self.peak is not None else None
+        copy.centre = self.centre.clone() if self.centre is not None else None
         return copy
 
     def mean(self) -> Tensor:
-        """X^T X (and `magnitude`) divided by the tokens of each group, zero for a group that saw none; in place, as it can be the largest tensor."""
+        """X^T X (and `magnitude`, `centre`) divided by the tokens of each group, zero for a group that saw none.
+
+        In place, as it can be the largest tensor.
+        """
         if not self._divided:
             for here, _ in self._strips() if not self.diagonal else ():
                 self.total[:, here.stop :, here] = self.total[:, here, here.stop :].transpose(1, 2)
@@ -78,6 +86,8 @@ class Gram:
             self.total /= n.view(-1, *(1,) * (self.total.dim() - 1))
             if self.magnitude is not None:
                 self.magnitude /= n.view(-1, 1)
+            if self.centre is not None:
+                self.centre /= n.view(-1, 1)
             self._divided = True
         return self.total
 
@@ -160,9 +170,9 @@ _FUSED = {
 
 
 def _inputs(slot: Slot, x: Tensor, w: Tensor, extra: Any, whole: bool) -> Tensor:
-    """The input of a product as X [groups, tokens, in]."""
+    """The input of a product as X [groups, tokens, in]; of a look-up the rows [1, tokens, 1], which are integers."""
     if extra == "lookup":  # the input is one-hot, and the table's columns are not mixed: X^T X / n is the identity
-        return torch.empty(1, x.numel(), 0, device=w.device)
+        return x.detach().reshape(1, -1, 1)  # the row of each token, as an integer
     if extra is not None:
         return _patches(x, w, extra, slot.groups)
     if whole and slot.groups > 1:  # all experts at once, each with its own rows
@@ -202,6 +212,7 @@ class Statistics:
         self.grams: dict[Slot, Gram] = {}
         self.fisher: dict[Slot, Tensor] = {}
         self.output: dict[Slot, Tensor] = {}
+        self.uses: dict[Slot, Tensor] = {}
         self.tokens = self.sequences = 0
         self.order: list[Slot] = []
         self.fused: set[Slot] = set()
@@ -236,8 +247,11 @@ class Statistics:
         return self.fisher.setdefault(slot, torch.zeros(slot.shape, device=self.watched[slot].device))
 
     def _sum_inputs(self, slot: Slot, x: Tensor, group: int | None) -> None:
-        if x.shape[2] == 0:
+        if not x.is_floating_point():
             self._gram(slot, x.device).tokens += x.shape[1]
+            if self.needs[slot] & Stats.USES:
+                counts = torch.bincount(x.flatten(), minlength=slot.shape[0]).float()
+                self.uses[slot] = self.uses[slot] + counts if slot in self.uses else counts
             return
         same = self._last is not None and self._last[0].data_ptr() == x.data_ptr() and self._last[0].shape == x.shape and group is None
         summed = self._last[1] if same and self._last is not None else []
@@ -268,14 +282,14 @@ class Statistics:
         start = (group or 0) * (slot.shape[0] // slot.groups)
         total = self.output.setdefault(slot, torch.zeros(slot.shape[0], device=g.device))
         total[start : start + len(per_row)] += per_row
-        if self.needs[slot] & Stats.FISHER and x.shape[2]:
+        if self.needs[slot] & Stats.FISHER and x.is_floating_point():
             squared = self._fisher(slot)
             grouped = g.unflatten(1, (x.shape[0], -1)).permute(1, 2, 0)  # [groups, rows, tokens]
             squared[start : start + len(per_row)] += (grouped @ x).flatten(0, 1).square()
 
     def forget(self, slot: Slot) -> None:
         """Drop what was summed for a slot (what it shares with another stays for that one)."""
-        for kept in (self.grams, self.fisher, self.output):
+        for kept in (self.grams, self.fisher, self.output, self.uses):
             kept.pop(slot, None)
 
     def describe(self, slot: Slot, W: Tensor, seed: int) -> Site:
@@ -292,12 +306,14 @@ class Statistics:
         site = Site(slot.name, W, slot.groups, dims=slot.view.shape, role=slot.role, seed=seed)
         gram = self.grams.get(slot)
         if gram is not None:
-            mean, magnitude, peak = gram.mean(), gram.magnitude, gram.peak
+            mean, magnitude, peak = gram.mean(), gram.magnitude, gram.peak  # `mean` divides the sums in place
             if slot.role == "embedding" and not mean.any():
                 mean = torch.eye(slot.shape[1], device=mean.device).unsqueeze(0) if not gram.diagonal else torch.ones_like(mean)
                 magnitude, peak = (torch.ones_like(side) if side is not None else None for side in (magnitude, peak))
-            site = site.having(tokens=gram.tokens, magnitude=magnitude, peak=peak, input=gram.number)
+            site = site.having(tokens=gram.tokens, magnitude=magnitude, peak=peak, centre=gram.centre, input=gram.number)
             site = site.having(**({"squares": mean} if gram.diagonal else {"hessian": mean}))
+        if slot in self.uses:
+            site = site.having(uses=self.uses[slot])
         if slot in self.output:
             site = site.having(output=self.output[slot] / max(self.tokens, 1))
         if slot in self.fisher:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from laconic.errors import CheckpointError
 from laconic.tensors import INDEX, TensorFiles
 from laconic.weights import Weight, unpack
-from laconic.weights.base import Spec, input_bits_of, pack
+from laconic.weights.base import Spec, asks_its_layer, input_bits_of, pack
 from laconic.weights.dense import DTYPES
-from laconic.weights.inputs import Rounding, why_not
+from laconic.weights.inputs import Rounding, why_no_bias, why_not
 
 MANIFEST = "laconic.json"
 SCHEMA = 1
@@ -47,14 +47,15 @@ class Compressed:
             raise CheckpointError(f"{self.path}: {name}: {error}") from error
 
     def rounding(self, name: str) -> Rounding | None:
-        """How a parameter's layer is to round its inputs, or None; what is not a stored weight takes them as they are."""
-        return Rounding.of(self.weight(name)) if "input_bits" in self.weights.get(name, {}) else None
+        """What a parameter's layer does with inputs and outputs, or None; what is not a stored weight asks for nothing."""
+        return Rounding.of(self.weight(name)) if asks_its_layer(self.weights.get(name, {})) else None
 
     def check_layers(self, name: str, layers: Iterable[nn.Module]) -> None:
-        """Raises CheckpointError where the layers of a parameter cannot round their inputs as its weight asks for."""
-        for layer in layers if "input_bits" in self.weights[name] else ():
-            if (reason := why_not(layer)) is not None:
-                raise CheckpointError(f"{self.path}: {name} is stored with input_bits: {reason}")
+        """Raises CheckpointError where the layers of a parameter cannot do with inputs and outputs what its weight asks for."""
+        for key, why in (("input_bits", why_not), ("bias", why_no_bias)):
+            for layer in layers if key in self.weights[name] else ():
+                if (reason := why(layer)) is not None:
+                    raise CheckpointError(f"{self.path}: {name} is stored with {'an output bias' if key == 'bias' else key}: {reason}")
 
     def nbytes(self, name: str) -> int:
         if name in self.weights:
@@ -99,7 +100,7 @@ def _check_spec(spec: Any, shape: Any, where: str) -> None:
 
 
 def _check_inputs(spec: Spec, where: str) -> None:
-    """Raises CheckpointError unless `input_bits` is absent, or a number of bits that stands at the outermost spec."""
+    """Raises CheckpointError unless `input_bits` and `bias` are absent, or stand at the outermost spec."""
     try:
         input_bits_of(spec)
     except CheckpointError as error:
@@ -108,8 +109,8 @@ def _check_inputs(spec: Spec, where: str) -> None:
     while todo:
         value = todo.pop()
         todo += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        if isinstance(value, dict) and "input_bits" in value:
-            raise CheckpointError(f"{where}: input_bits in a part of a weight; the manifest is damaged")
+        if isinstance(value, dict) and asks_its_layer(value):
+            raise CheckpointError(f"{where}: {'input_bits' if 'input_bits' in value else 'bias'} in a part of a weight; the manifest is damaged")
 
 
 def pack_weights(weights: dict[str, Weight]) -> tuple[dict[str, Tensor], dict[str, Spec]]:

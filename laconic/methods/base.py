@@ -87,6 +87,11 @@ class Method(ABC):
         return [self(site) for site in sites]
 
     @property
+    def biased(self) -> bool:
+        """Whether its weights ask the layer to add to its outputs, which a part of another weight cannot do."""
+        return False
+
+    @property
     def soft(self) -> bool:
         """Whether training is what the method is for, through a soft form of its weight (`relax`)."""
         return False
@@ -143,6 +148,13 @@ class Keep(Method):
         raise SchemeError("Keep stands for the tensor as it is and cannot be part of a composition")
 
 
+def check_unbiased(whole: Method, *parts: Method) -> None:
+    """Raises SchemeError where a part of a composition asks its layer to add to its outputs."""
+    for part in parts:
+        if part.biased:
+            raise SchemeError(f"{whole!r}: {part!r} adds a bias to the layer's outputs and cannot be a part; LowRank and EoRA add none")
+
+
 @dataclass(frozen=True, repr=False)
 class Then(Method):
     """first >> second: `second` encodes the entries that `first` keeps; of a `first` that prunes nothing, it re-encodes the result.
@@ -155,6 +167,7 @@ class Then(Method):
     second: Method
 
     def __post_init__(self) -> None:
+        check_unbiased(self, self.first)
         if self._pruning() is not None and getattr(self.second, "rate", None) is not None:
             raise SchemeError(
                 f"{self!r}: a rate counts every entry, but only the survivors of {self.first!r} are stored; give {type(self.second).__name__} bits"
@@ -204,6 +217,10 @@ class Then(Method):
     def soft(self) -> bool:
         return self.second.soft
 
+    @property
+    def biased(self) -> bool:
+        return self.second.biased
+
     def relax(self, weight: Weight, W: Tensor) -> Relaxation:
         return self.second.relax(weight, W)
 
@@ -231,6 +248,9 @@ class Plus(Method):
 
     first: Method
     second: Method
+
+    def __post_init__(self) -> None:
+        check_unbiased(self, self.first, self.second)
 
     @property
     def wants(self) -> Stats:
@@ -270,18 +290,24 @@ class Plus(Method):
 def output_error(site: Site, weight: Weight) -> float:
     """The relative squared output error tr(E H E^T) / tr(W H W^T), E = W - W_hat; with H = I when the site has no Hessian.
 
+    An output bias b counts where the mean input m is known: E |E x - b|^2 = tr(E H E^T) - 2 b^T E m + |b|^2.
     Taken over at most 512 evenly spaced rows per group, so that reporting it costs little beside finding the weight.
     """
     rows = site.W.shape[0] // site.groups
     left = total = 0.0
+    bias = weight.output_bias() if site.centre is not None and site.hessian is not None else None
     for g in range(site.groups):
         metric = site.hessian[g] if site.hessian is not None else site.squares[g] if site.squares is not None else None
         for start in range(g * rows, (g + 1) * rows, max(1, rows // _PARTS)):
             stop = min(start + max(1, min(_ROWS // _PARTS, rows // _PARTS)), (g + 1) * rows)
             W = site.W[start:stop].float()
-            left += energy(W - weight.rows(start, stop).to(W), metric)
+            E = W - weight.rows(start, stop).to(W)
+            left += energy(E, metric)
+            if bias is not None and site.centre is not None:
+                b = bias[start:stop].to(W)
+                left += (b * (b - 2 * (E @ site.centre[g].to(W)))).sum(dtype=torch.float64).item()
             total += energy(W, metric)
-    return left / total if total > 0 else 0.0
+    return max(left, 0.0) / total if total > 0 else 0.0
 
 
 _ROWS, _PARTS = 512, 8  # rows looked at, and the runs of neighbouring rows they come in

@@ -26,7 +26,7 @@ class Hadamard(Method):
     outputs: bool = True
 
     def __post_init__(self) -> None:
-        if self.method.wants & (Stats.SQUARES | Stats.MEAN | Stats.MAX | Stats.FISHER | Stats.CHANNELS):
+        if self.method.wants & (Stats.SQUARES | Stats.MEAN | Stats.MAX | Stats.CENTRE | Stats.USES | Stats.FISHER | Stats.CHANNELS):
             raise SchemeError(f"Hadamard: {self.method!r} weighs single entries, rows or columns, and their weights are not known in a rotated basis")
 
     @property

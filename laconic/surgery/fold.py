@@ -112,6 +112,8 @@ def _take(model: nn.Module, source: Source, t: Tensor, undo: ExitStack) -> str |
     module, weight = model.get_submodule(source.path), None
     if source.slot is not None:
         weight = installed(model).get(source.slot.parameter)
+    if weight is not None and weight.output_bias() is not None:
+        return f"the weight of {source.path} has an output bias, which is stored as it is"
     changed = []
     for name in source.names if weight is None else source.names[1:]:
         parameter = getattr(module, name)

@@ -19,7 +19,7 @@ class Weight(nn.Module, ABC):
     "minimise L(w) subject to w = D(Theta)". The two names are those of `torch.nn.utils.parametrize`, with which a Weight is installed.
     Float state is held as parameters with `requires_grad=False`, so a recovery method only has to switch on what it trains.
     `input_bits`, which a method sets on the weight it returns, asks that the layer's inputs are rounded too, token by token, whenever it runs
-    (`weights.inputs`); it belongs to the whole weight, never to a part of one.
+    (`weights.inputs`); like `output_bias` it belongs to the whole weight, never to a part of one.
 
     Source: Carreira-Perpinan 2017, "Model compression as constrained optimization", eq. 1; Condensa section 3.
     """
@@ -35,6 +35,10 @@ class Weight(nn.Module, ABC):
     def rows(self, start: int, stop: int) -> Tensor:
         """The decoded rows start : stop, for matrices too large to decode at once."""
         return self.forward()[start:stop]
+
+    def output_bias(self) -> Tensor | None:
+        """What the layer is to add to its outputs [out] beside a bias of its own; None for nothing."""
+        return None
 
     @abstractmethod
     def right_inverse(self, W: Tensor) -> tuple[()]:
@@ -99,17 +103,21 @@ def check_bits(bits: object) -> None:
         raise SchemeError(f"input_bits should be a whole number from 2 to 16, got {bits!r}")
 
 
-def check_input_bits(weight: Weight) -> None:
-    """Raises SchemeError for `input_bits` that are no such number, or that a part of the weight has, where nobody would heed them."""
+def check_parts(weight: Weight) -> None:
+    """Raises SchemeError for `input_bits` that are no such number, and for what a part of the weight asks of a layer: nobody would heed it."""
     check_bits(weight.input_bits)
     for part in weight.modules():
-        if isinstance(part, Weight) and part is not weight and part.input_bits is not None:
+        if not isinstance(part, Weight) or part is weight:
+            continue
+        if part.input_bits is not None:
             raise SchemeError(f"a {part.kind} weight with input_bits inside a {weight.kind} one; a method that rounds inputs has to come last")
+        if part.output_bias() is not None:
+            raise SchemeError(f"a {part.kind} weight with an output bias inside a {weight.kind} one; its method cannot be part of another")
 
 
 def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:
-    """A whole weight in canonical form, `input_bits` included; `unpack` is the inverse. Raises: SchemeError as `check_input_bits`."""
-    check_input_bits(weight)
+    """A whole weight in canonical form, `input_bits` included; `unpack` is the inverse. Raises: SchemeError as `check_parts`."""
+    check_parts(weight)
     spec, tensors = weight.pack()
     return (spec if weight.input_bits is None else spec | {"input_bits": weight.input_bits}), tensors
 
@@ -146,6 +154,11 @@ def input_bits_of(spec: Spec) -> int | None:
     except SchemeError as error:
         raise CheckpointError(f"{spec.get('kind')}: {error}") from error
     return bits
+
+
+def asks_its_layer(spec: Spec) -> bool:
+    """Whether a packed weight asks something of its layer beside its matrix: to round inputs, to add to outputs."""
+    return "input_bits" in spec or "bias" in spec
 
 
 def shape_of(spec: Spec) -> tuple[int, int]:

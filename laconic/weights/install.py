@@ -64,8 +64,8 @@ class Installed(nn.Module):
 def install(module: nn.Module, name: str, weight: Weight, view: View) -> None:
     """Let `weight` take the place of `module.name`: reading decodes it, assigning projects onto its set. Its codes are not touched.
 
-    With `input_bits` the module rounds its inputs from now on; without, it does not any more. A tie is installed by calling this once per
-    user with the same Weight object. Raises: SchemeError where inputs are to be rounded that cannot be.
+    With `input_bits` the module rounds its inputs from now on, with an `output_bias` it adds that; without, it does not any more. A tie is
+    installed by calling this once per user with the same Weight object. Raises: SchemeError where the module can do no such thing.
     """
     check_rounding(module, weight, f"{type(module).__name__}.{name}")
     installed = Installed(weight, view, getattr(module, name).dtype)
@@ -90,7 +90,8 @@ def installed(module: nn.Module) -> dict[str, Weight]:
 def bake(module: nn.Module) -> None:
     """Replace every installed Weight below `module` by the dense parameter it decodes to; ties stay one parameter.
 
-    What is computed stays the same: a layer that rounds its inputs goes on doing so. The parameters require a gradient, as those of any module
+    What is computed stays the same: a layer that rounds its inputs goes on doing so, and an output bias goes into the layer's own bias where it
+    has one (up to the rounding of that sum) and is added as before where not. The parameters require a gradient, as those of any module
     do: torch chooses products by that flag even where no gradient is taken, and a frozen LSTM's decoder ran at 3/4 of its speed.
     """
     dense: dict[int, nn.Parameter] = {}
@@ -108,8 +109,17 @@ def bake(module: nn.Module) -> None:
                     rounding = Rounding.of(chain[0].weight)
                 parametrize.remove_parametrizations(child, name)
                 setattr(child, name, dense[key])
-                if rounding is not None:
-                    set_rounding(child, rounding)
+                set_rounding(child, _into_own_bias(child, rounding))
+
+
+def _into_own_bias(layer: nn.Module, rounding: Rounding | None) -> Rounding | None:
+    """What is left to be done when the layer runs, after its own bias has taken up the output bias."""
+    own = getattr(layer, "bias", None)
+    if rounding is None or rounding.bias is None or not isinstance(own, nn.Parameter):
+        return rounding
+    with torch.no_grad():
+        own.add_(rounding.bias.to(own))
+    return Rounding(rounding.bits, rounding.column_scale) if rounding.bits is not None else None
 
 
 def own_class(module: nn.Module) -> None:

@@ -11,18 +11,22 @@ from laconic.weights.dense import Dense
 
 
 class LowRank(Weight):
-    """W = left @ right with left [out, rank] and right [rank, in], both Weights. Bits: those of the factors.
+    """W = left @ right with left [out, rank] and right [rank, in], both Weights. Bits: those of the parts.
 
-    `right_inverse` is the truncated SVD of W (Eckart-Young), its singular values split evenly over the factors, each factor then projected.
+    `bias` [1, out], if any, is what the layer adds to its outputs, so that the weight stands for x -> left right x + bias.
+    `right_inverse` leaves it as it is, and is the truncated SVD of W (Eckart-Young), its singular values split evenly over the factors, each
+    factor then projected.
     """
 
     kind = "lowrank"
 
-    def __init__(self, left: Weight, right: Weight) -> None:
+    def __init__(self, left: Weight, right: Weight, bias: Weight | None = None) -> None:
         super().__init__()
         if left.shape[1] != right.shape[0]:
             raise SchemeError(f"LowRank: factors {left.shape} and {right.shape} do not multiply")
-        self.left, self.right = left, right
+        if bias is not None and bias.shape != (1, left.shape[0]):
+            raise SchemeError(f"LowRank: a bias of shape {bias.shape}; expected (1, {left.shape[0]})")
+        self.left, self.right, self.bias = left, right, bias
         self.shape, self.rank = (left.shape[0], right.shape[1]), left.shape[1]
 
     @classmethod
@@ -36,6 +40,9 @@ class LowRank(Weight):
     def forward(self) -> Tensor:
         return self.left.forward() @ self.right.forward()
 
+    def output_bias(self) -> Tensor | None:
+        return None if self.bias is None else self.bias.forward().flatten()
+
     def rows(self, start: int, stop: int) -> Tensor:
         return self.left.rows(start, stop) @ self.right.forward()
 
@@ -48,19 +55,24 @@ class LowRank(Weight):
         return ()
 
     def bits(self) -> int:
-        return self.left.bits() + self.right.bits()
+        return self.left.bits() + self.right.bits() + (self.bias.bits() if self.bias is not None else 0)
 
     def pack(self) -> tuple[Spec, dict[str, Tensor]]:
         left_spec, left = self.left.pack()
         right_spec, right = self.right.pack()
         spec = {"kind": self.kind, "shape": list(self.shape), "left": left_spec, "right": right_spec}
-        return spec, prefixed("left", left) | prefixed("right", right)
+        tensors = prefixed("left", left) | prefixed("right", right)
+        if self.bias is not None:
+            spec["bias"], bias = self.bias.pack()
+            tensors |= prefixed("bias", bias)
+        return spec, tensors
 
     @classmethod
     def unpack(cls, spec: Spec, tensors: dict[str, Tensor]) -> Self:
         shape = shape_of(spec)
         try:
-            self = cls(unpack(spec["left"], nested(tensors, "left")), unpack(spec["right"], nested(tensors, "right")))
+            left, right = (unpack(spec[side], nested(tensors, side)) for side in ("left", "right"))
+            self = cls(left, right, unpack(spec["bias"], nested(tensors, "bias")) if "bias" in spec else None)
         except (KeyError, SchemeError) as error:
             raise CheckpointError(f"lowrank: the spec is damaged: {error}") from error
         if self.shape != shape:

@@ -30,6 +30,7 @@ VARIANTS = [
     parse("Cut(columns=(1, 2, 3)) >> GPTQ(bits=4, group=16)"), parse("Hadamard(BlockPrune(0.5, (3, 3)))"),
     parse("AWQ(bits=3, group=16, clip=False)"), parse("AWQ(bits=3, group='channel', symmetric=True)"), parse("AWQ(2, 'tensor') + EoRA(rank=4)"),
     parse("SmoothQuant(bits=4, activations=None, alpha=0.75, group=16)"), parse("RTN(8) >> SmoothQuant(activations=None)"),
+    parse("AFM(8)"), parse("AFM(0.7, factors=RTN(8, group='channel'))"),
 ]  # fmt: skip
 
 
@@ -55,6 +56,8 @@ def only(site: Site, wanted: Stats) -> Site:
         squares=site.squares if wanted & Stats.SQUARES else None,
         magnitude=site.magnitude if wanted & Stats.MEAN else None,
         peak=site.peak if wanted & Stats.MAX else None,
+        centre=site.centre if wanted & Stats.CENTRE else None,
+        uses=site.uses if wanted & Stats.USES else None,
         fisher=site.fisher if wanted & Stats.FISHER else None,
         output=site.output if wanted & Stats.OUTPUT else None,
         channels=site.channels if wanted & Stats.CHANNELS else None,
