@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laconic.blocks import Batch, BlockModel, Calls, call, to_device
+from laconic.errors import DataError
 from laconic.files import disk_errors, write_tensors
 from laconic.sites import INPUTS, NONE, Slot, Stats
 from laconic.statistics import Statistics
+from laconic.tensors import is_finite
 
 Needs = dict[Slot, Stats]
 
@@ -199,7 +201,10 @@ def sampled_labels(output: Any, generator: torch.Generator) -> Tensor:
     logits = getattr(output, "logits", output)
     flat = logits.reshape(-1, logits.shape[-1]).float()
     with torch.no_grad():
-        labels = torch.multinomial(flat.softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(flat.device)
+        probabilities = flat.softmax(-1).cpu()
+        if not is_finite(probabilities):
+            raise DataError("the model's output holds NaN or infinity")
+        labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(flat.device)
     return F.cross_entropy(flat, labels, reduction="sum")
 
 
@@ -219,6 +224,17 @@ def default_loss(output: Any, generator: torch.Generator) -> Tensor:
     if isinstance(logits, Tensor) and (logits.dim() == 2 or hasattr(output, "logits")):
         return sampled_labels(output, generator)
     return random_projection(output, generator)
+
+
+def _probe(loss: Loss, output: Any, generator: torch.Generator, batch: int) -> Tensor:
+    """The loss of one batch's output. Raises: DataError with the batch's number when it is not finite."""
+    try:
+        scalar = loss(output, generator)
+    except DataError as error:
+        raise DataError(f"calibration batch {batch}: {error}") from error
+    if not bool(scalar.isfinite()):
+        raise DataError(f"calibration batch {batch}: the loss of the model's output is {float(scalar)}")
+    return scalar
 
 
 def survey(
@@ -242,9 +258,9 @@ def survey(
     with model.residency.hold(""):
         statistics = _counting(model, outside, needs, tokens, len(batches))
         with statistics.watch():
-            for h, batch in zip(hidden, batches, strict=True):
+            for k, (h, batch) in enumerate(zip(hidden, batches, strict=True)):
                 leaf = h.to(model.device).requires_grad_()
-                loss(model.tail(leaf, batch), generator).backward()
+                _probe(loss, model.tail(leaf, batch), generator, k).backward()
                 gradients.append(_gradient(leaf).cpu())
         if outside:
             yield Stage("outside", outside, statistics)
@@ -296,11 +312,10 @@ def survey_whole(
     generator = torch.Generator().manual_seed(seed)
     statistics = Statistics(parameters_of(model, slots), dict(needs))
     with statistics.watch(), _embeddings_with_gradient(model):
-        for batch in batches:
+        for k, batch in enumerate(batches):
             inputs = _with_gradient(to_device(batch, device))
             output = call(model, inputs)
-            scalar = loss(output, generator)
-            scalar.backward()
+            _probe(loss, output, generator, k).backward()
             main = getattr(output, "logits", output)
             main = main if isinstance(main, Tensor) else main[0]
             statistics.tokens += main.shape[:-1].numel()

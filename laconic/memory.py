@@ -1,6 +1,7 @@
 """Any nn.Module in memory: compress it in place, save it, load it into a module of the same architecture."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,7 @@ from laconic.state import check_storable, check_values, guard, not_stored, plain
 from laconic.store import MANIFEST, Compressed, manifest_of, pack_weights, remove_shards, same_tensor, stored_bytes
 from laconic.surgery.reshape import Shapes, rebuild
 from laconic.tensors import Reader, is_finite
+from laconic.unmeasured import naming_batches, unmeasured_notes
 from laconic.weights import Weight, install
 from laconic.weights.inputs import Rounding, rounding_of, set_rounding
 
@@ -79,22 +81,30 @@ def compress_module(
         raise DataError(f"{describe(scheme)}: needs calibration data; pass data=, an iterable of batches")
     with _at_rest(model):
         before = score(model) if score is not None else None
-        weights, records = _run(model, chosen, batches, loss, true_sequential, seed, progress)
+        with naming_batches(batches):
+            weights, records = _run(model, chosen, batches, loss, true_sequential, seed, progress)
         for slot, weight in weights.items():
             for path, name in slot.users:
                 install(model.get_submodule(path), name, weight, slot.view)
         guard(model)
         after = score(model) if score is not None else None
+    notes = unmeasured_notes(records, count, progress)
+    notes += [f"the score {when} compression is {value}" for when, value in (("before", before), ("after", after)) if not _is_number(value)]
     stored = sum(record["bits"] for record in records) // 8
     kept = original - sum(record["original_bytes"] for record in records)
     report = Report(
         {
             "scheme": describe(scheme), "seed": seed, "sites": records, "parameters": count, "original_bytes": original,
             "expected_bytes": kept + stored, "metrics": {"score": after, "reference_score": before} if score is not None else {},
-            "seconds": time.time() - started, "peak_memory": {"actual": peak_memory()}, "notes": [],
+            "seconds": time.time() - started, "peak_memory": {"actual": peak_memory()}, "notes": notes,
         }
     )  # fmt: skip
     return model, report
+
+
+def _is_number(score: float | None) -> bool:
+    """Whether a score, if there is one, is finite."""
+    return score is None or math.isfinite(score)
 
 
 def plain_bytes(model: nn.Module) -> int:

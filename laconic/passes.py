@@ -26,7 +26,7 @@ from laconic.calibrate import (
 from laconic.errors import SchemeError, VerificationError
 from laconic.files import disk_errors, write_tensors
 from laconic.load import Checkpoint, CompressedCheckpoint
-from laconic.methods.allocation import Allocation
+from laconic.methods.allocation import Allocation, Measured
 from laconic.methods.base import Keep, Method
 from laconic.methods.channels import MODULES_ONLY
 from laconic.progress import Progress
@@ -79,11 +79,11 @@ def needs_of(chosen: Chosen) -> Needs:
 
 
 def allocations(chosen: Chosen) -> dict[Method, Allocation]:
-    """The allocations that a scheme's methods ask for; sites under equal methods share one."""
+    """The allocations that a scheme's methods ask for; sites under equal methods share one, from which unmeasured sites stay out."""
     found: dict[Method, Allocation] = {}
     for method in chosen.values():
         if method not in found and (allocation := method.allocation()) is not None:
-            found[method] = allocation
+            found[method] = Measured(method, allocation)
     return found
 
 
@@ -244,16 +244,6 @@ def verify(path: Path, checkpoint: Checkpoint, records: list[dict[str, Any]], ke
             rows = slice(start, start + step) if original.dim() else ...
             if not same_tensor(stored.read([name])[name][rows], original[rows]):
                 raise VerificationError(f"{path}: {name} differs from the original")
-
-
-def experts_without_tokens(records: list[dict[str, Any]]) -> list[str]:
-    """One line for every packed expert that no calibration token reached."""
-    lines = []
-    for record in records:
-        missing = [i for i, tokens in enumerate(record.get("expert_tokens", [])) if tokens == 0]
-        if missing:
-            lines.append(f"{record['name']}: no token reached expert {', '.join(map(str, missing))}; rounded to nearest")
-    return lines
 
 
 def compress_parts(

@@ -31,7 +31,6 @@ from laconic.passes import (
     compress_parts,
     compression_stages,
     data_free_stages,
-    experts_without_tokens,
     needs_data,
     needs_of,
     refuse_structures,
@@ -47,6 +46,7 @@ from laconic.run import Run
 from laconic.scheme import Scheme, describe, parse, resolve
 from laconic.sites import INPUTS, find_slots
 from laconic.store import manifest_of, stored_bytes
+from laconic.unmeasured import unmeasured_notes
 
 SURVEY_SAMPLES = 32  # windows of the backward pass: what it estimates per site are means over millions of entries
 
@@ -145,10 +145,11 @@ def compress_directory(
     metrics = _quality(run.out, checkpoint, test, options, device, progress) if options.evaluate and test is not None else {}
     if metrics:
         run.finish(manifest | {"metrics": metrics}, checkpoint.path, config)
+    unmeasured = unmeasured_notes(records, manifest["source"]["parameters"], progress)
     report = Report(
         {
             "source": str(source), "out": str(out), "scheme": describe(scheme), "command": options.command, "seed": options.seed,
-            "data": manifest["data"], "sites": records, "metrics": metrics, "notes": experts_without_tokens(records),
+            "data": manifest["data"], "sites": records, "metrics": metrics, "notes": unmeasured,
             "unused": checkpoint.unused, "original_bytes": original_file_bytes(checkpoint), "expected_bytes": plan["bytes"],
             "stored_bytes": stored_bytes(run.out), "parameters": manifest["source"]["parameters"], "kept": _kept(checkpoint, kept),
             "peak_memory": {"expected": plan["peak_memory"], "actual": peak_memory()}, "expected_seconds": plan["seconds"],

@@ -102,7 +102,8 @@ class Site:
     `mask` [out, in] says which entries an earlier method kept; `values_dtype` is the type pruning keeps values in (float32 when another method
     encodes them afterwards). `dims` is the parameter's own shape (four numbers for a 2-D convolution);
     empty where only the matrix is known. `channels` [out] int64: rows of any site with the same number are one channel of the network and
-    are cut together; -1 may not be cut. `role` is that of the slot.
+    are cut together; -1 may not be cut. `role` is that of the slot. `unseen` says why nothing is known of its inputs, if so, and `unmeasured`
+    of which share of its entries (see `unmeasured.completed`).
     """
 
     name: str
@@ -123,6 +124,8 @@ class Site:
     dims: tuple[int, ...] = ()
     channels: Tensor | None = None
     role: Role = "body"
+    unseen: str = "no calibration input reached it"
+    unmeasured: float = 0.0
     seed: int = 0
     notes: list[str] = field(default_factory=list)
 

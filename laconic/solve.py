@@ -12,6 +12,8 @@ from laconic.calibrate import Stage
 from laconic.errors import SchemeError
 from laconic.methods.base import Method, output_error
 from laconic.sites import Site, Slot
+from laconic.tensors import is_finite
+from laconic.unmeasured import completed
 from laconic.weights import Weight
 from laconic.weights.inputs import Rounding, check_rounding, set_rounding
 
@@ -34,7 +36,7 @@ def solve_sites(method: Method, sites: Sequence[Site]) -> list[Weight]:
             return method.together(sites)
     except SchemeError as error:
         names = [site.name for site in sites]
-        raise error if any(name in str(error) for name in names) else SchemeError(f"{', '.join(names)}: {error}") from error
+        raise error if any(str(error).startswith(f"{name}:") for name in names) else SchemeError(f"{', '.join(names)}: {error}") from error
 
 
 def solve_stage(
@@ -42,14 +44,16 @@ def solve_stage(
 ) -> Iterator[tuple[Slot, Weight, dict[str, Any]]]:
     """The weight of every site of a stage, and the record of it; `given` adds to a site what was kept for it before.
 
-    Raises: SchemeError with the name of a site.
+    Raises: SchemeError with the name of a site, DataError where its statistics are not finite.
     """
     statistics = stage.statistics
     if statistics is None:
         return
     for slots in fed_alike(chosen, {slot: statistics.input_of(slot) for slot in stage.slots}):
         started = time.perf_counter()
-        sites = [given(statistics.describe(slot, matrix_of(model, slot), seed)) for slot in slots]
+        described = [given(statistics.describe(slot, matrix_of(model, slot), seed)) for slot in slots]
+        sites = [completed(site, chosen[slot].wants) for slot, site in zip(slots, described, strict=True)]
+        del described
         for slot in slots:
             statistics.forget(slot)
         weights = solve_sites(chosen[slots[0]], sites)
@@ -70,10 +74,12 @@ def record_of(slot: Slot, method: Method, site: Site, weight: Weight) -> dict[st
         "name": slot.name, "aliases": list(slot.names[1:]), "parameter": slot.parameter, "shape": list(slot.shape), "role": slot.role,
         "method": repr(method), "kind": kind_of(weight), "bits": bits, "bits_per_weight": bits / slot.entries,
         "error": output_error(site, weight), "weight_error": output_error(site.having(hessian=None, squares=None), weight),
-        "checksum": checksum(weight), "notes": site.notes,
+        "checksum": checksum(weight, slot.name), "notes": site.notes,
     }  # fmt: skip
     if site.tokens is not None and site.groups > 1 and slot.view.lead > 1:
         record["expert_tokens"] = site.tokens.tolist()
+    if site.unmeasured:
+        record["unmeasured"] = site.unmeasured
     if weight.input_bits is not None:
         record["input_bits"] = weight.input_bits
     return record
@@ -89,12 +95,17 @@ def kind_of(weight: Weight) -> str:
     return kind if weight.input_bits is None else f"{kind}, inputs {weight.input_bits} bits"
 
 
-def checksum(weight: Weight) -> int:
-    """CRC-32 of the decoded matrix and output bias as float32, a few rows at a time."""
+def checksum(weight: Weight, name: str = "") -> int:
+    """CRC-32 of the decoded matrix and output bias as float32, a few rows at a time.
+
+    Raises: SchemeError when the site is named and a decoded value is not finite, as where 16 bits cannot hold it.
+    """
     value = 0
     with torch.no_grad():
         for start in range(0, weight.shape[0], _ROWS):
             rows = weight.rows(start, min(start + _ROWS, weight.shape[0])).float().cpu().contiguous()
+            if name and not is_finite(rows):
+                raise SchemeError(f"{name}: decodes to values that are not finite: the type its values are stored in does not hold them")
             value = zlib.crc32(rows.numpy().data, value)
         if (bias := weight.output_bias()) is not None:
             value = zlib.crc32(bias.float().cpu().contiguous().numpy().data, value)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from laconic.errors import SchemeError
-from laconic.sites import INPUTS, NONE, Site, Slot, Stats
+from laconic.sites import INPUTS, Site, Slot, Stats
 
 _STRIPS = 4  # more of them save little more (1/2 at most) and make the products thinner
 
@@ -295,15 +294,11 @@ class Statistics:
     def describe(self, slot: Slot, W: Tensor, seed: int) -> Site:
         """The site a method is given: its values and everything that was summed for it. Nothing can be added afterwards.
 
-        Raises: SchemeError for a site inside a fused call, of whose inputs or outputs something was asked for.
+        What was not seen stays None (see `unmeasured.completed`).
         """
-        hidden = self.needs.get(slot, NONE) & (INPUTS | Stats.OUTPUT)
-        if slot in self.fused and hidden:
-            raise SchemeError(
-                f"{slot.name}: is multiplied inside a fused call (a recurrent layer, multi-head attention), where its inputs cannot be seen; "
-                "use a method that needs no data, or gradients of the weights only (Fisher)"
-            )
         site = Site(slot.name, W, slot.groups, dims=slot.view.shape, role=slot.role, seed=seed)
+        if slot in self.fused:
+            site = site.having(unseen="it is multiplied inside a fused call (a recurrent layer, multi-head attention), where inputs cannot be seen")
         gram = self.grams.get(slot)
         if gram is not None:
             mean, magnitude, peak = gram.mean(), gram.magnitude, gram.peak  # `mean` divides the sums in place

@@ -490,8 +490,13 @@ def test_experts_are_all_covered_or_listed(tmp_path: Path, tokenizer: Any, text:
     for site in experts:
         assert len(site["expert_tokens"]) == 8
         assert sum(site["expert_tokens"]) == 8 * 32 * 2
-    idle = [note for note in report["notes"] if "no token reached expert" in note]
-    assert len(idle) == sum(1 for site in experts if 0 in site["expert_tokens"])
+    for site in experts:
+        idle = [i for i, tokens in enumerate(site["expert_tokens"]) if tokens == 0]
+        assert 3 in idle
+        assert site["unmeasured"] == len(idle) / 8
+        assert [note for note in site["notes"] if "saw no token" in note] == site["notes"], "one line a site, not one an expert"
+        assert f"of 8 ({len(idle) / 8:.0%} of the site) saw no token" in site["notes"][0]
+    assert "rounded without statistics" in report["notes"][0]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ours = lc.load(tmp_path / "out", dtype=torch.float32)
     ids = torch.arange(1, 20).unsqueeze(0)

@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from laconic.methods.base import Method, Plus, Then
-from laconic.sites import NONE, Site, Stats
+from laconic.sites import MEASURED, NONE, Site, Stats
+from laconic.unmeasured import completed
 
 
 class Allocation(ABC):
@@ -53,3 +54,30 @@ def composed(whole: Then | Plus, first: Method, second: Method) -> Allocation | 
     """The allocation of a composition: both parts allocate on the sites' own values, then are composed again site by site."""
     parts = first.allocation(), second.allocation()
     return _Composed(whole, *parts, []) if any(part is not None for part in parts) else None
+
+
+class Measured(Allocation):
+    """An allocation that sees only sites of which it can know something.
+
+    A site without the statistics it wants gets what the number comes to for it alone: the rate or sparsity asked for. Channels are seen
+    anyway, since rows of several sites belong together.
+    """
+
+    def __init__(self, method: Method, inner: Allocation) -> None:
+        self.method, self.inner, self.wants = method, inner, inner.wants
+        self.seen = False
+        self.alone: dict[str, Method] = {}
+
+    def observe(self, site: Site) -> None:
+        site = completed(site.having(notes=[]), self.wants)  # whoever solves the site says what is missing
+        if site.unmeasured < 1 or self.wants & Stats.CHANNELS or not self.wants & MEASURED:
+            self.seen = True
+            self.inner.observe(site)
+            return
+        own = self.method.allocation()
+        assert own is not None
+        own.observe(site)
+        self.alone |= own.resolve()
+
+    def resolve(self) -> dict[str, Method]:
+        return (self.inner.resolve() if self.seen or not self.alone else {}) | self.alone

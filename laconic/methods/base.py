@@ -1,6 +1,7 @@
 """A method: frozen hyper-parameters and a call from a site to a weight; `>>` and `+` compose methods."""
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -292,6 +293,7 @@ def output_error(site: Site, weight: Weight) -> float:
 
     An output bias b counts where the mean input m is known: E |E x - b|^2 = tr(E H E^T) - 2 b^T E m + |b|^2.
     Taken over at most 512 evenly spaced rows per group, so that reporting it costs little beside finding the weight.
+    Raises: SchemeError when it is not finite, which no figure may be.
     """
     rows = site.W.shape[0] // site.groups
     left = total = 0.0
@@ -307,6 +309,8 @@ def output_error(site: Site, weight: Weight) -> float:
                 b = bias[start:stop].to(W)
                 left += (b * (b - 2 * (E @ site.centre[g].to(W)))).sum(dtype=torch.float64).item()
             total += energy(W, metric)
+    if not math.isfinite(left) or not math.isfinite(total):
+        raise SchemeError(f"{site.name}: its output error is not finite ({left} of {total}): the statistics or the decoded values are not")
     return max(left, 0.0) / total if total > 0 else 0.0
 
 

@@ -17,6 +17,7 @@ from laconic.sites import GRADIENTS, MEASURED, Site, Slot, Stats, find_slots
 from laconic.solve import fed_alike, solve_sites
 from laconic.statistics import Statistics
 from laconic.tensors import is_finite
+from laconic.unmeasured import completed
 from laconic.weights import Weight
 
 
@@ -44,6 +45,7 @@ class Projection:
         """The weights nearest to `values`, tensors in their parameters' own shapes."""
         with torch.no_grad():
             sites = {slot: site.having(W=slot.view.matrix(values[slot]), notes=[]) for slot, site in self.sites.items()}
+            sites = {slot: completed(site, self.chosen[slot].wants) for slot, site in sites.items()}
             methods = dict(self.chosen)
             for method, allocation in allocations(self.chosen).items():
                 for slot, site in sites.items():

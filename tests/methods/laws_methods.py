@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from laconic.errors import SchemeError
+from laconic.errors import DataError, SchemeError
 from laconic.methods.base import Keep, Method, output_error
 from laconic.methods.gptq import GPTQ
 from laconic.methods.rtn import RTN
+from laconic.passes import allocations
 from laconic.scheme import known_methods, parse
-from laconic.sites import Site, Stats
-from laconic.weights import Weight
+from laconic.sites import MEASURED, Site, Slot, Stats
+from laconic.unmeasured import completed
+from laconic.weights import View, Weight
 from tests.conftest import make_site, output_loss
 
 NEEDED: dict[str, dict[str, Any]] = {"Hadamard": {"method": GPTQ(bits=3, group=16)}}
@@ -147,6 +149,40 @@ def test_sites_of_one_input_come_back_in_their_order(method: Method) -> None:
     sites = [make_site(), make_site().having(W=make_site(seed=1).W[:24])]
     assert [weight.shape for weight in method.together(sites)] == [(48, 64), (24, 64)]
     assert torch.equal(method.together(sites[:1])[0](), run(method, sites[0])())
+
+
+STATISTICS = ("hessian", "squares", "magnitude", "peak", "centre", "uses", "tokens", "input", "fisher", "output")
+
+
+def test_a_site_that_nothing_reached_is_compressed_and_says_so(method: Method) -> None:
+    """The one rule for unmeasured sites: a weight of the bits expected, one note with the site's name, and the same bytes as any other time."""
+    site = make_site().having(**dict.fromkeys(STATISTICS))
+    given = completed(site, method.wants)
+    weight = run(method, given)
+    assert torch.isfinite(weight()).all()
+    assert weight.bits() <= run(method, only(make_site(), method.wants)).bits() * 1.05
+    if method.wants & MEASURED:
+        assert given.unmeasured == 1.0
+        assert [note for note in site.notes if note.startswith("block.0.layer: no ")] == site.notes[:1]
+    else:
+        assert given.unmeasured == 0.0
+        assert not site.notes
+    allocation = allocations({Slot("block.0.layer", (("block.0.layer", "weight"),), View((48, 64))): method}).get(method)
+    if allocation is not None:
+        allocation.observe(site)
+        assert torch.isfinite(run(allocation.resolve()["block.0.layer"], given)()).all()
+
+
+def test_statistics_that_are_not_finite_are_refused(method: Method) -> None:
+    site = only(make_site(), method.wants)
+    for broken in ("hessian", "squares", "magnitude", "peak", "centre", "fisher", "output"):
+        values = getattr(site, broken)
+        if values is None:
+            continue
+        values = values.clone()
+        values.view(-1)[0] = torch.nan
+        with pytest.raises(DataError, match="block.0.layer: its (inputs|gradients) are not finite"):
+            completed(site.having(**{broken: values}), method.wants)
 
 
 def test_an_all_zero_matrix_stays_zero(method: Method) -> None:
