@@ -1,9 +1,8 @@
 """Quality of what is stored: perplexity, distance from the original, error bars. Models run block by block, so size does not matter."""
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ from torch import Tensor, nn
 
 from laconic.blocks import Batch, BlockModel, call, find_chain, to_device
 from laconic.data import Windows, evaluation_windows, read_text
-from laconic.errors import DataError, SchemeError
+from laconic.errors import CheckpointError, DataError
+from laconic.harness import refuse_code, run_tasks
 from laconic.load import Checkpoint, CompressedCheckpoint, load, load_tokenizer, open_source
 from laconic.machine import pick_device, pick_dtype
+from laconic.modality import accepts, check_ids, check_kind, check_length, decoder_start
 from laconic.residence import Residence
 from laconic.store import stored_bytes
 
@@ -27,7 +28,7 @@ COMPARED = 1 << 22  # logits compared at a time
 
 @dataclass(frozen=True)
 class Quality:
-    """What is measured over windows of text; positions 2 to length of every window are predicted.
+    """What is measured over windows of text that each begin with the tokens `start`; what follows them is predicted, from position 2 on.
 
     `nats_per_token` is the mean negative log-likelihood, `perplexity` its exponential. Against a reference: `kl` = mean over positions of
     KL(reference || model) in nats, `top1` the share of positions where both name the same token first, `excess` the difference in nats per
@@ -45,6 +46,7 @@ class Quality:
     kl: float | None = None
     kl_interval: tuple[float, float] | None = None
     top1: float | None = None
+    start: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,6 +76,33 @@ def outputs(source: Source, batches: Sequence[Batch], dtype: torch.dtype, device
             yield output
 
 
+def check_call(source: Source, batch: Batch, name: str) -> None:
+    """Call the model with one batch, of a chain only what comes before it and its first block.
+
+    Raises: DataError when it cannot be called so: an argument is missing, of another shape, or beyond what the model takes.
+    """
+    device = torch.device("cpu")
+    blocks, residence = open_blocks(source, torch.float32, device)
+    try:
+        if blocks is not None:
+            blocks.capture([batch])
+        else:
+            with residence.hold(""), torch.no_grad():
+                call(source.skeleton, to_device(batch, device))
+    except CheckpointError:
+        return  # no chain after all: whoever runs the blocks says so
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{name}: {type(source.skeleton).__name__} cannot be called with {_shape(batch)}: {reason}") from error
+
+
+def _shape(batch: Batch) -> str:
+    if isinstance(batch, dict):
+        return ", ".join(f"{key} {list(value.shape)}" for key, value in batch.items() if hasattr(value, "shape"))
+    first = batch[0] if isinstance(batch, list | tuple) else batch
+    return f"a tensor {list(first.shape)}"
+
+
 def is_language_model(model: nn.Module) -> bool:
     """Whether the model predicts the next token of a text."""
     return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
@@ -100,12 +129,13 @@ def windows_at_once(source: Source, windows: Windows) -> int:
 def compare(windows: Windows, own: Iterable[Tensor], reference: Iterable[Tensor] | None = None) -> Quality:
     """Likelihood and distance from a reference out of logits [windows, length, vocabulary] that come in batches, in the windows' order."""
     columns: list[Tensor] = []
-    start = 0
+    first = max(1, len(windows.start))  # the first position that is predicted
+    sequences = windows.sequences()
     for logits, original in zip(own, reference, strict=True) if reference is not None else ((logits, None) for logits in own):
-        targets = windows.tokens[start : start + len(logits), 1:].to(logits.device)
-        start += len(logits)
-        for i, target in enumerate(targets):
-            columns.append(_of_window(logits[i, :-1], original[i, :-1] if original is not None else None, target).cpu())
+        for i in range(len(logits)):
+            targets = next(sequences)[first:].to(logits.device)
+            theirs = original[i, first - 1 : -1] if original is not None else None
+            columns.append(_of_window(logits[i, first - 1 : -1], theirs, targets).cpu())
     table = torch.stack(columns).double()  # [windows, (nll, reference nll, kl, agreement)], means over positions
     return _summary(windows, table, reference is not None)
 
@@ -129,14 +159,15 @@ def _of_window(logits: Tensor, original: Tensor | None, targets: Tensor) -> Tens
 def _summary(windows: Windows, table: Tensor, compared: bool) -> Quality:
     means = table.mean(0).tolist()
     resampled = table[torch.randint(len(table), (_RESAMPLES, len(table)), generator=torch.Generator().manual_seed(0))].mean(1)
-    tokens = windows.tokens.shape[0] * (windows.tokens.shape[1] - 1)
+    tokens = windows.tokens.shape[0] * (windows.tokens.shape[1] - max(1, len(windows.start)))
     nll = _interval(resampled[:, 0])
-    quality = Quality(windows.source, tokens, means[0], math.exp(means[0]), (math.exp(nll[0]), math.exp(nll[1])))
+    interval = math.exp(nll[0]), math.exp(nll[1])
+    quality = Quality(windows.source, tokens, means[0], math.exp(means[0]), interval, start=windows.start)
     if not compared:
         return quality
-    return Quality(
-        windows.source, tokens, means[0], math.exp(means[0]), (math.exp(nll[0]), math.exp(nll[1])), math.exp(means[1]), means[0] - means[1],
-        _interval(resampled[:, 0] - resampled[:, 1]), means[2], _interval(resampled[:, 2]), means[3],
+    return replace(
+        quality, reference_perplexity=math.exp(means[1]), excess=means[0] - means[1],
+        excess_interval=_interval(resampled[:, 0] - resampled[:, 1]), kl=means[2], kl_interval=_interval(resampled[:, 2]), top1=means[3],
     )  # fmt: skip
 
 
@@ -147,43 +178,15 @@ def _interval(values: Tensor) -> tuple[float, float]:
 
 def similarity(source: Source, reference: Source, windows: Windows, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """For models that predict no text: mean cosine and relative squared error of the output against a reference's."""
-    batches = [{"input_ids": batch["input_ids"]} for batch in windows.batches(windows_at_once(source, windows))]
+    batches = windows.batches(windows_at_once(source, windows))
+    if not accepts(source.skeleton, "use_cache"):
+        batches = [{key: value for key, value in batch.items() if key != "use_cache"} for batch in batches]
     cosine, left, total, count = 0.0, 0.0, 0.0, 0
     for own, other in zip(outputs(source, batches, dtype, device), outputs(reference, batches, dtype, device), strict=True):
         y, z = own[0].double().flatten(0, -2), other[0].double().flatten(0, -2)
         cosine += float(torch.cosine_similarity(y, z, dim=-1).sum())
         left, total, count = left + float((y - z).square().sum()), total + float(z.square().sum()), count + len(y)
     return {"cosine": cosine / count, "relative_error": left / total}
-
-
-def run_tasks(model: nn.Module, tokenizer: Any, tasks: list[str], limit: int | None = None) -> dict[str, Any]:
-    """Scores of lm-eval tasks (names of its registry, or YAML files) by task and metric. Needs the 'eval' extra.
-
-    Raises: SchemeError for a task that lm-eval does not know, or when it is not installed.
-    """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise SchemeError("lm-eval tasks need the 'eval' extra: pip install 'laconic[eval]'") from error
-    files = {task: Path(task) for task in tasks if task.endswith(".yaml")}
-    names = [_task_name(files[task]) if task in files else task for task in tasks]
-    folders = sorted({str(file.parent) for file in files.values()})
-    manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(tasks))  # its own are thousands of files to read
-    for name in names:
-        if name not in manager.all_tasks:
-            raise SchemeError(f"{name}: lm-eval has no task of that name; a task of your own is given as a file that ends in .yaml")
-    results = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=names, limit=limit, task_manager=manager)
-    return {name: {k: v for k, v in scores.items() if isinstance(v, int | float)} for name, scores in results["results"].items()}
-
-
-def _task_name(file: Path) -> str:
-    """What a task's YAML file calls the task; the file may have functions in it, so it is searched and not parsed."""
-    found = re.search(r"^(?:group|task)[ \t]*:[ \t]*['\"]?([^\s'\"#]+)", file.read_text(), re.MULTILINE) if file.is_file() else None
-    if found is None:
-        raise SchemeError(f"{file}: expected the YAML file of an lm-eval task, with a line 'task: name'")
-    return found[1]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -209,10 +212,12 @@ def evaluate_source(
     Raises: CheckpointError, DataError.
     """
     opened = open_source(source, trust_remote_code=trust_remote_code)
+    if tasks and not trust_remote_code:
+        refuse_code(tasks)
     result: dict[str, Any] = {"source": str(source), "stored_bytes": stored_bytes(opened.path)}
     result["bits_per_weight"] = 8 * result["stored_bytes"] / count_parameters(opened.skeleton)
     if data is not None:
-        windows = evaluation_windows(read_text(data), load_tokenizer(opened.path, trust_remote_code), length, tokens, data)
+        windows = _windows(opened, data, length, tokens, trust_remote_code)
         other = open_source(reference, trust_remote_code=trust_remote_code) if reference is not None else None
         if is_language_model(opened.skeleton):
             result |= perplexity(opened, windows, reference=other, dtype=pick_dtype(dtype), device=pick_device(device)).as_dict()
@@ -226,5 +231,18 @@ def evaluate_source(
         else:
             Residence(opened.skeleton, opened, None, pick_dtype(dtype), torch.device("cpu")).keep_all()
             model = opened.skeleton
-        result["tasks"] = run_tasks(model.to(pick_device(device)), load_tokenizer(opened.path, trust_remote_code), tasks, limit)
+        result["tasks"] = run_tasks(
+            model.to(pick_device(device)), load_tokenizer(opened.path, trust_remote_code), tasks, limit, trust_remote_code=trust_remote_code
+        )
     return result
+
+
+def _windows(source: Source, data: str, length: int, tokens: int | None, trust_remote_code: bool) -> Windows:
+    """Windows of a text that the model can be called with. Raises: DataError, CheckpointError."""
+    check_kind(source.skeleton, data)
+    check_length(source.skeleton, length)
+    tokenizer = load_tokenizer(source.path, trust_remote_code)
+    windows = replace(evaluation_windows(read_text(data), tokenizer, length, tokens, data), decoder=decoder_start(source.skeleton))
+    check_ids(source.skeleton, windows.tokens, data, tokenizer)
+    check_call(source, windows.first(1).batches(1)[0], data)
+    return windows

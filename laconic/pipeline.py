@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from laconic.blocks import Batch, BlockModel, find_chain
 from laconic.calibrate import Shelf
-from laconic.data import Windows, calibration_windows, evaluation_windows, read_text, sample_windows, split_text
+from laconic.data import Windows
 from laconic.errors import CheckpointError, DataError, SchemeError
 from laconic.evaluate import count_parameters, is_language_model, open_blocks, perplexity, similarity
-from laconic.files import atomically, disk_errors
-from laconic.load import Checkpoint, CompressedCheckpoint, load_tokenizer, open_source
+from laconic.inputs import OWN, Given, check_request, complete_inputs, read_inputs
+from laconic.load import Checkpoint, CompressedCheckpoint, open_source
 from laconic.machine import machine, pick_device, pick_dtype, versions
 from laconic.memory import compress_module
 from laconic.methods.base import Keep
@@ -83,6 +82,7 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
         raise CheckpointError(f"{source}: already compressed by laconic; start from the original weights")
     chosen = resolve(scheme, find_slots(checkpoint.skeleton))
     refuse_structures(chosen)
+    check_request(checkpoint.skeleton, options, needs_data(chosen))
     progress.start("checking that all weights are finite", 1)
     bad = set(checkpoint.non_finite())
     named = sorted(bad)
@@ -118,14 +118,12 @@ def compress_directory(
     checkpoint, chosen, plan = plan_directory(source, scheme, options, progress)
     before = resident_memory()
     wanted = needs_data(chosen)
-    texts = _texts(options)
-    given = _given_windows(checkpoint, options, texts, wanted)
-    fingerprint = _fingerprint(checkpoint, chosen, options, texts)
-    del texts  # it can be larger than the model
+    given = read_inputs(checkpoint, options, wanted)
+    fingerprint = _fingerprint(checkpoint, chosen, options, given)
     plan["peak_memory"] = max(plan["peak_memory"] + max(resident_memory() - before, 0), peak_memory())
     progress.plan(plan)
     run = Run(Path(out), fingerprint, resume=options.resume, overwrite=options.overwrite)
-    windows, test = _windows(checkpoint, options, given, run, progress, device, wanted)
+    windows, test = complete_inputs(checkpoint, options, given, run, progress, device, wanted)
 
     chosen = _allocated(checkpoint, chosen, windows, options, run, device, progress)
     _compress(checkpoint, chosen, windows, options, run, device, progress)
@@ -136,7 +134,7 @@ def compress_directory(
     manifest = manifest_of(
         list(run.parts().values()), scheme=describe(scheme), seed=options.seed, versions=versions(),
         source={"name": Path(str(source)).name, "parameters": count_parameters(checkpoint.skeleton)},
-        data={"source": windows.source, "sha256": windows.hash, "windows": list(windows.tokens.shape)} if windows else None,
+        data=windows.describe() if windows is not None else None,
     )  # fmt: skip
     config = checkpoint.config.to_dict() | {"quantization_config": {"quant_method": "laconic", "schema": manifest["schema"]}}
     run.finish(manifest, checkpoint.path, config)
@@ -149,70 +147,19 @@ def compress_directory(
     report = Report(
         {
             "source": str(source), "out": str(out), "scheme": describe(scheme), "command": options.command, "seed": options.seed,
-            "data": manifest["data"], "sites": records, "metrics": metrics, "notes": unmeasured,
+            "data": manifest["data"], "sites": records, "metrics": metrics, "notes": given.notes + unmeasured,
             "unused": checkpoint.unused, "original_bytes": original_file_bytes(checkpoint), "expected_bytes": plan["bytes"],
             "stored_bytes": stored_bytes(run.out), "parameters": manifest["source"]["parameters"], "kept": _kept(checkpoint, kept),
             "peak_memory": {"expected": plan["peak_memory"], "actual": peak_memory()}, "expected_seconds": plan["seconds"],
             "seconds": time.time() - started, "versions": versions(), "machine": machine(),
         }
     )  # fmt: skip
-    sampled = test is not None and options.evaluate and samples_fit(checkpoint)
+    writes = is_language_model(checkpoint.skeleton) and given.tokenizer is not None  # samples of text are read and written with it
+    sampled = test is not None and options.evaluate and writes and samples_fit(checkpoint)
     samples = generation_samples(checkpoint, run.out, test.tokens, device) if test is not None and sampled else []
     write_report(run.out, report, samples)
     run.close()
     return report
-
-
-def _texts(options: Options) -> dict[str, str]:
-    """The texts to calibrate and to report on; empty for a model that writes its own."""
-    texts = {}
-    if options.data != "self":
-        texts["calibration"], texts["test"] = split_text(read_text(options.data))
-        if not texts["calibration"].strip():
-            raise DataError(f"{options.data}: the text is empty; {options.samples * options.length:,} tokens are needed")
-    if options.test is not None:
-        texts["test"] = read_text(options.test)
-    return texts
-
-
-def _given_windows(checkpoint: Checkpoint, options: Options, texts: dict[str, str], wanted: bool) -> tuple[Windows | None, Windows | None]:
-    """The calibration and test windows of the texts that were given. Raises: DataError, before anything is written."""
-    tokenizer = load_tokenizer(checkpoint.path, options.trust_remote_code) if texts else None
-    windows = test = None
-    if "calibration" in texts and wanted:
-        windows = calibration_windows(texts["calibration"], tokenizer, options.samples, options.length, options.seed, options.data)
-    if "test" in texts and options.evaluate:
-        source = options.test or f"the last tenth of {options.data}"
-        test = evaluation_windows(texts["test"], tokenizer, options.length, options.test_tokens, source)
-    if not is_language_model(checkpoint.skeleton) and (windows is None and wanted):
-        raise DataError(f"{checkpoint.path}: this model writes no text, so it cannot calibrate itself; give a text with --data")
-    return windows, test
-
-
-def _windows(
-    checkpoint: Checkpoint, options: Options, given: tuple[Windows | None, Windows | None], run: Run, progress: Progress, device: torch.device,
-    wanted: bool,
-) -> tuple[Windows | None, Windows | None]:  # fmt: skip
-    """The calibration and test windows; what the model wrote itself is kept in the run, so that a resumed one goes on with the same."""
-    windows, test = given
-    if windows is None and wanted:
-        windows = _own_text(checkpoint, run, "calibration", options.samples, options.length, options.seed, progress, device)
-    if test is None and is_language_model(checkpoint.skeleton) and options.evaluate:
-        count = max(1, min(options.test_tokens, 16384) // options.length)
-        test = _own_text(checkpoint, run, "test", count, options.length, options.seed + 1, progress, device)
-    return windows, test
-
-
-def _own_text(checkpoint: Checkpoint, run: Run, use: str, samples: int, length: int, seed: int, progress: Progress, device: torch.device) -> Windows:
-    file = run.work / f"{use}.safetensors"
-    if file.is_file():
-        return Windows(load_file(file)["tokens"].long(), "text sampled from the model itself")
-    progress.start(f"sampling {use} text from the model itself", samples)
-    with Residence(checkpoint.skeleton, checkpoint, None, None, device).hold(""):
-        windows = sample_windows(checkpoint.skeleton, samples, length, seed, progress=progress.advance)
-    with disk_errors(run.out):
-        atomically(file, {"tokens": windows.tokens.to(torch.int32)})
-    return Windows(windows.tokens, "text sampled from the model itself")
 
 
 def _allocated(
@@ -231,7 +178,7 @@ def _allocated(
     extras = Extras(run.work)
     if any(needs.values()) and windows is not None:
         blocks, residence = open_blocks(checkpoint, pick_dtype(options.dtype), device)
-        batches = Windows(windows.tokens[:SURVEY_SAMPLES], windows.source).batches(1)
+        batches = windows.first(SURVEY_SAMPLES).batches(1)
         stages = survey_stages(blocks, residence, batches, concerned, needs, options.seed, Shelf(run.work))
     else:
         residence = Residence(checkpoint.skeleton, checkpoint, None, None, device)
@@ -275,13 +222,13 @@ def _kept(checkpoint: Checkpoint, names: list[str]) -> list[dict[str, Any]]:
     return [{"name": name, "bytes": checkpoint.nbytes(name), "shape": shapes[name]} for name in names]
 
 
-def _fingerprint(checkpoint: Checkpoint, chosen: Chosen, options: Options, texts: dict[str, str]) -> dict[str, Any]:
+def _fingerprint(checkpoint: Checkpoint, chosen: Chosen, options: Options, given: Given) -> dict[str, Any]:
     """What must be equal for a run to be continued."""
     headers = hashlib.sha256(repr(sorted((n, t.dtype, t.shape, t.file.name) for n, t in checkpoint.files.tensors.items())).encode())
     return {
         "model": f"{checkpoint.path.name}:{headers.hexdigest()[:16]}",
         "methods": hashlib.sha256(repr([(slot.name, repr(method)) for slot, method in chosen.items()]).encode()).hexdigest()[:16],
-        "data": {use: hashlib.sha256(text.encode()).hexdigest()[:16] for use, text in texts.items()} or options.data,
+        "data": {"source": options.data, **given.digest} if options.data == OWN else given.digest,
         **{name: getattr(options, name) for name in ("samples", "length", "seed", "dtype", "true_sequential")},
         "laconic": versions()["laconic"],
     }

@@ -43,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def tiny_config(**changes: object) -> LlamaConfig:
     values = dict(
         vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, initializer_range=0.15, dtype="bfloat16",
+        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, initializer_range=0.15, dtype="bfloat16",
     )  # fmt: skip
     return LlamaConfig(**(values | changes))
 

@@ -19,7 +19,7 @@ from laconic.sites import NONE, Slot, Stats, find_slots
 from laconic.statistics import Statistics
 from tests.conftest import tiny_config
 
-SIZE = dict(vocab_size=320, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=128)
+SIZE = dict(vocab_size=320, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512)
 EXPERTS = dict(num_experts_per_tok=2, intermediate_size=48, moe_intermediate_size=48, num_key_value_heads=2)
 CONFIGS: dict[str, Any] = {
     "llama": lambda: tiny_config(),

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from laconic.data import Windows, sampled_batches
+from laconic.data import Vocabulary, Windows, sampled_batches
 from laconic.files import atomically, disk_errors
 from laconic.progress import Progress, logger
 from laconic.tensors import checksum_of
@@ -26,15 +26,17 @@ def is_own_text(file: Path) -> bool:
     return re.fullmatch(r"own_text-[0-9a-f]{12}\.safetensors(\.\d+\.tmp)?", file.name) is not None and not file.is_dir()
 
 
-def own_text(model: Any, counts: Sequence[int], length: int, seed: int, folder: Path | None, progress: Progress) -> list[Windows]:
-    """Parts of `counts` windows of `length` tokens each, part i as `sample_windows` draws it from seed + i.
+def own_text(
+    model: Any, counts: Sequence[int], length: int, seed: int, folder: Path | None, progress: Progress, vocabulary: Vocabulary | None = None
+) -> list[Windows]:
+    """Parts of `counts` windows of `length` tokens each, part i as `sample_windows` draws it from seed + i and the vocabulary.
 
     With a folder, what is written is stored there every minute and at the end, in a file named after the model, the seed and the size; the
     same call goes on from there, to the same text. Several workers may do the same. A damaged file is written anew, with a warning.
     Raises: OutputError when the disk is full. Cost: a forward pass of one token, with a cache, per 32 tokens.
     """
     progress.start("the model writes the text it learns from", sum(counts))
-    file = _file(folder, model, [*counts, length, seed]) if folder is not None else None
+    file = _file(folder, model, [*counts, length, seed], vocabulary) if folder is not None else None
     parts, state = _read(file)
     stored = time.monotonic()
     for i, count in enumerate(counts):
@@ -44,18 +46,19 @@ def own_text(model: Any, counts: Sequence[int], length: int, seed: int, folder: 
         elif i == len(parts) - 1 and state is not None:
             generator.set_state(state)
         progress.advance(len(parts[i]))
-        for ids in sampled_batches(model, count - len(parts[i]), length, generator):
+        for ids in sampled_batches(model, count - len(parts[i]), length, generator, vocabulary=vocabulary):
             parts[i] = torch.cat([parts[i], ids])
             progress.advance(len(ids))
             complete = i == len(counts) - 1 and len(parts[i]) == count
             if file is not None and (complete or time.monotonic() - stored > _EVERY):
                 _write(file, parts, generator.get_state())
                 stored = time.monotonic()
-    return [Windows(part, "self") for part in parts]
+    return [Windows(part, "self", vocabulary.start if vocabulary is not None else ()) for part in parts]
 
 
-def _file(folder: Path, model: Any, numbers: list[int]) -> Path:
-    about = json.dumps([checksum_of(model.state_dict()), *numbers])
+def _file(folder: Path, model: Any, numbers: list[int], vocabulary: Vocabulary | None) -> Path:
+    words = [] if vocabulary is None else [[*vocabulary.start], vocabulary.size, sorted(vocabulary.special)]
+    about = json.dumps([checksum_of(model.state_dict()), *numbers, *words])
     return folder / f"own_text-{hashlib.sha256(about.encode()).hexdigest()[:12]}.safetensors"
 
 

@@ -10,11 +10,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from laconic.data import calibration_windows, evaluation_windows, read_text, split_text
+from laconic.data import calibration_windows, evaluation_windows, read_text, split_text, vocabulary_of
 from laconic.errors import CheckpointError, DataError
 from laconic.evaluate import is_language_model
 from laconic.files import write_json
+from laconic.inputs import find_tokenizer
 from laconic.load import fetch, load_tokenizer
+from laconic.modality import check_ids, check_length
 from laconic.progress import Log, Progress
 from laconic.recover.own_text import own_text
 from laconic.recover.task import Task
@@ -78,17 +80,20 @@ def text_task(
     model = model.to(device)
     if not is_language_model(model):
         raise DataError(f"{source}: text needs a model that predicts the next token; describe another task in a file (--task)")
-    tokenizer = load_tokenizer(folder, trust_remote_code)
+    check_length(model, length)
     if data == "self":
         if ready is not None:
             ready(model)
+        tokenizer = find_tokenizer(folder, trust_remote_code, needed=test is not None)
         return model, _own_task(model, tokenizer, test, train_tokens, check_tokens, length, batch, seed, progress or Log(), out)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     text = read_text(data)
     rest, last = (text, read_text(test)) if test is not None else split_text(text)
     learning, check = split_text(rest)
     tokens = _training(learning, tokenizer, train_tokens // length, length, seed, f"training part of {data}")
     if len(tokens) < batch:
         raise DataError(f"training part of {data}: {len(tokens)} windows of {length} tokens do not fill a minibatch of {batch}")
+    check_ids(model, tokens, str(data), tokenizer)
     validation = evaluation_windows(check, tokenizer, length, check_tokens, f"validation part of {data}")
     tested = evaluation_windows(last, tokenizer, length, check_tokens, str(test if test is not None else f"test part of {data}"))
     return model, Task(Shuffled(tokens, batch), validation.batches(2 * batch), tested.batches(2 * batch))
@@ -103,7 +108,9 @@ def _own_task(
         raise DataError(f"self: {train_tokens} tokens of training do not fill a minibatch of {batch} windows of {length}")
     counts = [train_tokens // length] + [max(1, check_tokens // length)] * (1 if test is not None else 2)
     told = [] if test is None else [evaluation_windows(read_text(test), tokenizer, length, check_tokens, str(test))]
-    own, *held = own_text(model, counts, length, seed, out, progress)
+    for windows in told:
+        check_ids(model, windows.tokens, windows.source, tokenizer)
+    own, *held = own_text(model, counts, length, seed, out, progress, vocabulary_of(model, tokenizer))
     validation, tested = [*held, *told]
     return Task(Shuffled(own.tokens, batch), validation.batches(2 * batch), tested.batches(2 * batch))
 

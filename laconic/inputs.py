@@ -1,0 +1,178 @@
+"""What a model directory is calibrated and measured with: read, checked against the model before any work, and written by the model itself."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from laconic.data import (
+    Vocabulary,
+    Windows,
+    calibration_windows,
+    evaluation_windows,
+    read_text,
+    sample_windows,
+    split_text,
+    vocabulary_of,
+)  # fmt: skip
+from laconic.errors import CheckpointError, DataError
+from laconic.evaluate import check_call, is_language_model
+from laconic.files import atomically, disk_errors
+from laconic.load import Checkpoint, load_tokenizer
+from laconic.modality import check_ids, check_kind, check_length, decoder_start, kind_of, way_out
+from laconic.progress import Progress
+from laconic.residence import Residence
+from laconic.run import Run
+
+OWN = "self"
+_OWN_TEST = 16384  # tokens at most that a model writes for the report's figures
+
+
+class Request(Protocol):
+    """Which data is asked for: the data fields of a run's options."""
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def test(self) -> str | None: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def test_tokens(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def evaluate(self) -> bool: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Given:
+    """What was given to calibrate and to measure with, read and checked; where there is a `vocabulary`, the model writes what is missing.
+
+    `digest` is equal for equal data. `tokenizer` is the directory's, None where it has none and none was needed.
+    """
+
+    calibration: Windows | None
+    test: Windows | None
+    vocabulary: Vocabulary | None
+    tokenizer: Any | None
+    digest: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def check_request(model: nn.Module, request: Request, calibrated: bool) -> None:
+    """Raises: DataError for data that cannot be a model's, as far as that is known before it is read."""
+    told = [source for source in (request.data if request.data != OWN else None, request.test) if source is not None]
+    for source in told:
+        check_kind(model, source)
+    if calibrated and request.data == OWN and not is_language_model(model):
+        raise DataError(f"{type(model).__name__} writes no text, so it cannot calibrate itself; {way_out(kind_of(model))}")
+    if told or (is_language_model(model) and (calibrated or request.evaluate)):
+        check_length(model, request.length)
+
+
+def read_inputs(checkpoint: Checkpoint, request: Request, calibrated: bool) -> Given:
+    """Read what was given and make sure that the model can be called with it.
+
+    Raises: DataError and CheckpointError (no tokenizer for a text), before anything is written.
+    """
+    model, notes = checkpoint.skeleton, []
+    texts = _texts(request)
+    writes = is_language_model(model)
+    tokenizer = find_tokenizer(checkpoint.path, request.trust_remote_code, needed=bool(texts))
+    windows = test = None
+    if "calibration" in texts and calibrated:
+        windows = calibration_windows(texts["calibration"], tokenizer, request.samples, request.length, request.seed, request.data)
+    if "test" in texts and request.evaluate:
+        source = request.test or f"the last tenth of {request.data}"
+        test = evaluation_windows(texts["test"], tokenizer, request.length, request.test_tokens, source)
+    del texts  # it can be larger than the model
+    decoder = decoder_start(model)
+    windows, test = (replace(given, decoder=decoder) if given is not None else None for given in (windows, test))
+    for given in (windows, test):
+        if given is not None:
+            check_ids(model, given.tokens, given.source, tokenizer)
+    for given in (windows or test,):
+        if given is not None:
+            check_call(checkpoint, given.first(1).batches(1)[0], given.source)
+    vocabulary = None
+    if writes and ((calibrated and windows is None) or (request.evaluate and test is None)):
+        vocabulary = vocabulary_of(model, tokenizer)
+    if writes and request.evaluate and tokenizer is None:
+        notes.append("no samples of text in the report: the directory has no tokenizer that can be loaded")
+    if request.evaluate and test is None and not writes:
+        notes.append(f"no figures of quality: {type(model).__name__} writes no text of its own; give data for them")
+    digest: dict[str, Any] = {use: given.hash[:16] for use, given in (("calibration", windows), ("test", test)) if given is not None}
+    if vocabulary is not None:
+        digest["start"] = list(vocabulary.start)
+    return Given(windows, test, vocabulary, tokenizer, digest, notes)
+
+
+def _texts(request: Request) -> dict[str, str]:
+    """The texts to calibrate and to report on; empty for a model that writes its own."""
+    texts = {}
+    if request.data != OWN:
+        texts["calibration"], texts["test"] = split_text(read_text(request.data))
+        if not texts["calibration"].strip():
+            raise DataError(f"{request.data}: the text is empty; {request.samples * request.length:,} tokens are needed")
+    if request.test is not None:
+        texts["test"] = read_text(request.test)
+    return texts
+
+
+def find_tokenizer(path: Path, trust_remote_code: bool, needed: bool) -> Any | None:
+    """The directory's tokenizer; where it is not `needed` and cannot be loaded, None. Raises: CheckpointError."""
+    try:
+        return load_tokenizer(path, trust_remote_code)
+    except CheckpointError as error:
+        if not needed:
+            return None
+        raise CheckpointError(
+            f"{error}; a text is read with one: add the tokenizer's files to the directory, or let the model write (self)"
+        ) from error
+
+
+def complete_inputs(
+    checkpoint: Checkpoint, request: Request, given: Given, run: Run, progress: Progress, device: torch.device, calibrated: bool
+) -> tuple[Windows | None, Windows | None]:
+    """The calibration and test windows; what the model wrote itself is kept in the run, so that a resumed one goes on with the same."""
+    windows, test = given.calibration, given.test
+    if given.vocabulary is None:
+        return windows, test
+    own = _Writer(checkpoint, given.vocabulary, run, progress, device)
+    if windows is None and calibrated:
+        windows = own.text("calibration", request.samples, request.length, request.seed)
+    if test is None and request.evaluate:
+        test = own.text("test", max(1, min(request.test_tokens, _OWN_TEST) // request.length), request.length, request.seed + 1)
+    return windows, test
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """A model that writes its own text, kept in a run."""
+
+    checkpoint: Checkpoint
+    vocabulary: Vocabulary
+    run: Run
+    progress: Progress
+    device: torch.device
+
+    def text(self, use: str, samples: int, length: int, seed: int) -> Windows:
+        file = self.run.work / f"{use}.safetensors"
+        source, start = "text sampled from the model itself", self.vocabulary.start
+        if file.is_file():
+            return Windows(load_file(file)["tokens"].long(), source, start)
+        self.progress.start(f"sampling {use} text from the model itself", samples)
+        model = self.checkpoint.skeleton
+        with Residence(model, self.checkpoint, None, None, self.device).hold(""):
+            windows = sample_windows(model, samples, length, seed, progress=self.progress.advance, vocabulary=self.vocabulary)
+        with disk_errors(self.run.out):
+            atomically(file, {"tokens": windows.tokens.to(torch.int32)})
+        return Windows(windows.tokens, source, start)
