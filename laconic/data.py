@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from laconic.errors import DataError
-from laconic.modality import text_config
+from laconic.modality import input_table, text_config
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 _TEST_SHARE = 0.1  # of a text given for calibration, at its end, is kept for the report's figures and never calibrated on
@@ -246,7 +246,8 @@ def vocabulary_of(model: Any, tokenizer: Any | None = None) -> Vocabulary:
     A text starts as the tokenizer starts one. Without a tokenizer nobody says so; the config's `bos_token_id` is taken where it has a row.
     """
     config = text_config(model)
-    rows = model.get_input_embeddings().weight.shape[0]
+    table = input_table(model)
+    rows = len(table.weight) if table is not None else config.vocab_size
     size = rows if tokenizer is None else min(rows, len(tokenizer))
     named = _named_tokens(config)
     special = {i for ids in named.values() for i in ids}
@@ -291,7 +292,7 @@ def sampled_batches(
     model: Any, samples: int, length: int, generator: torch.Generator, batch: int = 32, vocabulary: Vocabulary | None = None
 ) -> Iterator[Tensor]:
     """The windows of `sample_windows`, as many at a time as are written together [batch, length]."""
-    table = model.get_input_embeddings().weight
+    device = next(model.parameters()).device
     if vocabulary is None:
         vocabulary = replace(vocabulary_of(model), start=())
     special, start = sorted(vocabulary.special), torch.tensor(vocabulary.start, dtype=torch.long)
@@ -306,7 +307,7 @@ def sampled_batches(
         past = None
         for position in range(ids.shape[1], length):
             more = {"past_key_values": past, "use_cache": True} if cached else {}
-            output = model(input_ids=(ids[:, -1:] if past is not None else ids).to(table.device), **more)
+            output = model(input_ids=(ids[:, -1:] if past is not None else ids).to(device), **more)
             past = getattr(output, "past_key_values", None)
             logits = output.logits[:, -1].float().cpu()
             logits[:, special] = -torch.inf  # an end of text would turn the rest of the window into noise

@@ -83,10 +83,20 @@ def check_length(model: nn.Module, length: int) -> None:
         raise DataError(f"windows of {length} tokens: the model takes at most {limit} tokens, ask for --length {limit}")
 
 
+def input_table(model: nn.Module) -> nn.Module | None:
+    """The embedding that token ids are looked up in, where the model says which it is."""
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    weight = getattr(table, "weight", None)
+    return table if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+
 def check_ids(model: nn.Module, tokens: Tensor, source: str, tokenizer: Any) -> None:
     """Raises: DataError for a token id without a row in the model's embedding, naming tokenizer and embedding."""
-    table = getattr(model, "get_input_embeddings", lambda: None)()
-    rows = getattr(getattr(table, "weight", None), "shape", (None,))[0]
+    table = input_table(model)
+    rows = len(table.weight) if table is not None else None
     largest = int(tokens.max()) if tokens.numel() else 0
     if rows is None or largest < rows:
         return

@@ -18,6 +18,7 @@ from laconic.files import atomically, disk_errors
 from laconic.progress import Progress, logger
 from laconic.tensors import checksum_of
 
+_BATCH = 32  # windows written together
 _EVERY = 60.0  # seconds of writing that a kill may cost
 
 
@@ -46,7 +47,7 @@ def own_text(
         elif i == len(parts) - 1 and state is not None:
             generator.set_state(state)
         progress.advance(len(parts[i]))
-        for ids in sampled_batches(model, count - len(parts[i]), length, generator, vocabulary=vocabulary):
+        for ids in sampled_batches(model, count - len(parts[i]), length, generator, _BATCH, vocabulary):
             parts[i] = torch.cat([parts[i], ids])
             progress.advance(len(ids))
             complete = i == len(counts) - 1 and len(parts[i]) == count
