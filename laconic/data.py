@@ -247,7 +247,7 @@ def vocabulary_of(model: Any, tokenizer: Any | None = None) -> Vocabulary:
     """
     config = text_config(model)
     table = input_table(model)
-    rows = len(table.weight) if table is not None else config.vocab_size
+    rows = len(table) if table is not None else config.vocab_size
     size = rows if tokenizer is None else min(rows, len(tokenizer))
     named = _named_tokens(config)
     special = {i for ids in named.values() for i in ids}

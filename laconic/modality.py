@@ -83,24 +83,23 @@ def check_length(model: nn.Module, length: int) -> None:
         raise DataError(f"windows of {length} tokens: the model takes at most {limit} tokens, ask for --length {limit}")
 
 
-def input_table(model: nn.Module) -> nn.Module | None:
-    """The embedding that token ids are looked up in, where the model says which it is."""
+def input_table(model: nn.Module) -> Tensor | None:
+    """The matrix [ids, width] that token ids are looked up in, where the model says which it is."""
     try:
         table = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
     weight = getattr(table, "weight", None)
-    return table if isinstance(weight, Tensor) and weight.dim() == 2 else None
+    return weight if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
 
 def check_ids(model: nn.Module, tokens: Tensor, source: str, tokenizer: Any) -> None:
     """Raises: DataError for a token id without a row in the model's embedding, naming tokenizer and embedding."""
     table = input_table(model)
-    rows = len(table.weight) if table is not None else None
     largest = int(tokens.max()) if tokens.numel() else 0
-    if rows is None or largest < rows:
+    if table is None or largest < len(table):
         return
-    name = next((name for name, module in model.named_modules() if module is table), "the input embedding")
+    rows, name = len(table), next((name.removesuffix(".weight") for name, tensor in model.named_parameters() if tensor is table), "of its input")
     who = f"the tokenizer ({type(tokenizer).__name__}, {len(tokenizer):,} tokens) gives" if tokenizer is not None else "it has"
     raise DataError(
         f"{source}: {who} the token id {largest:,}, but the model's embedding {name} has {rows:,} rows; the tokenizer belongs to another model"

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from laconic.files import write_json, write_text
 from laconic.load import Checkpoint, load, load_tokenizer
+from laconic.modality import most_positions
 from laconic.residence import Residence
 from laconic.units import human_bytes
 
@@ -180,18 +181,20 @@ def samples_fit(checkpoint: Checkpoint) -> bool:
 def generation_samples(checkpoint: Checkpoint, out: Path, tokens: torch.Tensor, device: torch.device) -> list[dict[str, str]]:
     """What the original and the stored model write after the same prompt, greedily, each as a whole in memory in its turn."""
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
-    prompt = tokens[:1, :_PROMPT].to(device)
+    limit = most_positions(checkpoint.skeleton) or _PROMPT + _ANSWER
+    prompt = tokens[:1, : min(_PROMPT, limit // 2)].to(device)
+    more = min(_ANSWER, limit - prompt.shape[1])
     samples = [{"model": "prompt", "text": tokenizer.decode(prompt[0])}]
     with Residence(checkpoint.skeleton, checkpoint, None, torch.float32, device).hold(""):
-        samples.append({"model": "original", "text": _greedy(checkpoint.skeleton, tokenizer, prompt)})
-    samples.append({"model": "compressed", "text": _greedy(load(out, dtype=torch.float32).to(device), tokenizer, prompt)})
+        samples.append({"model": "original", "text": _greedy(checkpoint.skeleton, tokenizer, prompt, more)})
+    samples.append({"model": "compressed", "text": _greedy(load(out, dtype=torch.float32).to(device), tokenizer, prompt, more)})
     return samples
 
 
 @torch.no_grad()
-def _greedy(model: Any, tokenizer: Any, prompt: torch.Tensor) -> str:
+def _greedy(model: Any, tokenizer: Any, prompt: torch.Tensor, more: int) -> str:
     ids = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=_ANSWER, pad_token_id=tokenizer.eos_token_id or 0
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=more, pad_token_id=tokenizer.eos_token_id or 0
     )  # fmt: skip
     return str(tokenizer.decode(ids[0, prompt.shape[1] :]))
 

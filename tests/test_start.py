@@ -50,7 +50,8 @@ def folder(with_bos: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("template", "expected"), [("$A", []), ("<bos> $A", ["<bos>"]), ("$A <end>", []), ("<bos> $A <end>", ["<bos>"]), ("<x> <bos> $A", ["<x>", "<bos>"])]
+    ("template", "expected"),
+    [("$A", []), ("<bos> $A", ["<bos>"]), ("$A <end>", []), ("<bos> $A <end>", ["<bos>"]), ("<x> <bos> $A", ["<x>", "<bos>"])],
 )
 def test_the_tokenizer_says_how_a_text_begins(template: str, expected: list[str], tokenizer: Any) -> None:
     changed = beginning(tokenizer, template, bos_token="<bos>", unk_token="<x>")
