@@ -6,32 +6,34 @@ them, every method of `laconic.methods` is an attribute of the package (`laconic
 
 import sys
 from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
 from laconic import registration as _registration
 from laconic.version import __version__ as __version__
 
+TYPE_CHECKING = False  # as typing has it, without its import: a command begins here
 if TYPE_CHECKING:
+    from typing import Any
+
     from laconic.api import *  # noqa: F403
 
 _FUNCTIONS = frozenset({"load", "recover", "search"})
 """Public functions that live in a module of the same name."""
 
 
-class _Package(ModuleType):
+class _Package(type(sys)):  # type: ignore[misc]  # types.ModuleType, likewise
     """Python makes an imported module an attribute of its package; a function of that name is not to be replaced by it."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _FUNCTIONS and isinstance(value, ModuleType)):
+    def __setattr__(self, name: str, value: "Any") -> None:
+        if not (name in _FUNCTIONS and isinstance(value, type(sys))):
             super().__setattr__(name, value)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """A public name, a method or a module. Methods are found where they are: adding one edits no list."""
     if name.startswith("_") and name != "__all__":
         raise AttributeError(f"module 'laconic' has no attribute {name!r}")
+    from importlib.util import find_spec
+
     if name not in _FUNCTIONS and find_spec(f"laconic.{name}") is not None:
         return import_module(f"laconic.{name}")
     from laconic import api

@@ -2,10 +2,10 @@
 
 import difflib
 import json
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from types import TracebackType
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from laconic.console import markup, terminal_console
 from laconic.ends import End, Ended, end_of
 from laconic.listing import takers
 from laconic.shown import shown
-from laconic.start import leave_at_once
+from laconic.start import held_signals, let_go, release_signals
 
 err = terminal_console(stderr=True)
 out_console = terminal_console()
@@ -46,16 +46,17 @@ class _Guarded:
 
 
 def guard(work: Callable[[], None], interrupted: str = "") -> None:
-    """Does a command's work. From here on Ctrl-C is an exception, so that what was begun is put in order; `interrupted` says what is left."""
-    starting = signal.getsignal(signal.SIGINT) is leave_at_once
+    """Does a command's work; `interrupted` says what is left of it after Ctrl-C."""
+    starting = held_signals()
     if starting:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        import_module("laconic.api")  # all that takes seconds to import, while Ctrl-C still ends the process at once
+        release_signals()
     try:
         with _Guarded(interrupted):
             work()
     finally:
         if starting:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to put in order: a second Ctrl-C ends the process
+            let_go()
 
 
 class Commands(TyperGroup):

@@ -1,13 +1,14 @@
 """transformers learns to read compressed directories when both packages are imported, whichever comes first, and neither loads the other."""
 
 import sys
-from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # as typing has it, without its import: a command begins here
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 _QUANTIZERS = "transformers.quantizers.auto"
 """The module that holds transformers' table of quantizers; no model is loaded without it."""
@@ -21,12 +22,14 @@ def register() -> None:
         sys.meta_path.insert(0, _Waiting())
 
 
-class _Waiting(MetaPathFinder):
+class _Waiting:
     """Sees one import: that of transformers' quantizers. It is found and loaded as always; then `laconic.hf` is imported."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: "Sequence[str] | None", target: "ModuleType | None" = None) -> "ModuleSpec | None":
         if name != _QUANTIZERS:
             return None
+        from importlib.util import find_spec
+
         sys.meta_path.remove(self)
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:
@@ -34,8 +37,8 @@ class _Waiting(MetaPathFinder):
         return spec
 
 
-def _then_register(execute: Callable[[ModuleType], Any]) -> Callable[[ModuleType], None]:
-    def executed(module: ModuleType) -> None:
+def _then_register(execute: "Callable[[ModuleType], Any]") -> "Callable[[ModuleType], None]":
+    def executed(module: "ModuleType") -> None:
         execute(module)
         import_module("laconic.hf")
 

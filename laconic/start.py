@@ -7,46 +7,69 @@ can print any name; and what a program error looks like.
 import os
 import signal
 import sys
-from types import FrameType, TracebackType
-from typing import TextIO
 
-from laconic.threads import wait_asleep
+TYPE_CHECKING = False  # as typing has it; its import alone is a moment in which Ctrl-C is a traceback
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+    from typing import TextIO
 
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _REPORT = "this is an error of laconic's own; please report it with the lines above and the command"
 
 
 def main() -> None:
     """The entry point of `laconic` and `python -m laconic`."""
-    _signals()
-    wait_asleep()
-    _streams()
+    _hold_signals()
     sys.excepthook = _own_error
+    _streams()
+    from laconic.threads import wait_asleep
+
+    wait_asleep()
     from laconic.cli import app
 
     app(prog_name="laconic")
 
 
-def leave_at_once(number: int, _: FrameType | None) -> None:
-    """Ends the process while it starts: nothing is written yet, and an exception in the midst of an import can become anything."""
-    if number == signal.SIGINT:
-        os.write(2, b"interrupted; nothing was begun\n")
+def leave_at_once(number: int, _: "FrameType | None") -> None:
+    """Ends the process while it starts: nothing is written yet, and an exception in the midst of an import can become anything.
+
+    PyTorch swallows one that is raised while it imports numpy, and half a numpy fails in other places.
+    """
+    os.write(2, b"interrupted; nothing was begun\n" if number == signal.SIGINT else b"told to end; nothing was begun\n")
     os._exit(128 + number)
 
 
-def stop(number: int, _: FrameType | None) -> None:
-    """The system's wish that the process ends, as an exception, so that what was begun is put in order."""
+def held_signals() -> bool:
+    """Whether the process is one that `main` began, and still starting."""
+    return any(signal.getsignal(number) is leave_at_once for number in (signal.SIGINT, *_SIGNALS))
+
+
+def release_signals() -> None:
+    """From here on signals are exceptions, so that what was begun is put in order."""
+    for number in (signal.SIGINT, *_SIGNALS):
+        if signal.getsignal(number) is leave_at_once:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _stop)
+
+
+def let_go() -> None:
+    """Nothing is left to put in order: another signal ends the process without a word."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), *((number, _stop) for number in _SIGNALS)):
+        if signal.getsignal(number) is handler:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _hold_signals() -> None:
+    """Take over the signals that nobody has claimed: a shell lets background jobs ignore Ctrl-C, and nohup lets them ignore SIGHUP."""
+    for number in (signal.SIGINT, *_SIGNALS):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, leave_at_once)
+
+
+def _stop(number: int, _: "FrameType | None") -> None:
+    """The system's wish that the process ends, as an exception."""
     from laconic.ends import Stopped
 
     raise Stopped(number)
-
-
-def _signals() -> None:
-    """Take over the signals that nobody has claimed: a shell lets background jobs ignore Ctrl-C, and nohup lets them ignore SIGHUP."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, leave_at_once)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, stop)
 
 
 def _streams() -> None:
@@ -62,7 +85,7 @@ def _streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _own_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _own_error(kind: type[BaseException], error: BaseException, trace: "TracebackType | None") -> None:
     """An error that is not on the list of `laconic.ends`: its traceback, and what to do with it."""
     if issubclass(kind, KeyboardInterrupt):
         leave_at_once(signal.SIGINT, None)
