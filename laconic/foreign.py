@@ -1,8 +1,9 @@
-"""Code that is not ours, run on input that is not ours: a user's Python file, a library on a user's model.
+"""What is not ours: a user's Python file, a JSON file from anywhere, a library's code on a user's model.
 
-It may raise anything. What it raises says something about the input, so it becomes the error that names the input, never a traceback.
+Foreign code may raise anything. What it raises says something about the input, so it becomes the error that names the input, never a traceback.
 """
 
+import json
 import runpy
 import traceback
 from collections.abc import Iterator
@@ -30,9 +31,9 @@ class Foreign:
             return
         at = "" if self.file is None else _line(error, self.file)
         if isinstance(error, LaconicError):
-            if not at:
-                return
-            raise type(error)(f"{self.what}{at}: {error}") from error
+            if at and not str(error).startswith(str(self.what)):
+                raise type(error)(f"{self.what}{at}: {error}") from error
+            return
         raise self.kind(f"{self.what}{at}: {last_line(error)}") from error
 
 
@@ -47,13 +48,27 @@ def run_file(file: Path, kind: type[LaconicError], what: str) -> dict[str, Any]:
         return runpy.run_path(str(file))
 
 
+def read_object(file: Path, kind: type[LaconicError]) -> dict[str, Any]:
+    """The JSON object that a file holds. Raises: an error of the class `kind` when it cannot be read, is not JSON or is not an object."""
+    try:
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise kind(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{file}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise kind(f"{file}: expected a JSON object, got a {type(value).__name__}")
+    return value
+
+
 def last_line(error: BaseException) -> str:
-    """The last line of an error's traceback: its type and message; what ended the program by `sys.exit` is said."""
+    """The last line of an error's traceback: its type and message. Of one that a worker process sent, the last line of that one's."""
     if isinstance(error, SystemExit):
         return f"it ended the program: sys.exit({error.code!r})"
-    if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error.msg}"
-    return traceback.format_exception_only(error)[-1].strip() or type(error).__name__
+    message = str(error.msg if isinstance(error, SyntaxError) else error).strip()
+    if "Traceback (most recent call last)" in message:
+        return message.splitlines()[-1]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _line(error: BaseException, file: Path) -> str:

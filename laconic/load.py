@@ -1,7 +1,6 @@
 """Models on disk: what makes up each parameter of a configured model, and a skeleton of that model without its weights."""
 
 import copy
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from laconic.errors import CheckpointError
+from laconic.foreign import Foreign, read_object
 from laconic.residence import Residence
 from laconic.sites import Slot, find_slots, tied_names
 from laconic.state import guard
@@ -169,17 +169,12 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path}: expected a model directory with config.json")
-    try:
-        raw = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON: {error}") from error
+    raw = read_object(file, CheckpointError)
     if raw.get("auto_map") and not trust_remote_code:
-        code = sorted(str(value) for value in raw["auto_map"].values())
+        code = sorted(map(str, raw["auto_map"].values())) if isinstance(raw["auto_map"], dict) else [str(raw["auto_map"])]
         raise CheckpointError(f"{file}: the model wants to run code that came with it ({code[0]}); pass --trust-remote-code to allow that")
-    try:
+    with Foreign(CheckpointError, file):
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
 
 
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
@@ -187,15 +182,12 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
     config = copy.deepcopy(config)  # building notes things in it, its float type among them
     names = getattr(config, "architectures", None) or []
     model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-    with _MetaParameters():
-        try:
-            if model_class is not None:
-                model = model_class._from_config(config, dtype=torch.float32)
-            else:
-                auto = transformers.AutoModelForCausalLM if any("CausalLM" in n for n in names) else transformers.AutoModel
-                model = auto.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
-        except (ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"cannot build {names or config.model_type} from its config: {error}") from error
+    with Foreign(CheckpointError, f"cannot build {names or config.model_type} from its config"), _MetaParameters():
+        if model_class is not None:
+            model = model_class._from_config(config, dtype=torch.float32)
+        else:
+            auto = transformers.AutoModelForCausalLM if any("CausalLM" in n for n in names) else transformers.AutoModel
+            model = auto.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
     if hasattr(model.config, "_experts_implementation"):
         model.config._experts_implementation = "eager"  # one matrix product per expert, so that every expert's inputs can be seen
     return model.eval().requires_grad_(False)
@@ -260,10 +252,8 @@ def open_source(source: str | Path, *, trust_remote_code: bool = False) -> Check
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     """The directory's tokenizer. Raises: CheckpointError when there is none."""
-    try:
+    with Foreign(CheckpointError, f"{path}: no tokenizer that can be loaded"):
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: no tokenizer that can be loaded: {error}") from error
 
 
 def load(path: str | Path, *, dense: bool = True, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:

@@ -4,7 +4,6 @@ import ast
 import importlib
 import inspect
 import pkgutil
-import runpy
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 import laconic.methods
 from laconic.errors import SchemeError
 from laconic.expressions import instance, nearest, parsed, where
+from laconic.foreign import run_file
 from laconic.methods.base import Keep, Method
 from laconic.methods.free import Free
 from laconic.sites import Slot
@@ -55,13 +55,22 @@ def parse(text: str) -> Scheme:
 
 
 def load_plan(file: Path) -> Scheme:
-    """The variable `scheme` of a Python file, which is run: a plan file is a program of the user's own."""
-    if not file.is_file():
-        raise SchemeError(f"{file}: no such plan file")
-    names = runpy.run_path(str(file))
+    """The variable `scheme` of a Python file, which is run: a plan file is a program of the user's own.
+
+    Raises: SchemeError when there is no such file, where and how it fails, and when the variable is missing or not a scheme.
+    """
+    names = run_file(file, SchemeError, "plan")
+    expected = f"{file}: expected a variable named 'scheme' (a method, a list of rules or a function)"
     if "scheme" not in names:
-        raise SchemeError(f"{file}: expected a variable named 'scheme' (a method, a list of rules or a function), found none")
-    return names["scheme"]
+        raise SchemeError(f"{expected}, found none")
+    scheme = names["scheme"]
+    if isinstance(scheme, type):
+        raise SchemeError(f"{expected}, got the class {scheme.__name__}: write {scheme.__name__}(...)")
+    if isinstance(scheme, str):
+        raise SchemeError(f"{expected}, got a text: give that to --scheme, or write scheme = laconic.parse({scheme[:100]!r})")
+    if not (isinstance(scheme, Method | list | tuple) or callable(scheme)):
+        raise SchemeError(f"{expected}, got a {type(scheme).__name__}")
+    return scheme
 
 
 def resolve(scheme: Scheme, slots: Sequence[Slot]) -> dict[Slot, Method]:

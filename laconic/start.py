@@ -20,7 +20,7 @@ _REPORT = "this is an error of laconic's own; please report it with the lines ab
 def main() -> None:
     """The entry point of `laconic` and `python -m laconic`."""
     _hold_signals()
-    sys.excepthook = _own_error
+    sys.excepthook, sys.unraisablehook = _own_error, _swallowed
     _streams()
     from laconic.threads import wait_asleep
 
@@ -91,3 +91,13 @@ def _own_error(kind: type[BaseException], error: BaseException, trace: "Tracebac
         leave_at_once(signal.SIGINT, None)
     sys.__excepthook__(kind, error, trace)
     sys.stderr.write(_REPORT + "\n")
+
+
+def _swallowed(lost: "sys.UnraisableHookArgs") -> None:
+    """An exception where Python cannot raise one (a callback of its garbage collection). Ctrl-C is not to be lost there: it comes again."""
+    if lost.exc_type is not None and issubclass(lost.exc_type, KeyboardInterrupt):
+        import threading
+
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)

@@ -1,6 +1,5 @@
 """What recovery and search know of a problem: its data in three splits that share nothing, its loss and its score."""
 
-import runpy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from laconic.blocks import Batch, call, in_evaluation, to_device
 from laconic.errors import DataError
+from laconic.foreign import Foreign, run_file
 from laconic.recover.batches import digests, private_randomness, size_of, unlabelled
 
 OutputLoss = Callable[[Any, Batch], Tensor]
@@ -158,14 +158,31 @@ def default_score(output: Any, batch: Batch) -> Tensor | None:
 def load_task(file: Path) -> tuple[nn.Module, Task]:
     """The variables `model`, `train`, `validation` and, where given, `test`, `loss`, `score`, `example` of a Python file, which is run.
 
-    Raises: DataError when the file is absent or a variable is missing or not of its kind.
+    Raises: DataError when the file is absent, where and how it fails, when a variable is missing or not of its kind, and when the model, the
+    loss or the score fails on the first batch of the validation data.
     """
-    if not file.is_file():
-        raise DataError(f"{file}: no such task file")
-    names = runpy.run_path(str(file))
+    names = run_file(file, DataError, "task")
     missing = [name for name in ("model", "train", "validation") if name not in names]
     if missing or not isinstance(names.get("model"), nn.Module):
         what = f"no variable {missing[0]!r}" if missing else f"a model that is a {type(names['model']).__name__}, not an nn.Module"
         raise DataError(f"{file}: a task file defines model, train and validation (and test, loss, score, example); found {what}")
-    task = Task(names["train"], names["validation"])
-    return names["model"], replace(task, **{key: names[key] for key in ("test", "loss", "score", "example") if key in names})
+    model, task = names["model"], Task(names["train"], names["validation"])
+    task = replace(task, **{key: names[key] for key in ("test", "loss", "score", "example") if key in names})
+    for key, value in (("loss", task.loss), ("score", task.score)):
+        if value is not None and not callable(value):
+            raise DataError(f"{file}: {key} should be a function of the model's output and the batch, got a {type(value).__name__}")
+    for key, data in (("train", task.train), ("validation", task.validation), ("test", task.test)):
+        if data is not None and (isinstance(data, Iterator) or not isinstance(data, Iterable)):
+            raise DataError(f"{file}: {key} should be batches that can be gone through again (a list, a DataLoader), got a {type(data).__name__}")
+    _try(model, task, file)
+    return model, task
+
+
+def _try(model: nn.Module, task: Task, file: Path) -> None:
+    """Judges a model on one batch. Raises: DataError with what was raised, and by which line of the file."""
+    with private_randomness(0, 0, data=task.validation), Foreign(DataError, file, file):
+        first = next(iter(task.validation), None)
+    if first is None:
+        raise DataError(f"{file}: validation: expected batches, got none")
+    with Foreign(DataError, f"{file}: the model, its loss or its score fails on the first batch of validation", file):
+        task.judge(model, [first])
