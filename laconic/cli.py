@@ -73,7 +73,7 @@ def compress(
 
         if scheme is not None and plan is not None:
             raise SchemeError("give --scheme or --plan, not both")
-        chosen = load_plan(plan) if plan is not None else parse(scheme or DEFAULT_SCHEME)
+        chosen = load_plan(plan) if plan is not None else parse(DEFAULT_SCHEME if scheme is None else scheme)
         options = Options(
             data=data, test=test, samples=samples, length=length, test_tokens=test_tokens, seed=seed, device=device, dtype=dtype,
             true_sequential=true_sequential, resume=resume, overwrite=overwrite, skip_nonfinite=skip_nonfinite,

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from typer.core import TyperGroup
 
 from laconic.console import markup, terminal_console
 from laconic.ends import End, Ended, end_of
+from laconic.errors import SchemeError
 from laconic.listing import takers
 from laconic.shown import shown
 from laconic.start import held_signals, let_go, release_signals
@@ -70,6 +72,7 @@ class Commands(TyperGroup):
         as_json = "--json" in words
         try:
             with _Guarded():
+                _check(words)
                 code = super().main(words or ["--help"], prog_name, complete_var, False, windows_expand_args, **extra)
                 sys.stdout.flush()
         except Ended as error:
@@ -93,6 +96,17 @@ class Commands(TyperGroup):
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
             message = f"no command {words[0]!r}; {hint}"
         return f"{message}; see {'laconic' if command is None else f'laconic {words[0]}'} --help"
+
+
+def _check(words: Sequence[str]) -> None:
+    """Raises: SchemeError for a word that no file can be called, or that libraries cannot open: they want names in UTF-8."""
+    for word in words:
+        if "\0" in word:
+            raise SchemeError(f"argument {word!r}: holds a NUL character")
+        try:
+            os.fsencode(word).decode("utf-8")
+        except UnicodeError as error:
+            raise SchemeError(f"argument {word!r}: not valid UTF-8; rename the file or the folder") from error
 
 
 def _meant(option: str, known: Sequence[str], words: Sequence[str]) -> str:

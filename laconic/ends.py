@@ -6,13 +6,10 @@
 import errno
 import signal
 import sys
-import sysconfig
-import traceback
 from dataclasses import dataclass
-from pathlib import Path
 
 from laconic.errors import LaconicError, OutputError
-from laconic.foreign import last_line
+from laconic.foreign import is_ours, last_line, place_of
 
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 141
@@ -71,8 +68,8 @@ def end_of(error: BaseException, interrupted: str = "") -> End | None:
         return End(kind, "something is nested too deeply for Python; if nothing that you gave is, please report this", 1)
     if _is_of_a_device(error):
         return End(kind, f"the device failed: {error}", 1)
-    place = _users(error)
-    return End(kind, f"{place}: {last_line(error)}", 1) if place is not None else None
+    place = None if is_ours(error) else place_of(error)
+    return None if place is None else End(kind, f"{place}: {last_line(error)}", 1)
 
 
 def _system(error: OSError) -> str:
@@ -85,18 +82,3 @@ def _system(error: OSError) -> str:
 def _is_of_a_device(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, getattr(torch, "AcceleratorError", ()))
-
-
-def _users(error: BaseException) -> str | None:
-    """The place in a Python file of the user's (a plan, a task, a model's own code) that an error comes from, if it does.
-
-    The innermost frame that belongs to no library decides: one of ours makes it our error.
-    """
-    libraries = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    frames = [(frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(error.__traceback__)]
-    for name, number in reversed(frames):
-        if Path(name).is_relative_to(Path(__file__).parent):
-            return None
-        if not (name.startswith("<") or any(Path(name).is_relative_to(folder) for folder in libraries)):
-            return f"{name}, line {number}"
-    return None

@@ -5,8 +5,8 @@ Foreign code may raise anything. What it raises says something about the input, 
 
 import json
 import runpy
+import sysconfig
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,13 +15,14 @@ from laconic.errors import LaconicError
 
 
 class Foreign:
-    """A block of code in which only others' code runs: whatever it raises becomes an error of the class `kind` that begins with `what`.
+    """A block of code in which only others' code runs: whatever it raises becomes an error of the class `kind`.
 
-    Errors of our own pass, and so do interruptions and a lack of memory, which say nothing about the input.
+    It says `what` failed, the last line of the user's own code that it came through, and the last line of its traceback. Errors of our own
+    keep their class. Interruptions and a lack of memory pass: they say nothing about the input.
     """
 
-    def __init__(self, kind: type[LaconicError], what: object, file: Path | None = None) -> None:
-        self.kind, self.what, self.file = kind, what, file
+    def __init__(self, kind: type[LaconicError], what: object) -> None:
+        self.kind, self.what = kind, str(what)
 
     def __enter__(self) -> Self:
         return self
@@ -29,12 +30,11 @@ class Foreign:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None or isinstance(error, KeyboardInterrupt | MemoryError | GeneratorExit):
             return
-        at = "" if self.file is None else _line(error, self.file)
+        place = place_of(error)
+        where = self.what if place is None else place if place.startswith(self.what) else f"{self.what}: {place}"
         if isinstance(error, LaconicError):
-            if at and not str(error).startswith(str(self.what)):
-                raise type(error)(f"{self.what}{at}: {error}") from error
-            return
-        raise self.kind(f"{self.what}{at}: {last_line(error)}") from error
+            raise type(error)(f"{where}: {error}") from error
+        raise self.kind(f"{where}: {last_line(error)}") from error
 
 
 def run_file(file: Path, kind: type[LaconicError], what: str) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def run_file(file: Path, kind: type[LaconicError], what: str) -> dict[str, Any]:
     """
     if not file.is_file():
         raise kind(f"{file}: no such {what} file" + (", it is a folder" if file.is_dir() else ""))
-    with Foreign(kind, file, file):
+    with Foreign(kind, file):
         return runpy.run_path(str(file))
 
 
@@ -71,14 +71,27 @@ def last_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def _line(error: BaseException, file: Path) -> str:
-    """The last line of a file that an error came through, as the part of a message; nothing where it never came through it."""
-    numbers = [number for name, number in _places(error) if Path(name) == file]
-    return f", line {numbers[-1]}" if numbers else ""
+def place_of(error: BaseException) -> str | None:
+    """The innermost line of the user's own code (a plan, a task, the code of a model) that an error came through, if it came through any."""
+    if isinstance(error, SyntaxError) and error.filename is not None and _owner(error.filename) == "user":
+        return f"{error.filename}, line {error.lineno}"
+    users = [f"{name}, line {number}" for name, number in _frames(error) if _owner(name) == "user"]
+    return users[-1] if users else None
 
 
-def _places(error: BaseException) -> Iterator[tuple[str, int]]:
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        yield frame.f_code.co_filename, number
-    if isinstance(error, SyntaxError) and error.filename is not None and error.lineno is not None:
-        yield error.filename, error.lineno
+def is_ours(error: BaseException) -> bool:
+    """Whether the innermost frame of an error that belongs to no library is one of this package's."""
+    owners = [owner for name, _ in _frames(error) if (owner := _owner(name)) != "library"]
+    return bool(owners) and owners[-1] == "laconic"
+
+
+def _frames(error: BaseException) -> list[tuple[str, int]]:
+    return [(frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(error.__traceback__)]
+
+
+def _owner(name: str) -> str:
+    """Whose a source file is: ours, a library's (the standard one, installed ones, what has no file), or the user's."""
+    if Path(name).is_relative_to(Path(__file__).parent):
+        return "laconic"
+    folders = (sysconfig.get_paths()[folder] for folder in ("stdlib", "platstdlib", "purelib", "platlib"))
+    return "library" if name.startswith("<") or any(Path(name).is_relative_to(folder) for folder in folders) else "user"

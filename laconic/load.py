@@ -181,6 +181,8 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
     """The model class the config names, built without allocating its weights. Raises: CheckpointError for an unknown class."""
     config = copy.deepcopy(config)  # building notes things in it, its float type among them
     names = getattr(config, "architectures", None) or []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"config.json: architectures should be a list of names, got {names!r}")
     model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     with Foreign(CheckpointError, f"cannot build {names or config.model_type} from its config"), _MetaParameters():
         if model_class is not None:
@@ -278,5 +280,6 @@ def load(path: str | Path, *, dense: bool = True, dtype: torch.dtype | None = No
                     install(model.get_submodule(user), parameter, weight, slot.view)
     guard(model)
     if (Path(path) / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+        with Foreign(CheckpointError, Path(path) / "generation_config.json"):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return model

@@ -23,7 +23,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # what has no values, as "meta", is no device to compute on
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0].split(". ")[0]
         raise SchemeError(f"device {name!r}: {reason}") from error

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import laconic.methods
 from laconic.errors import SchemeError
 from laconic.expressions import instance, nearest, parsed, where
-from laconic.foreign import run_file
+from laconic.foreign import Foreign, run_file
 from laconic.methods.base import Keep, Method
 from laconic.methods.free import Free
 from laconic.sites import Slot
@@ -85,7 +85,7 @@ def resolve(scheme: Scheme, slots: Sequence[Slot]) -> dict[Slot, Method]:
         if all(isinstance(method, Keep) for method in chosen.values()) and not isinstance(scheme, Keep):
             raise SchemeError("the model has embeddings or an output head only; name them in a plan to compress them")
     elif callable(scheme):
-        chosen = {slot: _returned(scheme(slot), slot) for slot in slots}
+        chosen = {slot: _asked(scheme, slot) for slot in slots}
     else:
         chosen = _first_matches(list(scheme), slots)
     for slot, method in chosen.items():
@@ -107,7 +107,10 @@ def describe(scheme: Scheme) -> str:
     return f"[{', '.join(rules)}]"
 
 
-def _returned(method: object, slot: Slot) -> Method:
+def _asked(scheme: Callable[[Slot], Method], slot: Slot) -> Method:
+    """What a user's function says of a site. Raises: SchemeError where it fails, and when it returns no method."""
+    with Foreign(SchemeError, slot.name):
+        method = scheme(slot)
     if not isinstance(method, Method):
         raise SchemeError(f"{slot.name}: the scheme function should return a method, it returned {method!r}")
     return method

@@ -1,6 +1,5 @@
 """Compressed models on disk: safetensors shards and one JSON that says how each weight decodes; checked before anything is read."""
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import CheckpointError
+from laconic.foreign import read_object
 from laconic.tensors import INDEX, TensorFiles
 from laconic.weights import Weight, unpack
 from laconic.weights.base import Spec, asks_its_layer, input_bits_of, pack
@@ -69,11 +69,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{path}: expected a compressed model with {MANIFEST}")
     try:
-        manifest = json.loads(file.read_text())
+        manifest = read_object(file, CheckpointError)
         specs, weights = manifest["specs"], manifest["weights"]
         sound = manifest["format"] == "laconic" and isinstance(specs, list) and isinstance(weights, dict)
         sound = sound and all(isinstance(i, int) and 0 <= i < len(specs) and isinstance(specs[i], dict) for i in weights.values())
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: damaged: {error!r}") from error
     if not sound:
         raise CheckpointError(f"{file}: damaged: its weights do not refer to its specs")

@@ -180,9 +180,9 @@ def load_task(file: Path) -> tuple[nn.Module, Task]:
 
 def _try(model: nn.Module, task: Task, file: Path) -> None:
     """Judges a model on one batch. Raises: DataError with what was raised, and by which line of the file."""
-    with private_randomness(0, 0, data=task.validation), Foreign(DataError, file, file):
+    with private_randomness(0, 0, data=task.validation), Foreign(DataError, file):
         first = next(iter(task.validation), None)
     if first is None:
         raise DataError(f"{file}: validation: expected batches, got none")
-    with Foreign(DataError, f"{file}: the model, its loss or its score fails on the first batch of validation", file):
+    with Foreign(DataError, f"{file}: the model, its loss or its score fails on the first batch of validation"):
         task.judge(model, [first])
