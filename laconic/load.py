@@ -19,6 +19,7 @@ from laconic.sites import Slot, find_slots, tied_names
 from laconic.state import guard
 from laconic.store import MANIFEST, Compressed
 from laconic.tensors import TensorFiles, is_finite
+from laconic.ties import apart, separate, untie_config
 from laconic.weights import install
 from laconic.weights.inputs import Rounding
 
@@ -63,14 +64,41 @@ class Checkpoint:
         self.files = TensorFiles(path)
 
     @cached_property
-    def skeleton(self) -> nn.Module:
-        """The model without its weights: parameters on the meta device, small computed buffers for real, ties in place."""
+    def _configured(self) -> nn.Module:
+        """The model with the ties that its config says."""
         return build_skeleton(self.config, self.trust_remote_code)
+
+    @cached_property
+    def untied(self) -> list[str]:
+        """The parameters that the config ties to others, and that are stored with values of their own: as in transformers, those hold."""
+        return apart(self._configured, set(self._routes), self._same)
+
+    def _same(self, one: str, other: str) -> bool:
+        values = self.read([one, other])
+        return values[one].shape == values[other].shape and torch.equal(values[one], values[other].to(values[one].dtype))
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The model without its weights: parameters on the meta device, small computed buffers for real, ties in place.
+
+        Where `untied` has names, the config is brought to say so too.
+        """
+        model, untied = self._configured, self.untied
+        if untied:
+            separate(model, untied)
+            untie_config(self.config, tied_names(model), lambda config: build_skeleton(config, self.trust_remote_code))
+        return model
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What a user must hear of the checkpoint."""
+        self.skeleton  # noqa: B018 # which finds out
+        return [f"{name}: the config ties it to another tensor, but it is stored with values of its own; they are kept" for name in self.untied]
 
     @cached_property
     def _routes(self) -> dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]]:
         """For every parameter name: its converter (merging experts, say) if it has one, and the (pattern, stored name) it is made of."""
-        model = self.skeleton
+        model = self._configured
         wanted = dict(model.state_dict(keep_vars=True))
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -103,7 +131,7 @@ class Checkpoint:
         parameters = dict(self.skeleton.named_parameters(remove_duplicate=False))
         for names in tied_names(self.skeleton):
             if not any(name in self._routes for name in names):
-                raise CheckpointError(f"{self.path}: the config asks for {names[0]}, which is not stored")
+                raise CheckpointError(f"{self.path}: the config asks for {names[0]}, which is not stored{self._hint(names[0])}")
             name = next(name for name in names if name in self._routes)
             converter, sources = self._routes[name]
             for _, stored in sources:
@@ -116,6 +144,12 @@ class Checkpoint:
             shape, expected = self.files.tensors[sources[0][1]].shape, tuple(parameters[name].shape)
             if converter is None and shape != expected:
                 raise CheckpointError(f"{self.path}: {name} is stored with shape {shape}, the config asks for {expected}")
+
+    def _hint(self, missing: str) -> str:
+        head = getattr(self._configured, "get_output_embeddings", lambda: None)()
+        is_head = head is not None and self._configured.get_submodule(missing.rpartition(".")[0]) is head
+        tied = getattr(self.config.get_text_config(), "tie_word_embeddings", False)
+        return "; if the head is the embedding, its config.json has to say tie_word_embeddings" if is_head and not tied else ""
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -130,7 +164,7 @@ class Checkpoint:
                 fresh = WeightConverter(converter.source_patterns, converter.target_patterns, converter.operations)
                 for pattern, stored in sources:
                     fresh.add_tensor(name, stored, pattern, reader.get(stored))
-                converted = fresh.convert(name, model=self.skeleton, config=self.config)
+                converted = fresh.convert(name, model=self._configured, config=self.config)
                 found |= {key: value[0] if isinstance(value, list) else value for key, value in converted.items() if key in names}
         return found
 
@@ -205,7 +239,10 @@ class CompressedCheckpoint:
 
     @cached_property
     def skeleton(self) -> nn.Module:
-        return build_skeleton(self.config, self.trust_remote_code)
+        """The model without its weights. A tie is stored once, so what is stored under two of its names is none, whatever the config says."""
+        model = build_skeleton(self.config, self.trust_remote_code)
+        separate(model, apart(model, self.stored.names, lambda one, other: False))
+        return model
 
     @cached_property
     def slots(self) -> dict[str, Slot]:

@@ -80,6 +80,8 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
     checkpoint = open_source(source, trust_remote_code=options.trust_remote_code)
     if isinstance(checkpoint, CompressedCheckpoint):
         raise CheckpointError(f"{source}: already compressed by laconic; start from the original weights")
+    for note in checkpoint.notes:
+        progress.say(note)
     chosen = resolve(scheme, find_slots(checkpoint.skeleton))
     refuse_structures(chosen)
     check_request(checkpoint.skeleton, options, needs_data(chosen))
@@ -147,7 +149,7 @@ def compress_directory(
     report = Report(
         {
             "source": str(source), "out": str(out), "scheme": describe(scheme), "command": options.command, "seed": options.seed,
-            "data": manifest["data"], "sites": records, "metrics": metrics, "notes": given.notes + unmeasured,
+            "data": manifest["data"], "sites": records, "metrics": metrics, "notes": checkpoint.notes + given.notes + unmeasured,
             "unused": checkpoint.unused, "original_bytes": original_file_bytes(checkpoint), "expected_bytes": plan["bytes"],
             "stored_bytes": stored_bytes(run.out), "parameters": manifest["source"]["parameters"], "kept": _kept(checkpoint, kept),
             "peak_memory": {"expected": plan["peak_memory"], "actual": peak_memory()}, "expected_seconds": plan["seconds"],

@@ -34,13 +34,15 @@ class Residence:
     def __init__(self, model: nn.Module, provider: Provider, chain: str | None, dtype: torch.dtype | None, device: torch.device) -> None:
         self.model, self.provider, self.chain, self.dtype, self.device = model, provider, chain, dtype, device
         self.users: dict[int, list[tuple[nn.Module, str, str]]] = {}
-        for path, module in model.named_modules():
+        for path, module in model.named_modules(remove_duplicate=False):  # a module in two blocks has to be there for both
             for name, tensor in module._parameters.items():
                 if tensor is not None:
                     self.users.setdefault(id(tensor), []).append((module, name, f"{path}.{name}" if path else name))
         self._meta = {names[0][2]: nn.Parameter(_as_meta(names), requires_grad=False) for names in self.users.values()}
         self._ties = list(self.users.values())
         self._held: dict[str, int] = {}
+        self._brought: dict[str, list[int]] = {}
+        self._uses = [0] * len(self._ties)
         for users in self._ties:
             self._put(users, self._meta[users[0][2]])
         for buffer in model.buffers():
@@ -62,18 +64,24 @@ class Residence:
         `head=False` leaves out the output head, unless it is tied: it can be the largest tensor, and nothing before the chain reads it.
         """
         if not self._held.get(path):
-            self._load(path, () if head else self._untied_head())
+            self._brought[path] = self._load(path, () if head else self._untied_head())
         self._held[path] = self._held.get(path, 0) + 1
         try:
             yield
         finally:
             self._held[path] -= 1
             if not self._held[path]:
-                for users in self._ties:
-                    if self._inside(users[0][2], path):
-                        self._put(users, self._meta[users[0][2]])
-                        for module, _, _ in users:
-                            set_rounding(module, None)
+                self._drop(self._brought.pop(path))
+
+    def _drop(self, brought: list[int]) -> None:
+        """Let go of some ties, each when nothing else that is held uses it."""
+        for i in brought:
+            self._uses[i] -= 1
+            if not self._uses[i]:
+                users = self._ties[i]
+                self._put(users, self._meta[users[0][2]])
+                for module, _, _ in users:
+                    set_rounding(module, None)
 
     def _untied_head(self) -> set[str]:
         find = getattr(self.model, "get_output_embeddings", None)
@@ -84,26 +92,45 @@ class Residence:
         """Bring everything into memory for good, but for the parameters named in `skip`."""
         self._load("", skip)
 
-    def _load(self, path: str, skip: Collection[str] = ()) -> None:
-        wanted = [users for users in self._ties if self._inside(users[0][2], path) and not any(name in skip for _, _, name in users)]
-        for users in wanted:  # one at a time: a decoded tensor and its copy in the computing type need not stand beside all others
-            found = self.provider.read([name for _, _, name in users])
-            name = next((name for _, _, name in users if name in found), None)
-            if name is None:
-                raise CheckpointError(f"{users[0][2]}: not stored")
-            tensor, expected = found[name], tuple(self._meta[users[0][2]].shape)
-            if tuple(tensor.shape) != expected:
-                raise CheckpointError(f"{name}: stored with shape {tuple(tensor.shape)}, the config asks for {expected}")
-            held = tensor.to(self.device) if self.dtype is None else tensor.to(self.device, self.dtype, copy=True)
-            self._put(users, nn.Parameter(held, requires_grad=False))
-            for module, _, _ in users:
-                if (rounding := self.provider.rounding(name)) is not None:
-                    set_rounding(module, rounding.to(self.device))
-        buffers = {n: b for n, b in self.model.named_buffers() if self._inside(n, path)}
-        stored = self.provider.read(list(buffers)) if buffers else {}
-        for name, buffer in buffers.items():
-            if name in stored:
-                buffer.data.copy_(stored[name])
+    def _load(self, path: str, skip: Collection[str] = ()) -> list[int]:
+        """Bring what lies below `path` into memory, a tensor at a time; returns which ties it is of."""
+        brought: list[int] = []
+        try:
+            for i, users in enumerate(self._ties):
+                names = [name for _, _, name in users]
+                if any(self._inside(name, path) for name in names) and not any(name in skip for name in names):
+                    if not self._uses[i]:
+                        self._bring(users, names)
+                    self._uses[i] += 1
+                    brought.append(i)
+        except BaseException:
+            self._drop(brought)
+            raise
+        buffers: dict[int, tuple[Tensor, list[str]]] = {}
+        for name, buffer in self.model.named_buffers(remove_duplicate=False):
+            buffers.setdefault(id(buffer), (buffer, []))[1].append(name)
+        inside = [(buffer, names) for buffer, names in buffers.values() if any(self._inside(name, path) for name in names)]
+        stored = self.provider.read([name for _, names in inside for name in names]) if inside else {}
+        for buffer, names in inside:
+            found = next((name for name in names if name in stored), None)
+            if found is not None:
+                buffer.data.copy_(stored[found])
+        return brought
+
+    def _bring(self, users: list[tuple[nn.Module, str, str]], names: list[str]) -> None:
+        """One tensor from the provider: a decoded one and its copy in the computing type need not stand beside all others."""
+        found = self.provider.read(names)
+        name = next((name for name in names if name in found), None)
+        if name is None:
+            raise CheckpointError(f"{names[0]}: not stored")
+        tensor, expected = found[name], tuple(self._meta[names[0]].shape)
+        if tuple(tensor.shape) != expected:
+            raise CheckpointError(f"{name}: stored with shape {tuple(tensor.shape)}, the config asks for {expected}")
+        held = tensor.to(self.device) if self.dtype is None else tensor.to(self.device, self.dtype, copy=True)
+        self._put(users, nn.Parameter(held, requires_grad=False))
+        for module, _, _ in users:
+            if (rounding := self.provider.rounding(name)) is not None:
+                set_rounding(module, rounding.to(self.device))
 
 
 def _as_meta(users: list[tuple[nn.Module, str, str]]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ class Compressed:
         for name, spec in self.weights.items():
             _check_spec(spec, spec.get("shape"), f"{path / MANIFEST}: {name}")
             _check_inputs(spec, f"{path / MANIFEST}: {name}")
+
+    @cached_property
+    def names(self) -> set[str]:
+        """The names of the module's state that are stored, packed or plain."""
+        packed = {f"{name}.{key}" for name in self.weights for key in self.packed(name)}
+        return set(self.files.tensors) - packed | set(self.weights)
 
     def packed(self, name: str) -> dict[str, Any]:
         """The stored tensors of a weight by their names within it, as (file, dtype, shape, bytes)."""
