@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common import parser, record, shared, show
+
 import numpy as np
 import torch
-from common import parser, record, shared, show
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn

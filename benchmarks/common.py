@@ -1,7 +1,8 @@
 """What the benchmarks share: where data lies, a record of figures with the machine that made them, a table, a process's peak memory.
 
 Run a benchmark from anywhere as `python benchmarks/NAME.py`; its figures go to `benchmarks/results/NAME.json`. Nothing heavy is imported
-here at the top: a process started by a large one inherits its peak memory in `ru_maxrss`.
+here at the top: a process started by a large one inherits its peak memory in `ru_maxrss`. This module is imported before PyTorch, which reads
+how its threads are to wait when it is loaded.
 """
 
 import argparse
@@ -19,6 +20,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from laconic.threads import wait_asleep
+
+wait_asleep()
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 STARTED = time.time()
@@ -164,11 +168,15 @@ class Peak:
     """(seconds, anonymous, file-backed) about once a second."""
 
 
-def peak_rss_of(command: Sequence[str], *, env: Mapping[str, str] | None = None, quiet: bool = False) -> Peak:
-    """Run a command to its end and return its exit code, seconds and peak memory. Its output goes to stderr, or nowhere."""
+def peak_rss_of(command: Sequence[str], *, env: Mapping[str, str | None] | None = None, quiet: bool = False) -> Peak:
+    """Run a command to its end and return its exit code, seconds and peak memory. Its output goes to stderr, or nowhere.
+
+    `env` changes its environment: None takes a variable out.
+    """
     started = time.time()
     output = subprocess.DEVNULL if quiet else sys.stderr
-    process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **(env or {})})
+    environment = {name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None}
+    process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     anonymous, timeline = None, []
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)

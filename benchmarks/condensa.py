@@ -13,9 +13,10 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
+from common import RESULTS, parser, record, shared, show
+
 import tasks
 import torch
-from common import RESULTS, parser, record, shared, show
 from torch import nn
 
 import laconic as lc

@@ -12,9 +12,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from common import parser, record, show
+
 import tasks
 import torch
-from common import parser, record, show
 
 import laconic as lc
 from laconic.recover import LC, Direct, FineTune, Steps, recover_task

@@ -17,9 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from common import parser, record, shared, show
+
 import tasks
 import torch
-from common import parser, record, shared, show
 from language import ODD, TEXTS, Judge
 from torch import nn
 

@@ -30,10 +30,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from common import parser, record, show
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import parser, record, show
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import parser, record, shared, show
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 

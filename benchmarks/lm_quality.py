@@ -11,8 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import RESULTS, parser, record, shared, show
+
+import torch
 from language import TEXTS, Judge, grouped, plot
 
 import laconic as lc

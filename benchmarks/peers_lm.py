@@ -18,9 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from common import parser, record, shared, show
+
 import numpy as np
 import torch
-from common import parser, record, shared, show
 from language import TEXTS, Judge, plot
 
 import laconic as lc

@@ -8,8 +8,9 @@ import json
 from argparse import Namespace
 from typing import Any
 
-import torch
 from common import RESULTS, parser, record, show
+
+import torch
 from condensa import ROWS, problem, recovery
 from sklearn.datasets import load_digits
 from torch import nn

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import RESULTS, parser, record, show
+
+import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from laconic.search.acquisition import ucb

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import ROOT, parser, shared
+
 import cnn
 import numpy as np
 import torch
-from common import ROOT, parser, shared
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import laconic as lc
+from laconic.threads import SETTINGS, quota
 
 PLAN = ["compress", "model", "--plan", "plan.py", "--out", "out", "--json"]
 PREPARED = "import sys; sys.argv[0] = 'laconic'; from laconic.start import main; "
@@ -118,3 +119,32 @@ def test_a_signal_while_a_plan_runs(numbers: list[signal.Signals], tmp_path: Pat
     assert len(stderr.splitlines()) == 1, stderr
     assert "--resume" in stderr
     assert json.loads(stdout)["error"]["exit_code"] == process.returncode
+
+
+WAITS = """
+import os, sys
+from laconic.threads import wait_asleep
+wait_asleep()
+print({name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")})
+assert "torch" not in sys.modules
+"""
+
+
+def test_threads_wait_asleep_unless_the_user_says_otherwise() -> None:
+    bare = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    for given, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "7"}, None)):
+        done = run(program=WAITS, env=bare | given, stdout=subprocess.PIPE)
+        assert done.returncode == 0, done.stderr
+        assert f"'OMP_WAIT_POLICY': {policy!r}" in done.stdout
+    library = "import os, laconic; laconic.parse('RTN'); print(os.environ.get('OMP_WAIT_POLICY'))"
+    assert run(program=library, env=bare, stdout=subprocess.PIPE).stdout == "None\n", "a library does not change a program's environment"
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [("max 100000", None), ("200000 100000", 2), ("50000 100000", 1), ("350000 100000", 3), ("", None), ("a b", None), ("1 0", None)],
+)
+def test_the_cores_of_a_container(content: str, cores: int | None, tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    assert quota(str(tmp_path / "cpu.max")) == cores
+    assert quota(str(tmp_path / "none")) is None

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import common
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import common
+
 import torch
 from torch import Tensor, nn
 
