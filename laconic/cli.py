@@ -59,6 +59,10 @@ def compress(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     true_sequential: Annotated[bool, typer.Option("--true-sequential", help="Within a block, later layers see earlier ones compressed.")] = False,
     skip_nonfinite: Annotated[bool, typer.Option("--skip-nonfinite", help="Leave tensors with NaN or infinity as they are.")] = False,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Sites that stay: a pattern, a part of a name, or router, embedding, head. Repeatable.")
+    ] = None,
+    group: Annotated[str, typer.Option(help="Where a group does not divide a matrix: fit (its largest divisor that does) or strict.")] = "fit",
     no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="Do not measure quality at the end.")] = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Computing precision: float32 or bfloat16.")] = "float32",
@@ -77,7 +81,9 @@ def compress(
         options = Options(
             data=data, test=test, samples=samples, length=length, test_tokens=test_tokens, seed=seed, device=device, dtype=dtype,
             true_sequential=true_sequential, resume=resume, overwrite=overwrite, skip_nonfinite=skip_nonfinite,
-            trust_remote_code=trust_remote_code, evaluate=not no_evaluate, command=shlex.join(["laconic", *sys.argv[1:]]),
+            trust_remote_code=trust_remote_code, evaluate=not no_evaluate, keep=tuple(keep or ()),
+            group=group,  # type: ignore[arg-type]
+            command=shlex.join(["laconic", *sys.argv[1:]]),
         )  # fmt: skip
         with Terminal(quiet=as_json) as terminal:
             if dry_run:
@@ -101,6 +107,7 @@ def summarize(report: dict[str, Any]) -> None:
     stored, original, m = report["stored_bytes"], report["original_bytes"], report["metrics"]
     err.print(f"stored [bold]{human_bytes(stored)}[/] from {human_bytes(original)}: {report['bits_per_weight']:.3f} bits per weight, ", end="")
     err.print(f"{report['matrix_bits']:.3f} in the compressed matrices")
+    err.print(report["coverage_line"], markup=False)
     if "perplexity" in m:
         low, high = m["perplexity_interval"]
         err.print(

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from laconic.coverage import coverage_line
 from laconic.shown import shown
 from laconic.units import human_bytes
 
@@ -49,13 +50,17 @@ class Terminal:
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         for (pattern, method, bits), sites in _grouped(preflight["sites"]).items():
             number, size = f"{len(sites)}", human_bytes(sum(s["bytes"] for s in sites))
-            table.add_row(markup(pattern), number, markup(method) if not sites[0]["kept"] else "Keep(), as stored", f"{bits:.3f}", size)
+            kept = f"Keep(), as stored{': ' + sites[0]['reason'] if sites[0]['reason'] else ''}"
+            table.add_row(markup(pattern), number, markup(kept if sites[0]["kept"] else method), f"{bits:.3f}", size)
         self.console.print(table)
+        for note in preflight["notes"]:
+            self.say(note)
         before, after = preflight["original_bytes"], preflight["bytes"]
         self.console.print(
             f"expected: {human_bytes(after)} from {human_bytes(before)}, peak memory {human_bytes(preflight['peak_memory'])}, "
             f"about {duration(preflight['seconds'])}"
         )
+        self.console.print(coverage_line(preflight["coverage"]), markup=False)
 
     def start(self, task: str, total: float) -> None:
         if self.task is not None:

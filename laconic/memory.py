@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from laconic.blocks import Batch, BlockModel, InMemory, examples_in, find_chain, in_evaluation
 from laconic.calibrate import Loss, Shelf, default_loss, parameters_of
+from laconic.choice import Fit, resolve
+from laconic.coverage import coverage
 from laconic.errors import CheckpointError, DataError, SchemeError, VerificationError
 from laconic.files import atomically, write_json
 from laconic.methods.base import Keep
@@ -31,7 +33,7 @@ from laconic.passes import (
 )  # fmt: skip
 from laconic.progress import Log, Progress, peak_memory
 from laconic.report import Report
-from laconic.scheme import Scheme, describe, resolve
+from laconic.scheme import Scheme, describe
 from laconic.sites import INPUTS, Slot, find_slots
 from laconic.solve import put_back, solve_stage
 from laconic.state import check_storable, check_values, guard, not_stored, plain_value, state_of, tensors_of
@@ -55,13 +57,16 @@ def compress_module(
     loss: Loss | None = None,
     samples: int = 1024,
     true_sequential: bool = False,
+    keep: str | Sequence[str] = (),
+    group: Fit = "fit",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, Report]:
     """Compress a module in place: its matrices are replaced by installed Weights that decode on every read.
 
     `data`: batches the model can be called with (a tensor, a dict, or a tuple whose first entry is the input), as many as hold `samples`
-    examples. `score(model)` is measured before and after. `loss(output, generator)` is the scalar whose gradients methods see that need
+    examples. `keep`: patterns of sites that stay as they are; `group`: "fit" or "strict", where a group does not divide a matrix
+    (`choice.resolve`). `score(model)` is measured before and after. `loss(output, generator)` is the scalar whose gradients methods see that need
     them: by default cross-entropy against sampled labels for outputs [batch, classes] or `.logits`, else a random projection.
     Returns the module and a report. Raises: SchemeError, DataError, CheckpointError (a weight that is not finite); the module is then as
     it was, for which calibrated methods keep a copy of its matrices until the end.
@@ -69,12 +74,15 @@ def compress_module(
     progress, started = progress or Log(), time.time()
     check_values(model)
     slots = find_slots(model)
-    chosen = resolve(scheme, slots)
+    notes: list[str] = []
+    chosen = resolve(scheme, slots, whole_file=True, keep=keep, group=group, notes=notes)
     refuse_structures(chosen)
+    for note in notes:
+        progress.say(note)
     for name, parameter in model.named_parameters():
         if not is_finite(parameter.detach()):
             raise CheckpointError(f"{name}: holds NaN or infinity")
-    original = plain_bytes(model)
+    original, covered = plain_bytes(model), coverage(model, chosen)
     count = sum(p.numel() for p in model.parameters())
     batches = _take(data, samples)
     if not batches and needs_data(chosen):
@@ -88,15 +96,16 @@ def compress_module(
                 install(model.get_submodule(path), name, weight, slot.view)
         guard(model)
         after = score(model) if score is not None else None
-    notes = unmeasured_notes(records, count, progress)
+    notes += unmeasured_notes(records, count, progress)
     notes += [f"the score {when} compression is {value}" for when, value in (("before", before), ("after", after)) if not _is_number(value)]
     stored = sum(record["bits"] for record in records) // 8
     kept = original - sum(record["original_bytes"] for record in records)
     report = Report(
         {
-            "scheme": describe(scheme), "seed": seed, "sites": records, "parameters": count, "original_bytes": original,
+            "scheme": describe(scheme), "keep": [keep] if isinstance(keep, str) else list(keep),
+            "seed": seed, "sites": records, "parameters": count, "original_bytes": original,
             "expected_bytes": kept + stored, "metrics": {"score": after, "reference_score": before} if score is not None else {},
-            "seconds": time.time() - started, "peak_memory": {"actual": peak_memory()}, "notes": notes,
+            "seconds": time.time() - started, "peak_memory": {"actual": peak_memory()}, "notes": notes, "coverage": covered,
         }
     )  # fmt: skip
     return model, report

@@ -12,6 +12,8 @@ from torch import nn
 
 from laconic.blocks import Batch, BlockModel, find_chain
 from laconic.calibrate import Shelf
+from laconic.choice import Fit, resolve
+from laconic.coverage import coverage
 from laconic.data import Windows
 from laconic.errors import CheckpointError, DataError, SchemeError
 from laconic.evaluate import count_parameters, is_language_model, open_blocks, perplexity, similarity
@@ -42,7 +44,7 @@ from laconic.progress import Log, Progress, peak_memory, resident_memory
 from laconic.report import Report, generation_samples, original_file_bytes, samples_fit, write_report
 from laconic.residence import Residence
 from laconic.run import Run
-from laconic.scheme import Scheme, describe, parse, resolve
+from laconic.scheme import Scheme, describe, parse
 from laconic.sites import INPUTS, find_slots
 from laconic.store import manifest_of, stored_bytes
 from laconic.unmeasured import unmeasured_notes
@@ -56,6 +58,7 @@ class Options:
 
     `data`: "self" (text sampled from the model), a file, a directory or "hub:name"; `test`: text for the report's figures, by default the
     last tenth of `data`, which calibration never sees. `samples` windows of `length` tokens calibrate; `test_tokens` are evaluated.
+    `keep`: patterns of sites that stay as they are; `group`: "fit" or "strict", where a group does not divide a matrix (`choice.resolve`).
     """
 
     data: str = "self"
@@ -72,6 +75,8 @@ class Options:
     skip_nonfinite: bool = False
     trust_remote_code: bool = False
     evaluate: bool = True
+    keep: tuple[str, ...] = ()
+    group: Fit = "fit"
     command: str = field(default="", compare=False)
 
 
@@ -82,7 +87,8 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
         raise CheckpointError(f"{source}: already compressed by laconic; start from the original weights")
     for note in checkpoint.notes:
         progress.say(note)
-    chosen = resolve(scheme, find_slots(checkpoint.skeleton))
+    notes: list[str] = []
+    chosen = resolve(scheme, find_slots(checkpoint.skeleton), whole_file=True, keep=options.keep, group=options.group, notes=notes)
     refuse_structures(chosen)
     check_request(checkpoint.skeleton, options, needs_data(chosen))
     progress.start("checking that all weights are finite", 1)
@@ -92,7 +98,7 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
         raise CheckpointError(f"{source}: NaN or infinity in {', '.join(named[:5])}; pass --skip-nonfinite to leave such tensors as they are")
     for slot in chosen:
         if bad & {".".join(user) for user in slot.users}:
-            chosen[slot] = Keep()
+            chosen[slot] = Keep("not finite")
             progress.say(f"{slot.name}: left as it is, it holds NaN or infinity")
     wants = [method.wants for method in chosen.values() if not isinstance(method, Keep)]
     spread = allocations(chosen)
@@ -105,7 +111,9 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
         vocabulary=getattr(checkpoint.config.get_text_config(), "vocab_size", 0) if language else 0,
         test_tokens=options.test_tokens if options.evaluate else 0, generates=options.evaluate and language and samples_fit(checkpoint),
     )  # fmt: skip
-    return checkpoint, chosen, preflight(checkpoint, chosen, load, find_chain(checkpoint.skeleton))
+    return checkpoint, chosen, preflight(checkpoint, chosen, load, find_chain(checkpoint.skeleton)) | {
+        "notes": notes, "coverage": coverage(checkpoint.skeleton, chosen),
+    }  # fmt: skip
 
 
 def compress_directory(
@@ -134,7 +142,7 @@ def compress_directory(
     order = {slot.name: i for i, slot in enumerate(chosen)}
     records.sort(key=lambda site: order[site["name"]])
     manifest = manifest_of(
-        list(run.parts().values()), scheme=describe(scheme), seed=options.seed, versions=versions(),
+        list(run.parts().values()), scheme=describe(scheme), keep=list(options.keep), seed=options.seed, versions=versions(),
         source={"name": Path(str(source)).name, "parameters": count_parameters(checkpoint.skeleton)},
         data=windows.describe() if windows is not None else None,
     )  # fmt: skip
@@ -148,10 +156,12 @@ def compress_directory(
     unmeasured = unmeasured_notes(records, manifest["source"]["parameters"], progress)
     report = Report(
         {
-            "source": str(source), "out": str(out), "scheme": describe(scheme), "command": options.command, "seed": options.seed,
-            "data": manifest["data"], "sites": records, "metrics": metrics, "notes": checkpoint.notes + given.notes + unmeasured,
+            "source": str(source), "out": str(out), "scheme": describe(scheme), "keep": list(options.keep), "command": options.command,
+            "seed": options.seed,
+            "data": manifest["data"], "sites": records, "metrics": metrics, "notes": checkpoint.notes + plan["notes"] + given.notes + unmeasured,
             "unused": checkpoint.unused, "original_bytes": original_file_bytes(checkpoint), "expected_bytes": plan["bytes"],
             "stored_bytes": stored_bytes(run.out), "parameters": manifest["source"]["parameters"], "kept": _kept(checkpoint, kept),
+            "coverage": coverage(checkpoint.skeleton, chosen),
             "peak_memory": {"expected": plan["peak_memory"], "actual": peak_memory()}, "expected_seconds": plan["seconds"],
             "seconds": time.time() - started, "versions": versions(), "machine": machine(),
         }
@@ -265,4 +275,6 @@ def compress(
         raise DataError("a model directory is calibrated with text: a file, a directory, 'hub:name' or 'self'")
     if data is not None:
         options["data"] = data
+    if isinstance(keep := options.get("keep", ()), str | list):
+        options["keep"] = (keep,) if isinstance(keep, str) else tuple(keep)
     return compress_directory(source, chosen, out, Options(**options), progress)

@@ -9,6 +9,7 @@ import torch
 from laconic.evaluate import COMPARED, LOGITS
 from laconic.load import Checkpoint
 from laconic.methods.base import Keep, Method
+from laconic.methods.fitting import fitted
 from laconic.progress import resident_memory
 from laconic.sites import Slot, Stats
 
@@ -34,6 +35,7 @@ class Load:
 
 def preflight(source: Checkpoint, chosen: dict[Slot, Method], load: Load, chain: str | None) -> dict[str, Any]:
     """The plan as numbers: sites with method and expected bits, expected bytes of the weights, peak memory in bytes, seconds (a guess)."""
+    chosen = {slot: fitted(method, slot.shape) for slot, method in chosen.items()}
     sites: list[dict[str, Any]] = []
     for slot, method in chosen.items():
         original = 8 * source.nbytes(slot.parameter) or 16 * slot.entries
@@ -41,7 +43,8 @@ def preflight(source: Checkpoint, chosen: dict[Slot, Method], load: Load, chain:
         bits = original if kept else method.expected_bits(slot.shape)
         sites.append(
             {"name": slot.name, "aliases": list(slot.names[1:]), "shape": list(slot.shape), "method": repr(method), "role": slot.role,
-             "bits_per_weight": bits / slot.entries, "bytes": bits / 8, "original_bytes": original / 8, "kept": kept}
+             "bits_per_weight": bits / slot.entries, "bytes": bits / 8, "original_bytes": original / 8, "kept": kept,
+             "reason": method.reason if isinstance(method, Keep) else ""}
         )  # fmt: skip
     total = sum(stored.bytes for stored in source.files.tensors.values())
     rest = total - sum(site["original_bytes"] for site in sites)

@@ -12,6 +12,7 @@ import torch
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
+from laconic.coverage import coverage_line
 from laconic.files import write_json, write_text
 from laconic.load import Checkpoint, load, load_tokenizer
 from laconic.modality import most_positions
@@ -54,9 +55,15 @@ class Report:
 
     @property
     def matrix_bits(self) -> float:
-        """Stored bits per weight of the compressed matrices alone, scales, tables and indices included."""
-        entries = sum(site["shape"][0] * site["shape"][1] for site in self.sites)
-        return sum(site["bits"] for site in self.sites) / max(entries, 1)
+        """Stored bits per weight of the compressed matrices of the body, scales, tables and indices included; without any, of all sites."""
+        body = [site for site in self.sites if site["role"] == "body"] or self.sites
+        entries = sum(site["shape"][0] * site["shape"][1] for site in body)
+        return sum(site["bits"] for site in body) / max(entries, 1)
+
+    @property
+    def coverage(self) -> str:
+        """What share of the parameters is compressed, kept by choice and not compressible, in a sentence."""
+        return coverage_line(self.values["coverage"])
 
     @property
     def worst(self) -> list[dict[str, Any]]:
@@ -72,7 +79,7 @@ class Report:
         """All of it, for JSON."""
         return self.values | {
             "bits_per_weight": self.bits_per_weight, "matrix_bits": self.matrix_bits, "worst": [site["name"] for site in self.worst],
-            "by_class": by_class(self),
+            "by_class": by_class(self), "coverage_line": self.coverage,
         }  # fmt: skip
 
 

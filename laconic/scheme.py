@@ -5,25 +5,24 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import laconic.methods
 from laconic.errors import SchemeError
 from laconic.expressions import instance, nearest, parsed, where
-from laconic.foreign import Foreign, run_file
-from laconic.methods.base import Keep, Method
+from laconic.foreign import run_file
+from laconic.methods.base import Method
 from laconic.methods.free import Free
 from laconic.sites import Slot
+from laconic.spelling import scheme_called
 
-T = TypeVar("T")
 Predicate = Callable[[Slot], bool]
 Rule = tuple[str | Predicate, Method]
 Scheme = Method | Sequence[Rule] | Callable[[Slot], Method]
-"""A method for every matrix but embeddings and the output head; a plan of rules (pattern or predicate, method) of which the first that
-matches wins; or a function from a site's description to a method. In a plan or function, nothing is left out: say `Keep()`."""
+"""A method for the model, of which `choice.resolve` makes what every site needs; a plan of rules (pattern or predicate, method) of which the
+first that matches wins; or a function from a site's description to a method. In a plan or function, nothing is left out: say `Keep()`."""
 
 
 @cache
@@ -46,6 +45,8 @@ def parse(text: str) -> Scheme:
     `GPTQ(bits=4) if "v_proj" in name or block < 2 else GPTQ(bits=3)`. Conditions may use name, rows, columns, entries, block and role.
     Raises: SchemeError naming what was not understood and where, with the nearest spelling of an unknown name.
     """
+    if isinstance(text, str) and text.strip() not in known_methods() and (meant := scheme_called(text)) is not None:
+        raise SchemeError(f"scheme {text!r}: did you mean {meant}?")
     node = parsed("scheme", text)
     if isinstance(node, ast.List | ast.Tuple):
         return [_rule(item) for item in node.elts]
@@ -73,30 +74,6 @@ def load_plan(file: Path) -> Scheme:
     return scheme
 
 
-def resolve(scheme: Scheme, slots: Sequence[Slot]) -> dict[Slot, Method]:
-    """The method of every slot, `Keep()` for those that stay as they are.
-
-    Raises: SchemeError when a rule matches nothing, a site matches no rule, a method cannot treat a site's shape, or there is no site at all.
-    """
-    if not slots:
-        raise SchemeError("the model has no linear, convolution or embedding layer to compress")
-    if isinstance(scheme, Method):
-        chosen = {slot: scheme if slot.role == "body" else Keep() for slot in slots}
-        if all(isinstance(method, Keep) for method in chosen.values()) and not isinstance(scheme, Keep):
-            raise SchemeError("the model has embeddings or an output head only; name them in a plan to compress them")
-    elif callable(scheme):
-        chosen = {slot: _asked(scheme, slot) for slot in slots}
-    else:
-        chosen = _first_matches(list(scheme), slots)
-    for slot, method in chosen.items():
-        if not isinstance(method, Keep):
-            try:
-                method.expected_bits(slot.shape)
-            except SchemeError as error:
-                raise SchemeError(f"{slot.name}: {error}") from error
-    return chosen
-
-
 def describe(scheme: Scheme) -> str:
     """The text of a scheme: what `parse` reads back, or a function's name."""
     if isinstance(scheme, Method):
@@ -105,38 +82,6 @@ def describe(scheme: Scheme) -> str:
         return getattr(scheme, "text", f"function {getattr(scheme, '__name__', 'scheme')}")
     rules = (f"({getattr(p, 'text', None) or (repr(p) if isinstance(p, str) else 'predicate')}, {m!r})" for p, m in scheme)
     return f"[{', '.join(rules)}]"
-
-
-def _asked(scheme: Callable[[Slot], Method], slot: Slot) -> Method:
-    """What a user's function says of a site. Raises: SchemeError where it fails, and when it returns no method."""
-    with Foreign(SchemeError, slot.name):
-        method = scheme(slot)
-    if not isinstance(method, Method):
-        raise SchemeError(f"{slot.name}: the scheme function should return a method, it returned {method!r}")
-    return method
-
-
-def _first_matches(rules: list[Rule], slots: Sequence[Slot]) -> dict[Slot, Method]:
-    for rule in rules:
-        if not (isinstance(rule, tuple) and len(rule) == 2 and (isinstance(rule[0], str) or callable(rule[0])) and isinstance(rule[1], Method)):
-            raise SchemeError(f"a rule is a pair (pattern or predicate, method), got {rule!r}")
-    chosen: dict[Slot, Method] = {}
-    used: set[int] = set()
-    for slot in slots:
-        hit = next((i for i, (test, _) in enumerate(rules) if _matches(test, slot)), None)
-        if hit is None:
-            raise SchemeError(f"{slot.name}: no rule of the plan matches it; end the plan with ('*', Keep()) to leave the rest as it is")
-        chosen[slot] = rules[hit][1]
-        used.update(i for i, (test, _) in enumerate(rules) if _matches(test, slot))
-    for i, (test, _) in enumerate(rules):
-        if i not in used:
-            names = sorted({"*." + name.rsplit(".", 1)[-1] for slot in slots for name in slot.names} | {n for s in slots for n in s.names})
-            raise SchemeError(f"rule {i + 1} ({getattr(test, 'text', test)!r}) matches no site{nearest(str(test), names)}")
-    return chosen
-
-
-def _matches(test: str | Predicate, slot: Slot) -> bool:
-    return any(fnmatchcase(name, test) for name in slot.names) if isinstance(test, str) else bool(test(slot))
 
 
 def _method(node: ast.expr) -> Method:
@@ -154,6 +99,10 @@ def _method(node: ast.expr) -> Method:
 def _build(node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Method:
     known = known_methods()
     if name not in known:
+        if name.upper() in {one.upper() for one in known}:
+            right = next(one for one in known if one.upper() == name.upper())
+            example = f"{right}({ast.unparse(ast.Call(ast.Name(right), args, keywords)).partition('(')[2]}"
+            raise SchemeError(f"scheme: unknown method {name!r}; did you mean {example}?")
         raise SchemeError(f"scheme: unknown method {name!r} in {where(node)}{nearest(name, list(known))}")
     return instance("scheme", node, known[name], args, keywords, _value)
 
@@ -161,7 +110,7 @@ def _build(node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.k
 def _value(node: ast.expr) -> Any:
     """A literal, a float('inf'), a Free, a method given to a method, or a tuple of these."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Free":
-        return instance("scheme", node, Free, node.args, node.keywords, _value)
+        return instance("scheme", node, Free, node.args, node.keywords, _value, typed=False)
     if isinstance(node, ast.Tuple):
         return tuple(_value(item) for item in node.elts)
     if isinstance(node, ast.Call | ast.Name) or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift | ast.Add)):
@@ -169,9 +118,12 @@ def _value(node: ast.expr) -> Any:
             return float("inf")
         return _method(node)
     try:
-        return ast.literal_eval(node)
-    except ValueError as error:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError) as error:
         raise SchemeError(f"scheme: expected a literal value, got {where(node)}") from error
+    if isinstance(value, list | dict | set):
+        raise SchemeError(f"scheme: expected a number, a text, a truth value, None or a tuple of these, got {where(node)}")
+    return value
 
 
 def _rule(node: ast.expr) -> Rule:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from laconic.calibrate import Stage
 from laconic.errors import SchemeError
 from laconic.methods.base import Method, output_error
+from laconic.methods.fitting import fitted
 from laconic.sites import Site, Slot
 from laconic.tensors import is_finite
 from laconic.unmeasured import completed
@@ -49,6 +50,7 @@ def solve_stage(
     statistics = stage.statistics
     if statistics is None:
         return
+    chosen = {slot: fitted(chosen[slot], slot.shape) for slot in stage.slots}
     for slots in fed_alike(chosen, {slot: statistics.input_of(slot) for slot in stage.slots}):
         started = time.perf_counter()
         described = [given(statistics.describe(slot, matrix_of(model, slot), seed)) for slot in slots]

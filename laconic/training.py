@@ -135,9 +135,9 @@ def recover(
     """Compress a model under a scheme and train it so that it loses less: L-C, or fine-tuning with masks, scales and tables kept."""
 
     def work() -> None:
+        from laconic.choice import resolve
         from laconic.recover import usual_recovery
         from laconic.recover.deliver import check_folder, recover_directory
-        from laconic.scheme import resolve
         from laconic.sites import find_slots
 
         chosen, asked, windows, text = _way(scheme, plan, recovery, method, bits, length, batch, data, task)

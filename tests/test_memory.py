@@ -241,7 +241,7 @@ def test_the_loss_of_the_user_decides_which_outputs_matter(net: Net) -> None:
         ("GPTQ(bits=4, group='channel')", [], DataError, "needs calibration data"),
         ("GPTQ(rate=3.0)", None, DataError, "needs calibration data"),
         ("GPTQ(bits=4, group='channel')", "text.txt", DataError, "calibrated with batches"),
-        ("RTN(bits=4, group=48)", None, SchemeError, "stem.0: group 48 does not divide 27 columns"),
+        ("SparseGPT(pattern='2:4')", [images(8)], SchemeError, "stem.0: pattern '2:4' does not tile"),
         ("[('*.conv', RTN(4, 'channel')), ('*', Keep())]", None, SchemeError, "matches no site"),
         ("LowRank(0.5, weighted=True)", [images(8)], SchemeError, "grouped: weighted low rank needs one Hessian"),
         ("GPTQ(bits=4, group='channel')", [images(8)[:, :1]], RuntimeError, "channels"),

@@ -108,7 +108,7 @@ def test_the_manifest_names_scheme_data_and_versions(compressed: tuple[Path, lc.
     assert len(manifest["data"]["sha256"]) == 64
     assert manifest["versions"]["constriction"]
     assert manifest["metrics"]["kl"] > 0
-    assert len(manifest["weights"]) == 21
+    assert len(manifest["weights"]) == 22, "seven matrices of three blocks, and the embedding"
 
 
 def test_one_slope_gives_every_matrix_a_rate_of_its_own(compressed: tuple[Path, lc.Report]) -> None:
@@ -397,7 +397,7 @@ def test_what_is_compressed_or_quantized_already_is_refused(compressed: tuple[Pa
 
 
 def test_a_model_without_a_matrix_is_refused(tiny: Path, tmp_path: Path) -> None:
-    from laconic.scheme import resolve
+    from laconic.choice import resolve
     from laconic.sites import find_slots
 
     with pytest.raises(SchemeError, match="no linear, convolution or embedding layer"):

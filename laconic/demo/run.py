@@ -24,7 +24,8 @@ _TEST_TOKENS = 16384
 def schemes() -> Iterator[tuple[int, str, str, str]]:
     """(bits, folder, family, scheme) of every run: rounding, GPTQ on the same grid, and GPTQ at the rate that takes exactly as many bytes.
 
-    A group of 64 codes of b bits carries a 16-bit scale and a b-bit zero point: b + (16 + b) / 64 bits per weight.
+    A group of 64 codes of b bits carries a 16-bit scale and a b-bit zero point: b + (16 + b) / 64 bits per weight. The embedding is rounded
+    alike in all of them, so the files of a width are equally large.
     """
     for bits in (4, 3, 2):
         rate = bits + (16 + bits) / GROUP
@@ -76,7 +77,7 @@ def _write(out: Path, rows: list[dict[str, Any]], report: Report) -> dict[str, A
         "model": f"{parameters:,} parameters, Llama architecture, trained on this Python's standard library ({training['training_tokens']:,} tokens)",
         "calibration": f"{report['data']['windows'][0]} windows of {report['data']['windows'][1]} tokens of the modules it was trained on",
         "measured on": f"{m['tokens']:,} tokens of modules it never saw: {', '.join(HELD_OUT)}",
-        "embedding and head": "one tied matrix, kept as stored in all runs; norms too",
+        "embedding and head": "one tied matrix, at 6 bits entropy-coded in all runs; norms as stored",
         "versions": ", ".join(f"{name} {value}" for name, value in versions().items()),
         "machine": ", ".join(f"{name} {value}" for name, value in machine().items()),
     }

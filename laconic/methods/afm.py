@@ -74,6 +74,10 @@ class AFM(Method):
     def _low(self) -> LowRank:
         return LowRank(self.rank, factors=self.factors)
 
+    def inner_shapes(self, parameter: str, shape: tuple[int, int]) -> list[tuple[int, int]]:
+        """Those of U and B."""
+        return self._low().inner_shapes(parameter, shape)
+
     def expected_bits(self, shape: tuple[int, int]) -> float:
         return self._low().expected_bits(shape) + 32.0 * shape[0]
 

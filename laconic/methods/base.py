@@ -4,7 +4,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -73,6 +73,10 @@ class Method(ABC):
         Raises: SchemeError when the method cannot treat a matrix of this shape. Nothing is computed, so a plan can be checked beforehand.
         """
 
+    def inner_shapes(self, parameter: str, shape: tuple[int, int]) -> list[tuple[int, int]]:
+        """The shapes of the matrices that the method in a hyper-parameter is given when this one treats an [out, in] matrix."""
+        return [shape]
+
     @property
     def wants(self) -> Stats:
         """The statistics this configuration reads; `needs` unless a hyper-parameter says otherwise."""
@@ -116,7 +120,7 @@ class Method(ABC):
     def __repr__(self) -> str:
         """The expression that makes this method: its first hyper-parameter, and the others that are not the defaults."""
         known = fields(self)  # type: ignore[arg-type]
-        given = [f for f in known if f.default is MISSING or getattr(self, f.name) != f.default or (f is known[0] and f.default is not None)]
+        given = [f for f in known if f.default is MISSING or getattr(self, f.name) != f.default or (f is known[0] and f.default not in (None, ""))]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
 
 
@@ -140,7 +144,9 @@ class Pruning(Method):
 
 @dataclass(frozen=True, repr=False)
 class Keep(Method):
-    """Leaves a tensor as the checkpoint has it, in its own type, byte for byte."""
+    """Leaves a tensor as the checkpoint has it, in its own type, byte for byte; `reason` says why, for plans and reports."""
+
+    reason: str = field(default="", compare=False)
 
     def __call__(self, site: Site) -> Weight:
         raise SchemeError(f"{site.name}: Keep stands for the tensor as it is and cannot be part of a composition")

@@ -22,6 +22,10 @@ class EoRA(Method):
 
     needs = Stats.HESSIAN
 
+    def inner_shapes(self, parameter: str, shape: tuple[int, int]) -> list[tuple[int, int]]:
+        """Those of A and B."""
+        return LowRank(self.rank).inner_shapes(parameter, shape)
+
     def expected_bits(self, shape: tuple[int, int]) -> float:
         return LowRank(self.rank, factors=self.factors).expected_bits(shape)
 

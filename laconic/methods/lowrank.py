@@ -77,8 +77,12 @@ class LowRank(Method):
             raise SchemeError(f"rank {rank} of a {out} x {columns} matrix; it must be 1 to {min(out, columns)}")
         return rank
 
+    def inner_shapes(self, parameter: str, shape: tuple[int, int]) -> list[tuple[int, int]]:
+        """Those of A and B."""
+        return [(shape[0], self.columns(shape)), (self.columns(shape), shape[1])]
+
     def expected_bits(self, shape: tuple[int, int]) -> float:
-        sides = (shape[0], self.columns(shape)), (self.columns(shape), shape[1])
+        sides = self.inner_shapes("factors", shape)
         return sum(self.factors.expected_bits(side) if self.factors is not None else 16.0 * side[0] * side[1] for side in sides)
 
     def __call__(self, site: Site) -> Weight:

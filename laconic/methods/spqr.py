@@ -10,7 +10,7 @@ from laconic.methods.base import Method
 from laconic.methods.column import Sweep, factor, layout, solve
 from laconic.sites import Site, Stats
 from laconic.weights import Dense, Sparse, Sum, Uniform, Weight
-from laconic.weights.uniform import uniform_bits
+from laconic.weights.uniform import Group, uniform_bits
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,7 +26,7 @@ class SpQR(Method):
     """
 
     bits: int = 3
-    group: int = 16
+    group: Group = 16
     second_bits: int = 3
     second_group: int = 16
     outliers: float = 0.2

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from laconic.choice import resolve
 from laconic.errors import OutputError, VerificationError
 from laconic.files import disk_errors, write_json
 from laconic.load import fetch
@@ -19,7 +20,7 @@ from laconic.recover.own_text import is_own_text
 from laconic.recover.task import Task
 from laconic.recover.text import complete_directory
 from laconic.run import companions, earlier_files, finite
-from laconic.scheme import Scheme, resolve
+from laconic.scheme import Scheme
 from laconic.sites import find_slots
 from laconic.store import MANIFEST, read_manifest
 from laconic.weights import installed

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from laconic.blocks import Batch, call, in_evaluation, to_device
 from laconic.calibrate import Loss, default_loss, parameters_of, survey_whole
+from laconic.choice import resolve
 from laconic.errors import CheckpointError, DataError
 from laconic.methods.base import Keep, Method
+from laconic.methods.fitting import fitted
 from laconic.passes import allocations, needs_of
-from laconic.scheme import Scheme, describe, resolve
+from laconic.scheme import Scheme, describe
 from laconic.sites import GRADIENTS, MEASURED, Site, Slot, Stats, find_slots
 from laconic.solve import fed_alike, solve_sites
 from laconic.statistics import Statistics
@@ -53,6 +55,7 @@ class Projection:
                         allocation.observe(site)
                 found = allocation.resolve()
                 methods |= {slot: found[slot.name] for slot in sites if self.chosen[slot] == method}
+            methods = {slot: fitted(method, slot.shape) for slot, method in methods.items()}
             weights: dict[Slot, Weight] = {}
             for slots in fed_alike(methods, {slot: site.input for slot, site in sites.items()}):
                 solved = solve_sites(methods[slots[0]], [sites[slot] for slot in slots])

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from laconic.choice import resolve
 from laconic.errors import OutputError, SchemeError, SearchError
 from laconic.goals import Floor
 from laconic.methods.free import Free, fix, free_of
 from laconic.recover import LC, Direct, FineTune, Task
 from laconic.recover.own_text import is_own_text
 from laconic.run import earlier_files
-from laconic.scheme import Scheme, describe, resolve
+from laconic.scheme import Scheme, describe
 from laconic.search.trial import Goal, Trials
 from laconic.sites import Slot, find_slots
 

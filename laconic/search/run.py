@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from laconic.blocks import Batch
+from laconic.choice import resolve
 from laconic.errors import SearchError
 from laconic.files import disk_errors
 from laconic.goals import Floor, within
@@ -24,7 +25,7 @@ from laconic.progress import Log, Progress
 from laconic.recover import LC, Task
 from laconic.recover.call import How, first_batches
 from laconic.run import finite
-from laconic.scheme import Scheme, describe, parse, resolve
+from laconic.scheme import Scheme, describe, parse
 from laconic.search.checks import STUDY, check_first, check_folder, clear_folder, original_score, remarks, some_value
 from laconic.search.neighbours import Neighbour, nearest
 from laconic.search.report import SEARCH_HTML, write_search_report

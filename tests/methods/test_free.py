@@ -3,6 +3,7 @@
 import pytest
 
 import laconic as lc
+from laconic.choice import resolve
 from laconic.errors import SchemeError
 from laconic.methods.base import Keep, Then
 from laconic.methods.blockprune import BlockPrune
@@ -12,7 +13,7 @@ from laconic.methods.hadamard import Hadamard
 from laconic.methods.kmeans import KMeans
 from laconic.methods.magnitude import Magnitude
 from laconic.methods.rtn import RTN
-from laconic.scheme import describe, parse, resolve
+from laconic.scheme import describe, parse
 from laconic.sites import Slot
 from laconic.weights import View
 from tests.conftest import make_site
