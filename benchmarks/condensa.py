@@ -2,7 +2,13 @@
 
 A row is one `lc.search` from the trained reference: its s*, test score, r_c (bytes of the non-zero parameters, as the paper counts them), the
 ratio of real files, multiply-accumulates, and throughput measured side by side with the reference. A row that was finished before is read from
-its folder in `benchmarks/work/`; one that was interrupted goes on. `--paper` takes the paper's numbers of iterations (for a GPU).
+its folder in `benchmarks/work/`; one that was interrupted goes on; rows of earlier results stay where this run has none of their own.
+
+`--paper` is the paper's search and recovery and nothing of ours, for a GPU: mu 1e-3 and a 1.1, its numbers of iterations, labels only, DR-UCB as
+published over sparsities from 0 to 1, every trial from the reference and to its end, one threshold without scales, norms as training left them.
+The rows of VGG-16 on ImageNet need the data, which nobody may hand out:
+
+    python benchmarks/condensa.py --rows vgg16-P+Q vgg16-Filter --imagenet FOLDER --paper --device cuda
 """
 
 import copy
@@ -11,6 +17,7 @@ import shutil
 import time
 from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common import RESULTS, parser, record, shared, show
@@ -66,6 +73,8 @@ ROWS = [
     Row("vgg", "Filter", FILTER, FAST),
     Row("lstm", "P+Q", f"[('*', {P_Q_SCALED})]", SMALL, margin=0.05),
     Row("lstm", "Block(5)", f"[('embedding', Keep()), ('*', BlockPrune({FREE}, block=5))]", lc.Minimize(flops), margin=0.05),
+    Row("vgg16", "P+Q", P_Q_HIGH, SMALL),
+    Row("vgg16", "Filter", FILTER, FAST),
     Row("books-llama-7m", "prune + 4 bits", f"Magnitude({FREE}, scope='model') >> RTN(bits=4, group=64)", SMALL, margin=0.05),
 ]
 
@@ -73,10 +82,8 @@ ROWS = [
 def recovery(row: Row, paper: bool) -> lc.LC:
     """The L-C run of a row. Short L-steps need a larger mu than the paper's long ones: what counts is mu x learning rate x minibatches."""
     images = row.network.startswith(("resnet", "vgg"))
-    if paper and images:
-        return lc.LC(steps=50, minibatches=4500, first=30_000, learn=lc.Steps(lr=0.1, lr_end=1e-5))
     if paper:
-        return lc.LC(steps=5, minibatches=4500, first=7000, learn=lc.Steps(optimizer="adam", lr=1e-4, lr_end=1e-4))
+        return published(row.network, images)
     if images:
         learn, tail = (lc.Steps(lr=0.03, lr_end=end, precision="bfloat16", distill=0.9) for end in (0.01, 5e-4))
         return lc.LC(
@@ -91,6 +98,26 @@ def recovery(row: Row, paper: bool) -> lc.LC:
     )  # fmt: skip
 
 
+def published(network: str, images: bool) -> lc.LC:
+    """The paper's settings: mu_j = 1e-3 x 1.1^j, 50 L-steps for CIFAR-10, 30 and five more of fine-tuning for ImageNet, 5 for text; 4,500
+    minibatches each, 30,000 (7,000) in the first. Source: Condensa section 4, "L-C Optimizer Settings"."""
+    if not images:
+        learn = lc.Steps(optimizer="adam", lr=1e-4, lr_end=1e-4, clip=None)
+        return lc.LC(steps=5, minibatches=4500, first=7000, mu=1e-3, a=1.1, learn=learn)
+    learn = lc.Steps(lr=0.1, lr_end=1e-5, clip=None)
+    if network != "vgg16":
+        return lc.LC(steps=50, minibatches=4500, first=30_000, mu=1e-3, a=1.1, learn=learn)
+    tail = lc.FineTune(5 * 4500, lc.Steps(lr=1e-3, lr_end=1e-5, clip=None), checks=5)  # its rate is not given
+    return lc.LC(steps=30, minibatches=4500, first=30_000, mu=1e-3, a=1.1, learn=learn, then=tail)
+
+
+def scheme_of(row: Row, paper: bool) -> str:
+    """The row's scheme; the paper's searches all sparsities, and scales no layer."""
+    if not paper:
+        return row.scheme
+    return row.scheme.replace("Free(0.5, 1)", "Free(0, 1)").replace("Free(0.8, 1)", "Free(0, 1)").replace(", scale='layer'", "")
+
+
 def problem(row: Row, args: Namespace) -> tuple[nn.Module, lc.Task]:
     """The reference and its data."""
     if row.network == "books-llama-7m":
@@ -98,19 +125,22 @@ def problem(row: Row, args: Namespace) -> tuple[nn.Module, lc.Task]:
             shared(args, "models/books-llama-7m"), shared(args, "data/books-train.txt"), shared(args, "data/dracula.txt"), length=128, batch=16,
             seed=args.seed, dtype="auto",
         )  # fmt: skip
-    model, task = tasks.task(row.network, args)
+    model, task = tasks.imagenet(args) if row.network == "vgg16" else tasks.task(row.network, args)
     return model.to(pick_device(args.device)), task
 
 
 def run(row: Row, args: Namespace) -> dict[str, Any]:
     """The finished row: from its folder, or by a search."""
-    out = WORK / row.name
+    out = WORK / (f"{row.name}-paper" if args.paper else row.name)
     if args.fresh:
         shutil.rmtree(out, ignore_errors=True)
     if not (out / "row.json").is_file():
         model, task = problem(row, args)
-        options = SearchOptions(trials=args.trials, minutes=args.minutes, resume=True, seed=args.seed)
-        found = search_task(model, row.scheme, task, (row.goal,), lc.within(row.margin), recovery(row, args.paper), out, options, Said())
+        ours = {} if not args.paper else {"sampler": "drucb", "warm_share": None, "early_stop": False}
+        options = SearchOptions(trials=args.trials, minutes=args.minutes, resume=True, seed=args.seed, **ours)  # type: ignore[arg-type]
+        found = search_task(
+            model, scheme_of(row, args.paper), task, (row.goal,), lc.within(row.margin), recovery(row, args.paper), out, options, Said()
+        )
         original = copy.deepcopy(model).float()  # both compute in float32
         timed = side_by_side({"reference": original, "compressed": baked(found.model)}, task.sample(), repeats=20)
         figures = row_of(row, found.result, timed)
@@ -141,14 +171,28 @@ def row_of(row: Row, result: dict[str, Any], timed: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def recorded(paper: bool) -> list[dict[str, Any]]:
+    """The rows in the table's order: those in `benchmarks/work/`, and of the others what the results hold already."""
+    file = RESULTS / ("condensa-paper.json" if paper else "condensa.json")
+    earlier = json.loads(file.read_text())["rows"] if file.is_file() else []
+    known = {(figures["network"], figures["scheme"]): figures for figures in earlier}
+    for row in ROWS:
+        made = WORK / (f"{row.name}-paper" if paper else row.name) / "row.json"
+        if made.is_file():
+            known[row.network, row.label] = json.loads(made.read_text())
+    return [known[row.network, row.label] for row in ROWS if (row.network, row.label) in known]
+
+
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--rows", nargs="+", default=[row.name for row in ROWS], choices=[row.name for row in ROWS])
+    usual = [row.name for row in ROWS if row.network != "vgg16"]
+    options.add_argument("--rows", nargs="+", default=usual, choices=[row.name for row in ROWS])
+    options.add_argument("--imagenet", type=Path, default=None, help="folder of ILSVRC2012: train/CLASS/*.JPEG and val/CLASS/*.JPEG (rows of vgg16)")
     options.add_argument("--trials", type=int, default=10)
     options.add_argument("--minutes", type=float, default=None, help="wall-clock time of each row's search")
     options.add_argument("--device", default="cpu")
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options.add_argument("--paper", action="store_true", help="the paper's numbers of iterations")
+    options.add_argument("--paper", action="store_true", help="the paper's search and recovery, nothing of ours")
     options.add_argument("--fresh", action="store_true", help="forget earlier results of these rows")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
@@ -156,8 +200,8 @@ def main() -> None:
         if row.name in args.rows:
             print(row.name, flush=True)
             print(run(row, args), flush=True)
-    done = [json.loads(file.read_text()) for row in ROWS if (file := WORK / row.name / "row.json").is_file()]
-    record("condensa", done, args)
+    done = recorded(args.paper)
+    record("condensa-paper" if args.paper else "condensa", done, args)
     show("Compression under an accuracy floor", done)
 
 

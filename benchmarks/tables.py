@@ -1,7 +1,8 @@
 """Writes the tables of README.md and of the docs from the results beside this file: `python benchmarks/tables.py [--check]`.
 
 A table stands between `<!-- table FILE[#KEY]: column | column as heading | ... -->` and `<!-- end -->`; FILE is a result without its .json,
-KEY a list in it other than `rows`. With --check nothing is written, and the exit code is 1 where a page differs from the results.
+KEY a list in it other than `rows`. A figure that has an interval in the result (`NAME low`, `NAME high`) is shown with it. With --check nothing
+is written, and the exit code is 1 where a page differs from the results.
 """
 
 import argparse
@@ -45,8 +46,14 @@ def table(rows: list[dict[str, Any]], columns: str) -> str:
     names, headings = [pair[0] for pair in pairs], [pair[-1] for pair in pairs]
     numeric = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
     lines = [headings, ["---:" if right else "---" for right in numeric]]
-    lines += [[cell(row.get(name)) for name in names] for row in rows]
+    lines += [[cell(row.get(name)) + interval(row, name) for name in names] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def interval(row: dict[str, Any], name: str) -> str:
+    """The 95 % interval of a figure, where the result has one of any width."""
+    low, high = row.get(f"{name} low"), row.get(f"{name} high")
+    return f" ({cell(low)} to {cell(high)})" if low is not None and high is not None and low < high else ""
 
 
 def cell(value: Any) -> str:

@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common import ROOT, parser, shared
 
@@ -146,6 +147,41 @@ def text(args: Namespace, characters: int = 4_000_000) -> tuple[Tokens, Tokens, 
         Tokens(ids(validation)[:60_001], batch=60),
         Tokens(ids(novel)[:90_001], batch=60),
     )
+
+
+def imagenet(args: Namespace) -> tuple[nn.Module, lc.Task]:
+    """torchvision's pretrained VGG-16 with batch norm, on ILSVRC2012: trained on its training images, validated on 10,000 of the 50,000
+    validation images (every fifth) and tested on the others; the score is top-5 accuracy, as in the paper.
+
+    Exits with what is missing: torchvision (`pip install torchvision`, the release that belongs to this torch), its weights (a download of
+    528 MB on first use), and `--imagenet FOLDER` with train/CLASS/*.JPEG (1.28 million images) and val/CLASS/*.JPEG.
+    """
+    try:
+        from torchvision import datasets, models, transforms
+    except ImportError:
+        raise SystemExit("the rows of vgg16 need torchvision, the release that belongs to this torch: pip install torchvision") from None
+    folder = args.imagenet
+    if folder is None or not all((folder / part).is_dir() for part in ("train", "val")):
+        raise SystemExit(f"the rows of vgg16 need --imagenet FOLDER with train/CLASS/*.JPEG and val/CLASS/*.JPEG of ILSVRC2012, got {folder}")
+    normal = [transforms.ToTensor(), transforms.Normalize(cnn.MEAN.tolist(), cnn.STD.tolist())]
+    varied = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), *normal])
+    plain = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), *normal])
+    held_out = datasets.ImageFolder(folder / "val", plain)
+    fifth = list(range(0, len(held_out), 5))
+    rest = sorted(set(range(len(held_out))) - set(fifth))
+
+    def loader(data: Any, shuffle: bool = False) -> Any:
+        return torch.utils.data.DataLoader(data, 256, shuffle=shuffle, num_workers=8, pin_memory=args.device.startswith("cuda"))
+
+    def top5(output: Tensor, batch: Batch) -> Tensor:
+        return (output.topk(5).indices == batch[1].unsqueeze(1)).any(1).float()
+
+    validation = loader(torch.utils.data.Subset(held_out, fifth))
+    made = lc.Task(
+        loader(datasets.ImageFolder(folder / "train", varied), shuffle=True), validation, loader(torch.utils.data.Subset(held_out, rest)),
+        score=top5, example=next(iter(validation))[0][:64],
+    )  # fmt: skip
+    return models.vgg16_bn(weights=models.VGG16_BN_Weights.IMAGENET1K_V1).eval(), made
 
 
 NETWORKS = ("resnet20", "resnet56", "vgg", "lstm")

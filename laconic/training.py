@@ -59,7 +59,7 @@ def search(
     out: Annotated[Path, typer.Option(help="The folder of models, study and report.")] = Path("search"),
     storage: Annotated[str | None, typer.Option(help="SQLite file or database URL of the study; by default study.db in --out.")] = None,
     name: Annotated[str, typer.Option(help="The study's name in its storage.")] = "search",
-    sampler: Annotated[str, typer.Option(help="auto, drucb, gp or tpe.")] = "auto",
+    sampler: Annotated[str, typer.Option(help="auto, two-sided, drucb (as published), gp or tpe.")] = "auto",
     cold: Annotated[bool, typer.Option("--cold", help="Every trial starts from the original.")] = False,
     no_early_stop: Annotated[bool, typer.Option("--no-early-stop", help="Carry every trial to its end.")] = False,
     no_thin: Annotated[bool, typer.Option("--no-thin", help="Leave cut channels in place, as zeros.")] = False,

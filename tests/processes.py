@@ -10,6 +10,8 @@ import torch.multiprocessing as mp
 
 THREADS = int(os.environ.get("LACONIC_TEST_THREADS", "1"))
 """Of each process; one by default, since the tests themselves run in parallel. `make test-portable` asks for others."""
+PATIENCE = 1800
+"""Seconds until something that hangs is given up; on a busy machine the rest only takes longer."""
 
 
 def halves_of(work: Callable[[int, str], None], folder: Path) -> list[Any]:

@@ -18,7 +18,7 @@ from laconic import errors
 from laconic.cli import app
 from laconic.scheme import known_methods
 from laconic.store import MANIFEST, stored_bytes
-from tests.processes import THREADS
+from tests.processes import PATIENCE, THREADS
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
 
@@ -236,7 +236,7 @@ class Slow(GPTQ):
     def __call__(self, site):
         if site.name == "model.layers.1.mlp.up_proj" and "WITNESS" in os.environ:
             Path(os.environ["WITNESS"]).touch()
-            time.sleep(60)
+            time.sleep(1800)
         return super().__call__(site)
 
 scheme = [("lm_head", Keep()), ("*", Slow(bits=3, group=32))]
@@ -256,7 +256,7 @@ def test_ctrl_c_keeps_what_is_finished(tiny: Path, text: Path, tmp_path: Path) -
     while not witness.exists() and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # to the whole group, as a terminal does
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, stderr
     assert only_json(stdout)["error"]["kind"] == "KeyboardInterrupt"
     assert "Traceback" not in stderr

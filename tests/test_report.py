@@ -14,6 +14,7 @@ import torch
 import laconic as lc
 from laconic.report import by_class, human_bytes, render
 from laconic.store import stored_bytes
+from tests.processes import PATIENCE
 
 FIELDS = ("source", "scheme", "command", "note", "data", "metrics data", "name", "alias", "method", "kind", "site note", "speaker", "sample")
 
@@ -155,7 +156,7 @@ def dump_dom(page: Path, profile: Path) -> str:
     """The page's DOM after a real browser has read it and run whatever would run."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", "--dump-dom"]
-    result = subprocess.run([browser(), *flags, page.as_uri()], capture_output=True, text=True, check=True, timeout=120)
+    result = subprocess.run([browser(), *flags, page.as_uri()], capture_output=True, text=True, check=True, timeout=PATIENCE)
     return result.stdout
 
 

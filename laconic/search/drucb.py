@@ -15,6 +15,7 @@ from laconic.search.acquisition import Axis, Proposal, Sample, best_of, explaine
 from laconic.search.gp import Array, Prior, posterior
 
 _LOSS = 10.0  # losses beyond ten times the allowed one, or below a tenth of it, do not say where the level is crossed
+_SLACK = 1 + 1e-9  # the ends of an interval of exactly the tolerance are floats: 0.68 - 0.67 is 0.010000000000000009
 _EXTRA = 1  # samples more than bisection that "two-sided" may take; n_0 of ITP, for which its authors too take 1
 
 
@@ -174,8 +175,8 @@ def _is_exhausted(told: Sequence[Sample], s: float, level: float, bounds: tuple[
     """Whether the domain is narrower than the tolerance or, for rules that do not close it, the proposal is a sample already taken."""
     if rule.name == "two-sided":
         low, high = domain(told, level, bounds, rule)
-        return axis.unit(high) - axis.unit(low) <= rule.tolerance
-    return min((abs(axis.unit(s) - axis.unit(other)) for other, _ in told), default=1.0) <= rule.tolerance / 2
+        return axis.unit(high) - axis.unit(low) <= rule.tolerance * _SLACK
+    return min((abs(axis.unit(s) - axis.unit(other)) for other, _ in told), default=1.0) <= rule.tolerance / 2 * _SLACK
 
 
 def _safe(chosen: float, low: float, high: float, samples: int, tolerance: float) -> float:

@@ -52,7 +52,8 @@ class SearchOptions:
     by default `study.db` in the search's folder; `name` is the study's. `warm_share`: a trial starts from the nearest finished one that kept
     the floor and takes this share of the L-steps (None: every trial starts from the original). `early_stop` gives a trial up that can no
     longer reach the floor. `thin` removes cut channels for good; without it they stay as zeros, as they must where no graph can be traced.
-    `sampler`: "auto", "drucb", "gp" or "tpe". `resume` goes on with the study in the storage, or joins it as another worker; `overwrite`
+    `sampler`: "two-sided" (ours, and what "auto" is for one real number and one objective), "drucb" (Condensa's, as published), Optuna's "gp" or
+    "tpe". `resume` goes on with the study in the storage, or joins it as another worker; `overwrite`
     removes an earlier search in the folder, its study too. A worker says every `heartbeat` seconds that it lives.
     Raises: SearchError for numbers out of range.
     """

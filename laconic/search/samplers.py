@@ -25,15 +25,16 @@ MEASURED = (TrialState.COMPLETE, TrialState.PRUNED)
 class Settings:
     """How a scheme's free values are searched.
 
-    `sampler`: "drucb" (one number, one objective), Optuna's "gp" or "tpe" (anything), or "auto": "drucb" where it can. `trials`: samples that the
-    workers take together. `level_trials`: stage 1 ends after this many, or when its rule has nothing left to learn; by default "two-sided", which
+    `sampler`: for one number and one objective "two-sided" (our rule of stage 1) or "drucb" (Condensa's, as published); Optuna's "gp" or "tpe"
+    (anything); or "auto": stage 1 by `rule` where it can, else "gp". `trials`: samples that the workers take together.
+    `level_trials`: stage 1 ends after this many, or when its rule has nothing left to learn; by default "two-sided", which
     ends by itself, may take all, and the other rules seven in ten. `kappa`: of UCB and LCB in stage 2. `improvement`: stage 2 ends when no point
     may be better by this share. `startup`: random trials before "gp" and "tpe" look at the results; by default two more than there are variables.
     Raises: SearchError for an unknown sampler and for counts below one.
     Source: Condensa section 3.2; ten samples per search, section 4.1.
     """
 
-    sampler: Literal["auto", "drucb", "gp", "tpe"] = "auto"
+    sampler: Literal["auto", "two-sided", "drucb", "gp", "tpe"] = "auto"
     trials: int = 10
     level_trials: int | None = None
     rule: Rule = field(default_factory=Rule)
@@ -43,15 +44,21 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.sampler not in ("auto", "drucb", "gp", "tpe"):
-            raise SearchError(f"expected the sampler auto, drucb, gp or tpe, got {self.sampler!r}")
+        if self.sampler not in ("auto", "two-sided", "drucb", "gp", "tpe"):
+            raise SearchError(f"expected the sampler auto, two-sided, drucb, gp or tpe, got {self.sampler!r}")
         if min(count for count in (self.trials, self.level_trials, self.startup) if count is not None) < 1:
             raise SearchError(f"expected at least one trial, got trials={self.trials}, level_trials={self.level_trials}, startup={self.startup}")
 
     @property
+    def level_rule(self) -> Rule:
+        """The rule of stage 1: `rule`, under the name that the sampler gives it."""
+        names: dict[str, Literal["two-sided", "dr-ucb"]] = {"two-sided": "two-sided", "drucb": "dr-ucb"}
+        return replace(self.rule, name=names[self.sampler]) if self.sampler in names else self.rule
+
+    @property
     def level_limit(self) -> int:
         """The most trials that stage 1 takes."""
-        return self.level_trials or (self.trials if self.rule.name == "two-sided" else max(1, round(0.7 * self.trials)))
+        return self.level_trials or (self.trials if self.level_rule.name == "two-sided" else max(1, round(0.7 * self.trials)))
 
 
 def distribution_of(free: Free) -> BaseDistribution:
@@ -84,7 +91,7 @@ def plan(
     """
     bounds, log = (distribution.low, distribution.high), distribution.log
     level, reference = facts["level"], facts.get("reference")
-    rule = replace(settings.rule, margin=max(settings.rule.margin, facts.get("noise", 0.0)))
+    rule = replace(settings.level_rule, margin=max(settings.rule.margin, facts.get("noise", 0.0)))
     known = [t for t in trials if t.state in MEASURED and "score" in t.user_attrs and name in t.params]
     history = [(t.params[name], t.user_attrs["score"]) for t in known]
     pending = [t.params[name] for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING) and name in t.params]
@@ -104,7 +111,7 @@ def plan(
 
 
 class DRUCBSampler(BaseSampler):
-    """Condensa's two stages over one float parameter, `name`, drawn from `distribution`.
+    """Condensa's two stages over one float parameter, `name`, drawn from `distribution`, by the rule of the settings.
 
     Holds no state: every proposal is `plan` of the study's trials and of its user attribute "facts" (level, reference). It reads the trials' user
     attributes "score" and "stage" and writes "stage", "domain" and "posterior". Works in `study.optimize` too, where the objective function has
@@ -177,22 +184,23 @@ class SharedSampler(BaseSampler):
 
 
 def chosen_sampler(free: Mapping[str, Free], objectives: int, settings: Settings) -> str:
-    """ "drucb", "gp" or "tpe". "auto" is DR-UCB for one float and one objective, Optuna's GPSampler otherwise.
+    """ "two stages", "gp" or "tpe". "auto" is the two stages for one float and one objective, Optuna's GPSampler otherwise.
 
-    Raises: SearchError when there is nothing to search, or DR-UCB is asked for anything else.
+    Raises: SearchError when there is nothing to search, or the two stages are asked for anything else.
     """
     if not free:
         raise SearchError("nothing to search: the scheme has no Free value, as in FilterPrune(sparsity=Free(0, 1))")
     single = len(free) == 1 and objectives == 1 and all(f.choices is None and not f.integer for f in free.values())
-    if settings.sampler == "drucb" and not single:
+    if settings.sampler in ("two-sided", "drucb") and not single:
         raise SearchError(
-            f"DR-UCB searches one real number for one objective, got {', '.join(map(repr, free.values()))} and {objectives}; use gp or tpe"
+            f"{settings.sampler} searches one real number for one objective, got {', '.join(map(repr, free.values()))} and {objectives}; "
+            "use gp or tpe"
         )
-    return ("drucb" if single else "gp") if settings.sampler == "auto" else settings.sampler
+    return settings.sampler if settings.sampler in ("gp", "tpe") else "two stages" if single else "gp"
 
 
 def sampler_of(free: Mapping[str, Free], objectives: int, settings: Settings) -> Callable[[int], BaseSampler]:
-    """The sampler of a trial by the number of those before it: DR-UCB, or Optuna's GPSampler or TPESampler, which handle the score's floor as
+    """The sampler of a trial by the number of those before it: the two stages, or Optuna's GPSampler or TPESampler, which handle the score's floor as
     a constraint (`Trial.set_constraint`), any number of variables of any kind, and several objectives.
 
     Source: GP: log constrained expected improvement or hypervolume improvement, Matern 5/2 with a length scale per variable (Optuna's
@@ -200,7 +208,7 @@ def sampler_of(free: Mapping[str, Free], objectives: int, settings: Settings) ->
     """
     kind = chosen_sampler(free, objectives, settings)
     startup = settings.startup or len(free) + 2
-    if kind == "drucb":
+    if kind == "two stages":
         ((name, one),) = free.items()
         distribution = distribution_of(one)
         assert isinstance(distribution, FloatDistribution)

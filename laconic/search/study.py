@@ -260,7 +260,7 @@ def _state(search: Search) -> Literal["go", "wait", "over"]:
         return "go"
     if search.facts is None:
         raise SearchError("stage 1 needs a level: call set_reference first")
-    if chosen_sampler(search.free, len(search.objectives), search.settings) != "drucb":
+    if chosen_sampler(search.free, len(search.objectives), search.settings) != "two stages":
         return "go"
     ((name, distribution),) = search.distributions.items()
     assert isinstance(distribution, FloatDistribution)

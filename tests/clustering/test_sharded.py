@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from laconic.clustering import dkm_decode
 from laconic.errors import SchemeError
 from tests.clustering.test_decode import draw
-from tests.processes import THREADS, halves_of
+from tests.processes import PATIENCE, THREADS, halves_of
 
 RULE = dict(tau=0.2, iterations=4, tolerance=1e-9)
 HALF = dict(rounded=torch.bfloat16)
@@ -43,7 +43,7 @@ def gradients(name: str, part: slice = slice(None), group: dist.ProcessGroup | N
 
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(THREADS)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE))
     found = {}
     for name, (_, _, split, _) in CASES.items():
         found[name] = gradients(name, slice(0, split) if rank == 0 else slice(split, 12), dist.group.WORLD)

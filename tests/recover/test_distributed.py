@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import laconic as lc
 from laconic.errors import SchemeError
 from laconic.weights import installed
-from tests.processes import THREADS, halves_of
+from tests.processes import PATIENCE, THREADS, halves_of
 from tests.recover.nets import seeded
 
 SCHEMES = [
@@ -143,7 +143,7 @@ def refusals() -> list[str]:
 
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(THREADS)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE))
     found: dict[Any, Any] = {(kind, scheme): together(kind, scheme, rank) for kind in KINDS for scheme in SCHEMES}
     found |= {("back", scheme): back_into_shards(scheme) for scheme in BACK}
     found["refused"] = refusals()

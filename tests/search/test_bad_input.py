@@ -45,10 +45,10 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "no minutes": (SearchError, "minutes above 0", {"minutes": 0.0}),
     "no share": (SearchError, "warm_share: expected a share", {"warm_share": 1.5}),
     "no heartbeat": (SearchError, "heartbeat: expected seconds from 1", {"heartbeat": 0}),
-    "an unknown sampler": (SearchError, "drucb, gp or tpe, got 'bayes'", {"sampler": "bayes"}),
+    "an unknown sampler": (SearchError, "two-sided, drucb, gp or tpe, got 'bayes'", {"sampler": "bayes"}),
     "a sampler for one variable": (
         SearchError,
-        "DR-UCB searches one real number",
+        "drucb searches one real number",
         {"scheme": "RTN(Free(2, 8, integer=True), 'channel')", "sampler": "drucb"},
     ),
     "a storage that is away": (SearchError, r"nobody:\*\*\*@127.0.0.1", {"storage": "postgresql://nobody:secret@127.0.0.1:1/db"}),

@@ -165,8 +165,15 @@ def test_it_ends_when_the_domain_is_narrower_than_the_tolerance() -> None:
     while not (proposal := propose(history, LEVEL, BOUNDS, reference=REFERENCE)).exhausted:
         history.append((proposal.s, curve(proposal.s)))
     assert len(history) <= 8
-    assert proposal.domain[1] - proposal.domain[0] <= 0.01
+    assert proposal.domain[1] - proposal.domain[0] <= 0.01 * (1 + 1e-9)
     assert 0.65 <= answer(history, LEVEL)[0] <= 0.66
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.67, 0.68), (0.52, 0.53), (0.3, 0.31)])
+def test_a_domain_of_exactly_the_tolerance_takes_no_more_samples(low: float, high: float) -> None:
+    assert high - low > 0.01, "as floats they are an ulp more than a hundredth apart"
+    assert propose([(low, 0.91), (high, 0.3)], LEVEL, BOUNDS, reference=REFERENCE).exhausted
+    assert not propose([(low, 0.91), (high + 0.001, 0.3)], LEVEL, BOUNDS, reference=REFERENCE).exhausted
 
 
 def test_without_an_allowed_loss_it_is_bisection_or_so() -> None:

@@ -34,6 +34,7 @@ from laconic.search import Found
 from laconic.search.trial import Trials
 from laconic.store import read_manifest
 from laconic.weights import baked, installed
+from tests.processes import PATIENCE
 from tests.recover.nets import bytes_of, untouched
 from tests.search.digits import HOW, Problem, conv, run, sampled
 
@@ -335,7 +336,7 @@ def test_the_trial_of_a_killed_worker_is_run_again(
     problem: Problem, small: tuple[Found, Counted, Path], tmp_path: Path
 ) -> None:  # fmt: skip
     died = worker(problem, tmp_path / "s", heartbeat=1, score=broken(11, lambda: os.kill(os.getpid(), signal.SIGKILL)))
-    died.join(timeout=120)
+    died.join(timeout=PATIENCE)
     assert died.exitcode == -signal.SIGKILL
     found = run(problem, tmp_path / "s", heartbeat=1, resume=True)
     done = sorted((tuple(values.items()), score) for values, score, *_ in sampled(found))
@@ -352,7 +353,7 @@ def test_two_workers_on_one_storage(problem: Problem, tmp_path: Path) -> None:
     out = tmp_path / "s"
     both = [worker(problem, out, trials=5, resume=True, early_stop=False) for _ in range(2)]
     for process in both:
-        process.join(timeout=120)
+        process.join(timeout=PATIENCE)
     assert [process.exitcode for process in both] == [0, 0]
     found = run(problem, out, trials=5, resume=True, early_stop=False)
     values = [row["values"]["sparsity"] for row in found.result["trials"] if row["state"] == "complete"]

@@ -19,9 +19,10 @@ from optuna.trial import TrialState
 
 from laconic.errors import SearchError
 from laconic.methods.free import Free
-from laconic.search.drucb import Rule
+from laconic.search.drucb import Rule, propose
 from laconic.search.samplers import DRUCBSampler, Settings, distribution_of
 from laconic.search.study import Asked, Search, ask, best, fail, finished, is_feasible, open_study, pareto, running, set_reference, tell, trials
+from tests.processes import PATIENCE
 
 ONE = {"sparsity": Free(0.0, 1.0)}
 
@@ -116,14 +117,16 @@ def test_another_search_under_the_same_name(tmp_path: Path) -> None:
         open_study(tmp_path / "study.db", "foreign", free=ONE, objectives={"throughput": "maximize"})
 
 
-def work(storage: Path, pause: float, heartbeat: int, die: bool) -> None:
-    """A worker's whole life, in a process of its own."""
+def work(storage: Path, heartbeat: int, die: bool, met: Any = None) -> None:
+    """A worker's whole life, in a process of its own; `met`: a barrier that all workers reach with their first trial."""
     search = opened(storage, heartbeat=heartbeat)
     while (asked := ask(search, poll=0.1)) is not None:
         with running(search, asked):
             if die:
                 os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(pause)
+            if met is not None:
+                met.wait(PATIENCE)
+                met = None
             s = asked.values["sparsity"]
             tell(search, asked, score(s), [throughput(s)], worker=os.getpid())
 
@@ -139,9 +142,10 @@ needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_meth
 
 @needs_fork
 def test_two_workers_share_the_trials(tmp_path: Path) -> None:
-    both = [worker(tmp_path / "study.db", 0.5, 60, False) for _ in range(2)]
+    met = multiprocessing.get_context("fork").Barrier(2)
+    both = [worker(tmp_path / "study.db", PATIENCE, False, met) for _ in range(2)]
     for process in both:
-        process.join(timeout=120)
+        process.join(timeout=PATIENCE)
     assert [process.exitcode for process in both] == [0, 0]
     search = opened(tmp_path / "study.db")
     measured = [t for t in trials(search) if t.state is TrialState.COMPLETE]
@@ -154,8 +158,8 @@ def test_two_workers_share_the_trials(tmp_path: Path) -> None:
 
 @needs_fork
 def test_the_trial_of_a_killed_worker_is_run_again(tmp_path: Path) -> None:
-    killed = worker(tmp_path / "study.db", 0, 1, True)
-    killed.join(timeout=120)
+    killed = worker(tmp_path / "study.db", 1, True)
+    killed.join(timeout=PATIENCE)
     assert killed.exitcode == -signal.SIGKILL
     search = opened(tmp_path / "study.db", heartbeat=1)
     assert [t.state for t in trials(search)] == [TrialState.RUNNING]
@@ -330,6 +334,18 @@ def test_several_variables_and_objectives(sampler: str, objectives: dict[str, An
     if len(objectives) == 1:
         assert carry_out(opened(tmp_path / "s.db", **options), 5) + carry_out(opened(tmp_path / "s.db", **options)) == whole
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("sampler", "rule"), [("auto", "two-sided"), ("two-sided", "two-sided"), ("drucb", "dr-ucb")])
+def test_a_samplers_name_is_its_rule_of_stage_1(sampler: Any, rule: Any) -> None:
+    """ "drucb" is Algorithm 1 as published, "two-sided" ours and the default."""
+    low, high = distribution_of(ONE["sparsity"]).low, distribution_of(ONE["sparsity"]).high  # type: ignore[attr-defined]
+    history: list[tuple[float, float]] = []
+    for _ in range(4):
+        s = propose(history, 0.88, (low, high), Rule(rule), reference=0.9).s
+        history.append((s, score(s)))
+    assert run(opened(settings=Settings(sampler=sampler, trials=6)), limit=4) == pytest.approx([s for s, _ in history])
+    assert Settings(sampler, rule=Rule(gamma=0.5)).level_rule == Rule(rule, gamma=0.5)
 
 
 def test_the_sampler_in_optunas_own_loop() -> None:
