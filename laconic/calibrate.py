@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from laconic.blocks import Batch, BlockModel, Calls, call, to_device
 from laconic.errors import DataError
-from laconic.files import disk_errors, write_tensors
+from laconic.files import disk_errors, seal, write_tensors
 from laconic.sites import INPUTS, NONE, Slot, Stats
 from laconic.statistics import Statistics
 from laconic.tensors import is_finite
@@ -48,7 +48,8 @@ class Shelf:
             return
         temporary = self.folder / f"{key}.tmp"
         with disk_errors(self.folder):  # what a kill destroys is made again, so nothing waits for the disk here
-            write_tensors(temporary, {str(i): t for i, t in enumerate(tensors)})
+            named = {str(i): t for i, t in enumerate(tensors)}
+            write_tensors(temporary, named, seal(named))
             temporary.replace(self.folder / f"{key}.safetensors")
 
     def get(self, key: str) -> list[Tensor]:

@@ -46,8 +46,9 @@ class Ended(Exception):  # noqa: N818 - the news of an error
 
 
 def end_of(error: BaseException, interrupted: str = "") -> End | None:
-    """The end that an error means, or None for one of laconic's own; `interrupted` says what is left after Ctrl-C."""
+    """The end that an error means, or None for one of laconic's own; `interrupted` says what is left after Ctrl-C, unless a note of it does."""
     kind = type(error).__name__
+    interrupted = "".join(f"; {note}" for note in getattr(error, "__notes__", [])) or interrupted
     if isinstance(error, Ended):
         return error.end
     if isinstance(error, Stopped):

@@ -53,3 +53,9 @@ class VerificationError(LaconicError):
     """What was read back from the disk is not what was computed."""
 
     exit_code = 6
+
+
+class ReportError(LaconicError):
+    """The model is complete and verified; something that follows failed: its evaluation, the samples of text, the report."""
+
+    exit_code = 10

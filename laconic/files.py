@@ -4,15 +4,17 @@ import errno
 import json
 import os
 import struct
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from laconic.errors import OutputError
+from laconic.errors import CheckpointError, LaconicError, OutputError
 from laconic.tensors import bytes_of
 
 TYPES = {
@@ -22,6 +24,7 @@ TYPES = {
 }  # fmt: skip
 _WIDTHS = {name: dtype.itemsize for dtype, name in TYPES.items()}
 _CHUNK = 1 << 24  # bytes copied at a time
+_SEAL = "crc"
 
 Entry = tuple[str, str, list[int], int]
 """Of a tensor: its name, its type as safetensors names it, its shape, its bytes."""
@@ -29,13 +32,15 @@ Entry = tuple[str, str, list[int], int]
 
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """Turns a full disk into an OutputError that says what to do."""
+    """Turns a full disk, and whatever else the system has against a file, into an OutputError that says what to do."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, OutputError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, LaconicError):
             raise
-        raise OutputError(f"{out}: the disk is full ({error}); finished parts are kept: free some space and run again with --resume") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(f"{out}: the disk is full ({error}); finished parts are kept: free some space and run again with --resume") from error
+        raise OutputError(f"{out}: cannot be written ({error}); what is finished is kept: see to that and run again with --resume") from error
 
 
 def write_json(file: Path, value: Any, indent: int | None = None) -> None:
@@ -101,3 +106,49 @@ def settle(temporary: Path, file: Path) -> None:
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The metadata with a checksum of it and of the tensors, by which `read_seal` finds the file that holds them damaged."""
+    told = dict(metadata or {"format": "pt"})
+    return told | {_SEAL: str(_checksum(tensors.items(), told))}
+
+
+def read_seal(file: Path) -> dict[str, str]:
+    """The metadata of a file that was written with a `seal`. Raises: CheckpointError unless it is as it was then. Cost: it is read once."""
+    try:
+        with safe_open(file, framework="pt") as reader:
+            told = dict(reader.metadata() or {})
+            seal = told.pop(_SEAL, None)
+            found = _checksum(((name, reader.get_tensor(name)) for name in reader.keys()), told)  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: damaged: {error}") from error
+    if seal != str(found):
+        raise CheckpointError(f"{file}: damaged: it does not hold what was written")
+    return told
+
+
+def write_sealed_json(file: Path, value: Any) -> None:
+    """`write_json`, with a checksum by which `read_sealed_json` finds the file damaged."""
+    write_json(file, {"value": value, _SEAL: zlib.crc32(json.dumps(value).encode())})
+
+
+def read_sealed_json(file: Path) -> Any:
+    """What `write_sealed_json` wrote. Raises: CheckpointError unless it is that."""
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        value, seal = told["value"], told[_SEAL]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: damaged: {error!r}") from error
+    if seal != zlib.crc32(json.dumps(value).encode()):
+        raise CheckpointError(f"{file}: damaged: it does not hold what was written")
+    return value
+
+
+def _checksum(tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> int:
+    """CRC-32 of names, types, shapes and bytes, in any order, and of the metadata."""
+    crc = zlib.crc32(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, tensor in tensors:
+        own = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        crc ^= zlib.crc32(bytes_of(tensor), own) if tensor.numel() else own
+    return crc

@@ -20,7 +20,7 @@ from laconic.data import (
 )  # fmt: skip
 from laconic.errors import CheckpointError, DataError
 from laconic.evaluate import check_call, is_language_model
-from laconic.files import atomically, disk_errors
+from laconic.files import atomically, disk_errors, seal
 from laconic.load import Checkpoint, load_tokenizer
 from laconic.modality import check_ids, check_kind, check_length, decoder_start, kind_of, way_out
 from laconic.progress import Progress
@@ -167,12 +167,14 @@ class _Writer:
     def text(self, use: str, samples: int, length: int, seed: int) -> Windows:
         file = self.run.work / f"{use}.safetensors"
         source, start = "text sampled from the model itself", self.vocabulary.start
-        if file.is_file():
-            return Windows(load_file(file)["tokens"].long(), source, start)
+        if file.is_file() and (kept := load_file(file)["tokens"].long()).shape == (samples, length):
+            return Windows(kept, source, start)
         self.progress.start(f"sampling {use} text from the model itself", samples)
         model = self.checkpoint.skeleton
         with Residence(model, self.checkpoint, None, None, self.device).hold(""):
             windows = sample_windows(model, samples, length, seed, progress=self.progress.advance, vocabulary=self.vocabulary)
-        with disk_errors(self.run.out):
-            atomically(file, {"tokens": windows.tokens.to(torch.int32)})
+        if not self.run.closed:
+            tokens = {"tokens": windows.tokens.to(torch.int32)}
+            with disk_errors(self.run.out):
+                atomically(file, tokens, seal(tokens))
         return Windows(windows.tokens, source, start)

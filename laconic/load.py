@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from laconic.companions import NOT_FETCHED
 from laconic.errors import CheckpointError
 from laconic.foreign import Foreign, read_object
 from laconic.residence import Residence
@@ -27,7 +28,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def fetch(source: str) -> Path:
-    """A local model directory: `source` itself, or the hub repository of that name, downloaded (safetensors, configs and tokenizer only)."""
+    """A local model directory: `source` itself, or the hub repository of that name, downloaded (safetensors and `companions`)."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -37,7 +38,7 @@ def fetch(source: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.py"]))
+        return Path(snapshot_download(source, allow_patterns=["*"], ignore_patterns=list(NOT_FETCHED)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(f"{source}: neither a local directory nor a hub repository that can be reached: {error}") from error
 

@@ -16,7 +16,8 @@ from laconic.calibrate import Loss, Shelf, default_loss, parameters_of
 from laconic.choice import Fit, resolve
 from laconic.coverage import coverage
 from laconic.errors import CheckpointError, DataError, SchemeError, VerificationError
-from laconic.files import atomically, write_json
+from laconic.files import atomically, disk_errors, write_json
+from laconic.lock import locked
 from laconic.methods.base import Keep
 from laconic.passes import (
     Chosen,
@@ -227,12 +228,12 @@ def save(
             value = plain_value(tensor)
             tensors[name] = _in_type(name, value, types[name]) if types and name in types else value
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    again = (folder / MANIFEST).is_file()
-    atomically(folder / "model.safetensors", tensors)
-    write_json(folder / MANIFEST, manifest_of([{"specs": specs}], **fields))
-    if again:
-        remove_shards(folder)
+    with locked(folder), disk_errors(folder):
+        again = (folder / MANIFEST).is_file()
+        atomically(folder / "model.safetensors", tensors)
+        write_json(folder / MANIFEST, manifest_of([{"specs": specs}], **fields))
+        if again:
+            remove_shards(folder)
     stored = Compressed(folder)
     missing = [name for name, tensor in state.plain.items() if under[id(tensor)] not in stored.files.tensors]
     missing += [name for name, weight in state.weights.items() if first[id(weight)] not in stored.weights]

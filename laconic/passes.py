@@ -24,7 +24,7 @@ from laconic.calibrate import (
     walk_whole,
 )  # fmt: skip
 from laconic.errors import SchemeError, VerificationError
-from laconic.files import disk_errors, write_tensors
+from laconic.files import disk_errors, seal, write_tensors
 from laconic.load import Checkpoint, CompressedCheckpoint
 from laconic.methods.allocation import Allocation, Measured
 from laconic.methods.base import Keep, Method
@@ -135,7 +135,7 @@ class Extras:
             self._kept[site.name] = values
         else:
             with disk_errors(self.folder):
-                write_tensors(self._file(site.name), values)
+                write_tensors(self._file(site.name), values, seal(values))
 
     def given(self, site: Site) -> Site:
         """The site with what was kept for it."""

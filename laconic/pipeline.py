@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,12 +14,15 @@ from torch import nn
 from laconic.blocks import Batch, BlockModel, find_chain
 from laconic.calibrate import Shelf
 from laconic.choice import Fit, resolve
+from laconic.companions import Companions, companions
+from laconic.conclude import conclude, known_of
 from laconic.coverage import coverage
 from laconic.data import Windows
 from laconic.errors import CheckpointError, DataError, SchemeError
 from laconic.evaluate import count_parameters, is_language_model, open_blocks, perplexity, similarity
 from laconic.inputs import OWN, Given, check_request, complete_inputs, read_inputs
 from laconic.load import Checkpoint, CompressedCheckpoint, open_source
+from laconic.lock import locked
 from laconic.machine import machine, pick_device, pick_dtype, versions
 from laconic.memory import compress_module
 from laconic.methods.base import Keep
@@ -39,14 +43,14 @@ from laconic.passes import (
     survey_stages,
     verify,
 )  # fmt: skip
-from laconic.preflight import Load, preflight
+from laconic.preflight import Load, preflight, room_for
 from laconic.progress import Log, Progress, peak_memory, resident_memory
-from laconic.report import Report, generation_samples, original_file_bytes, samples_fit, write_report
+from laconic.report import Report, generation_samples, original_file_bytes, samples_fit
 from laconic.residence import Residence
-from laconic.run import Run
+from laconic.run import Run, check_out
 from laconic.scheme import Scheme, describe, parse
 from laconic.sites import INPUTS, find_slots
-from laconic.store import manifest_of, stored_bytes
+from laconic.store import manifest_of
 from laconic.unmeasured import unmeasured_notes
 
 SURVEY_SAMPLES = 32  # windows of the backward pass: what it estimates per site are means over millions of entries
@@ -121,57 +125,83 @@ def compress_directory(
 ) -> Report:
     """Compress a model directory (or hub id) into `out`, a block at a time, and report on what was stored.
 
-    Raises: SchemeError, CheckpointError, DataError, OutputError and VerificationError, each before or without losing earlier results.
+    With `resume` on a complete run of the same kind: its report, evaluated again if the report is asked for something else.
+    Raises: SchemeError, CheckpointError, DataError, OutputError and VerificationError, each before or without losing earlier results;
+    ReportError when the model is complete and what follows (evaluation, samples, report) failed.
     """
-    options, progress, started = options or Options(), progress or Log(), time.time()
-    device, _ = pick_device(options.device), pick_dtype(options.dtype)
+    options, progress, out = options or Options(), progress or Log(), Path(out)
+    pick_device(options.device), pick_dtype(options.dtype)
+    with locked(out):
+        check_out(out, resume=options.resume, overwrite=options.overwrite)
+        return _into(source, scheme, out, options, progress)
+
+
+def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progress: Progress) -> Report:
+    """`compress_directory` into a directory that is ours."""
+    started, device = time.time(), pick_device(options.device)
     checkpoint, chosen, plan = plan_directory(source, scheme, options, progress)
     before = resident_memory()
     wanted = needs_data(chosen)
     given = read_inputs(checkpoint, options, wanted)
-    fingerprint = _fingerprint(checkpoint, chosen, options, given)
+    files = {stored.file for stored in checkpoint.files.tensors.values()}
+    beside = companions(checkpoint.path, trusted=options.trust_remote_code, model=files, out=out)
     plan["peak_memory"] = max(plan["peak_memory"] + max(resident_memory() - before, 0), peak_memory())
-    progress.plan(plan)
-    run = Run(Path(out), fingerprint, resume=options.resume, overwrite=options.overwrite)
-    windows, test = complete_inputs(checkpoint, options, given, run, progress, device, wanted)
+    notes = [*given.notes, *beside.notes, *room_for(out, plan["bytes"])]
+    run = Run(out, _fingerprint(checkpoint, chosen, options, given, wanted), resume=options.resume, overwrite=options.overwrite)
+    notes += run.mended
+    asked = {"evaluate": options.evaluate, "test_tokens": options.test_tokens, "test": given.digest.get("test", OWN)}
+    known = known_of(run)
+    if known is not None and options.evaluate and known["report"].get("asked") != asked:
+        known = {"report": {**known["report"], "metrics": {}, "asked": asked}, "samples": None}
+    elif known is not None and run.closed:
+        return Report(known["report"])
+    if known is None:
+        progress.plan(plan)
+    for line in notes:
+        progress.say(line)
+    windows, test = complete_inputs(checkpoint, options, given, run, progress, device, wanted and known is None)
+    if known is None:
+        values = _stored_model(checkpoint, chosen, scheme, Path(str(source)).name, windows, run, beside, options, progress)
+        values |= {
+            "source": str(source), "out": str(out), "command": options.command,
+            "notes": [*checkpoint.notes, *plan["notes"], *notes, *values["notes"]],
+            "expected_bytes": plan["bytes"], "peak_memory": {"expected": plan["peak_memory"], "actual": peak_memory()},
+            "expected_seconds": plan["seconds"], "seconds": time.time() - started, "asked": asked,
+        }  # fmt: skip
+        known = {"report": values, "samples": None}
+        run.verified(known)
+    measure = partial(_quality, run.out, checkpoint, test, options, device, progress) if options.evaluate and test is not None else None
+    writes = is_language_model(checkpoint.skeleton) and given.tokenizer is not None and samples_fit(checkpoint)
+    sample = partial(generation_samples, checkpoint, run.out, test.tokens, device) if test is not None and writes and options.evaluate else None
+    return conclude(run, known, measure, sample, progress)
 
+
+def _stored_model(
+    checkpoint: Checkpoint, chosen: Chosen, scheme: Scheme, source: str, windows: Windows | None, run: Run, beside: Companions,
+    options: Options, progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Compress, store and verify; returns what the report says of the model, but for its quality."""
+    device = pick_device(options.device)
     chosen = _allocated(checkpoint, chosen, windows, options, run, device, progress)
     _compress(checkpoint, chosen, windows, options, run, device, progress)
     kept = commit_rest(run, checkpoint, chosen)
     records = [site | {"original_bytes": checkpoint.nbytes(site["parameter"])} for record in run.parts().values() for site in record["sites"]]
     order = {slot.name: i for i, slot in enumerate(chosen)}
     records.sort(key=lambda site: order[site["name"]])
+    parameters = count_parameters(checkpoint.skeleton)
     manifest = manifest_of(
         list(run.parts().values()), scheme=describe(scheme), keep=list(options.keep), seed=options.seed, versions=versions(),
-        source={"name": Path(str(source)).name, "parameters": count_parameters(checkpoint.skeleton)},
-        data=windows.describe() if windows is not None else None,
+        source={"name": source, "parameters": parameters}, data=windows.describe() if windows is not None else None,
     )  # fmt: skip
     config = checkpoint.config.to_dict() | {"quantization_config": {"quant_method": "laconic", "schema": manifest["schema"]}}
-    run.finish(manifest, checkpoint.path, config)
+    run.finish(manifest, beside, config)
     verify(run.out, checkpoint, records, kept, progress)
-
-    metrics = _quality(run.out, checkpoint, test, options, device, progress) if options.evaluate and test is not None else {}
-    if metrics:
-        run.finish(manifest | {"metrics": metrics}, checkpoint.path, config)
-    unmeasured = unmeasured_notes(records, manifest["source"]["parameters"], progress)
-    report = Report(
-        {
-            "source": str(source), "out": str(out), "scheme": describe(scheme), "keep": list(options.keep), "command": options.command,
-            "seed": options.seed,
-            "data": manifest["data"], "sites": records, "metrics": metrics, "notes": checkpoint.notes + plan["notes"] + given.notes + unmeasured,
-            "unused": checkpoint.unused, "original_bytes": original_file_bytes(checkpoint), "expected_bytes": plan["bytes"],
-            "stored_bytes": stored_bytes(run.out), "parameters": manifest["source"]["parameters"], "kept": _kept(checkpoint, kept),
-            "coverage": coverage(checkpoint.skeleton, chosen),
-            "peak_memory": {"expected": plan["peak_memory"], "actual": peak_memory()}, "expected_seconds": plan["seconds"],
-            "seconds": time.time() - started, "versions": versions(), "machine": machine(),
-        }
-    )  # fmt: skip
-    writes = is_language_model(checkpoint.skeleton) and given.tokenizer is not None  # samples of text are read and written with it
-    sampled = test is not None and options.evaluate and writes and samples_fit(checkpoint)
-    samples = generation_samples(checkpoint, run.out, test.tokens, device) if test is not None and sampled else []
-    write_report(run.out, report, samples)
-    run.close()
-    return report
+    return {
+        "scheme": describe(scheme), "keep": list(options.keep), "seed": options.seed, "data": manifest["data"], "sites": records, "metrics": {},
+        "notes": unmeasured_notes(records, parameters, progress), "unused": checkpoint.unused,
+        "original_bytes": original_file_bytes(checkpoint), "parameters": parameters, "kept": _kept(checkpoint, kept),
+        "coverage": coverage(checkpoint.skeleton, chosen), "versions": versions(), "machine": machine(),
+    }  # fmt: skip
 
 
 def _allocated(
@@ -196,7 +226,7 @@ def _allocated(
         residence = Residence(checkpoint.skeleton, checkpoint, None, None, device)
         stages = data_free_stages(residence, concerned)
     resolved = allocate(stages, chosen, spread, extras, checkpoint.skeleton, options.seed, progress)
-    run.note(methods={slot.name: repr(method) for slot, method in resolved.items()})
+    run.note(methods={slot.name: repr(method) for slot, method in resolved.items()}, extras=sorted(file.name for file in run.work.glob("extra-*")))
     return resolved
 
 
@@ -234,13 +264,13 @@ def _kept(checkpoint: Checkpoint, names: list[str]) -> list[dict[str, Any]]:
     return [{"name": name, "bytes": checkpoint.nbytes(name), "shape": shapes[name]} for name in names]
 
 
-def _fingerprint(checkpoint: Checkpoint, chosen: Chosen, options: Options, given: Given) -> dict[str, Any]:
-    """What must be equal for a run to be continued."""
+def _fingerprint(checkpoint: Checkpoint, chosen: Chosen, options: Options, given: Given, calibrated: bool) -> dict[str, Any]:
+    """What must be equal for a run to be continued: what makes the model; a report can be asked for anew."""
     headers = hashlib.sha256(repr(sorted((n, t.dtype, t.shape, t.file.name) for n, t in checkpoint.files.tensors.items())).encode())
     return {
         "model": f"{checkpoint.path.name}:{headers.hexdigest()[:16]}",
         "methods": hashlib.sha256(repr([(slot.name, repr(method)) for slot, method in chosen.items()]).encode()).hexdigest()[:16],
-        "data": {"source": options.data, **given.digest} if options.data == OWN else given.digest,
+        "data": (given.digest.get("calibration") or {OWN: given.digest.get("start")}) if calibrated else None,
         **{name: getattr(options, name) for name in ("samples", "length", "seed", "dtype", "true_sequential")},
         "laconic": versions()["laconic"],
     }

@@ -1,17 +1,23 @@
 """What a run will do and cost, before it starts: method and size of every site, peak memory, time."""
 
+import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from laconic.errors import OutputError
 from laconic.evaluate import COMPARED, LOGITS
 from laconic.load import Checkpoint
+from laconic.lock import LOCK
 from laconic.methods.base import Keep, Method
 from laconic.methods.fitting import fitted
 from laconic.progress import resident_memory
+from laconic.run import below
 from laconic.sites import Slot, Stats
+from laconic.units import human_bytes
 
 _FLOAT = 4  # bytes of the computing precision
 _LIBRARIES = 120_000_000  # bytes: what is imported later (plots, kernels), and the allocator's slack
@@ -55,6 +61,18 @@ def preflight(source: Checkpoint, chosen: dict[Slot, Method], load: Load, chain:
         "peak_memory": resident_memory() + _work(source, chosen, load, chain),
         "seconds": _seconds(chosen, load),
     }
+
+
+def room_for(out: Path, expected: int) -> list[str]:
+    """What to say of the free space for a model of so many bytes. Raises: OutputError when the model alone takes more than there is."""
+    there = sum(file.stat().st_size for file in below(out, skip=(LOCK,)) if file.is_file())
+    free = shutil.disk_usage(out).free + there
+    if free < expected:
+        raise OutputError(f"{out}: {human_bytes(free)} are free on that disk, the model takes {human_bytes(expected)}; choose another place")
+    if free < 2 * expected:
+        need, have = human_bytes(2 * expected), human_bytes(free)
+        return [f"{out}: finished parts and the model made of them take {need} for a while; {have} are free on that disk"]
+    return []
 
 
 def _work(source: Checkpoint, chosen: dict[Slot, Method], load: Load, chain: str | None) -> int:

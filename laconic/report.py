@@ -1,6 +1,7 @@
 """The run report: the numbers as JSON, and the same as one HTML page that needs nothing else."""
 
 import io
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from laconic.units import human_bytes
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 _PROMPT, _ANSWER = 24, 60  # tokens of the generation sample
 _WORST = 10
+_DERIVED = ("bits_per_weight", "matrix_bits", "worst", "by_class")  # of the values
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,18 @@ def write_report(out: Path, report: Report, samples: list[dict[str, str]]) -> No
     write_text(out / REPORT_HTML, render(Report(report.values | {"samples": samples})))
 
 
+def read_report(out: Path) -> dict[str, Any] | None:
+    """What `write_report` was given, as `report` (its values) and `samples`; None where there is none, or a damaged one."""
+    try:
+        told = json.loads((out / REPORT_JSON).read_text(encoding="utf-8"))
+        samples = told.pop("samples")
+        for key in _DERIVED:
+            del told[key]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return {"report": told, "samples": samples}
+
+
 def render(report: Report) -> str:
     """The report as one self-contained HTML page."""
     return fill_page(
@@ -194,7 +208,8 @@ def generation_samples(checkpoint: Checkpoint, out: Path, tokens: torch.Tensor, 
     samples = [{"model": "prompt", "text": tokenizer.decode(prompt[0])}]
     with Residence(checkpoint.skeleton, checkpoint, None, torch.float32, device).hold(""):
         samples.append({"model": "original", "text": _greedy(checkpoint.skeleton, tokenizer, prompt, more)})
-    samples.append({"model": "compressed", "text": _greedy(load(out, dtype=torch.float32).to(device), tokenizer, prompt, more)})
+    stored = load(out, dtype=torch.float32, trust_remote_code=checkpoint.trust_remote_code)
+    samples.append({"model": "compressed", "text": _greedy(stored.to(device), tokenizer, prompt, more)})
     return samples
 
 

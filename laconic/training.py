@@ -4,6 +4,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,6 +78,7 @@ def search(
 
     def work() -> None:
         from laconic.goals import within
+        from laconic.lock import locked
         from laconic.objectives import parse_objective
         from laconic.recover import parse_recovery, usual_recovery
         from laconic.search.checks import check_first
@@ -96,10 +98,12 @@ def search(
         def ready(model: "nn.Module") -> None:
             check_first(model, chosen, goals, within(keep), asked or usual_recovery(chosen, model), out, options)
 
-        with Terminal(quiet=as_json, brief=True) as terminal:
+        with ExitStack() as stack:
+            stack.enter_context(locked(out, shared=True))
+            terminal = stack.enter_context(Terminal(quiet=as_json, brief=True))
             model, problem = _problem(source, task, data, test, train_tokens, *windows, seed, device, trust_remote_code, terminal, out, ready)
             found = search_task(model, chosen, problem, goals, within(keep), asked or usual_recovery(chosen, model), out, options, terminal)
-        notes = _complete(out, found.model, model, source, problem.sample()) if source is not None else []
+            notes = _complete(out, found.model, model, source, problem.sample(), trust_remote_code) if source is not None else []
         for text in notes:
             note(text)
         if as_json:
@@ -136,6 +140,7 @@ def recover(
 
     def work() -> None:
         from laconic.choice import resolve
+        from laconic.lock import locked
         from laconic.recover import usual_recovery
         from laconic.recover.deliver import check_folder, recover_directory
         from laconic.sites import find_slots
@@ -146,11 +151,12 @@ def recover(
             check_folder(out, resume, overwrite)
             resolve(chosen, find_slots(model))
 
-        with Terminal(quiet=as_json, brief=True) as terminal:
+        with locked(out), Terminal(quiet=as_json, brief=True) as terminal:
+            check_folder(out, resume, overwrite)
             model, problem = _problem(source, task, text, test, train_tokens, *windows, seed, device, trust_remote_code, terminal, out, ready)
             result = recover_directory(
                 model, chosen, asked or usual_recovery(chosen, model), problem, out, source=source, resume=resume, overwrite=overwrite, seed=seed,
-                command=shlex.join(["laconic", *sys.argv[1:]]), progress=terminal,
+                command=shlex.join(["laconic", *sys.argv[1:]]), progress=terminal, trust_remote_code=trust_remote_code,
             )  # fmt: skip
         if as_json:
             emit(result)
@@ -214,23 +220,21 @@ def _problem(
     return model, problem
 
 
-def _complete(out: Path, delivered: "nn.Module", original: "nn.Module", source: str, example: Any) -> list[str]:
+def _complete(out: Path, delivered: "nn.Module", original: "nn.Module", source: str, example: Any, trusted: bool) -> list[str]:
     """Make the folder of a language model one that loads by itself; says how to load one that cannot."""
     from laconic.errors import SurgeryError
     from laconic.recover.text import complete_directory, copy_companions
     from laconic.surgery import save_pretrained, shapes
 
     if not shapes(delivered, original):
-        complete_directory(out / "model", original, source)
-        return []
+        return complete_directory(out / "model", original, source, trusted)
     folder = out / "transformers"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         save_pretrained(delivered, folder, example)
     except SurgeryError as error:
         return [f"stock transformers cannot load the thinned model: {error}; laconic.load_into(original, {str(out / 'model')!r}) does"]
-    copy_companions(folder, source)
-    return [f"the thinned model as an ordinary transformers checkpoint: {folder}"]
+    return [*copy_companions(folder, source, trusted), f"the thinned model as an ordinary transformers checkpoint: {folder}"]
 
 
 def _short(result: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from laconic.compare import row_of, write_comparison
 from laconic.demo.corpus import HELD_OUT, held_out_text, training_text
 from laconic.errors import CheckpointError
 from laconic.files import write_json
+from laconic.lock import locked
 from laconic.machine import machine, versions
 from laconic.pipeline import Options, compress_directory
 from laconic.progress import Progress
@@ -42,7 +43,12 @@ def run_demo(out: Path, samples: int, progress: Progress) -> dict[str, Any]:
     """
     if not (MODEL / "config.json").is_file():
         raise CheckpointError(f"{MODEL}: the embedded model is missing from this installation; tools/train_reference.py makes it")
-    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        return _run(out, samples, progress)
+
+
+def _run(out: Path, samples: int, progress: Progress) -> dict[str, Any]:
+    """`run_demo` in a folder that is ours."""
     calibration, test = out / "calibration.txt", out / "held-out.txt"
     calibration.write_text("\n".join(training_text()), encoding="utf-8")
     test.write_text("\n".join(held_out_text()), encoding="utf-8")

@@ -1,6 +1,7 @@
 """A recovery into a directory: trained, stored, read back, measured in the form it is stored in."""
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,21 @@ from torch import nn
 from laconic.choice import resolve
 from laconic.errors import OutputError, VerificationError
 from laconic.files import disk_errors, write_json
-from laconic.load import fetch
+from laconic.lock import LOCK, check_place, locked
 from laconic.machine import machine, versions
 from laconic.memory import half_types, load_into, plain_bytes, save
 from laconic.progress import Progress
+from laconic.recover.batches import length_of
 from laconic.recover.call import How, recover_task
 from laconic.recover.checkpoint import STATE
 from laconic.recover.own_text import is_own_text
 from laconic.recover.task import Task
-from laconic.recover.text import complete_directory
-from laconic.run import companions, earlier_files, finite
-from laconic.scheme import Scheme
+from laconic.recover.text import companions_of, complete_directory
+from laconic.run import below, copied_names, finite, remove
+from laconic.scheme import Scheme, describe
 from laconic.sites import find_slots
-from laconic.store import MANIFEST, read_manifest
+from laconic.store import MANIFEST, Compressed
+from laconic.tensors import checksum_of
 from laconic.weights import installed
 
 RESULT = "recovery.json"
@@ -30,21 +33,59 @@ RESULT = "recovery.json"
 
 def recover_directory(
     model: nn.Module, scheme: Scheme, how: How, task: Task, out: Path, *, source: str | None, resume: bool, overwrite: bool, seed: int,
-    command: str, progress: Progress,
+    command: str, progress: Progress, trust_remote_code: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Recover into `out`, and return what `recovery.json` holds: scores of the original, of direct compression and of the stored file.
 
     `source`: the directory or hub id of a language model, whose tokenizer and config are copied. Structures stay in place as zeros;
-    `laconic search` removes them. What is to be replaced is removed when everything else has been checked.
+    `laconic search` removes them. What is to be replaced is removed when everything else has been checked. With `resume` on a complete recovery
+    of the same kind: what its `recovery.json` holds.
     Raises: OutputError for a folder that holds something else, VerificationError when the file does not decode to what was trained, and what
     `recover` raises.
     """
-    check_folder(out, resume, overwrite)
+    with locked(out):
+        check_folder(out, resume, overwrite)
+        about = _about(model, scheme, how, task, seed)
+        if resume and not overwrite and (found := _earlier(out, about)) is not None:
+            return found
+        return _recovered(model, scheme, how, task, out, about, source, resume, overwrite, seed, command, progress, trust_remote_code)
+
+
+def _about(model: nn.Module, scheme: Scheme, how: How, task: Task, seed: int) -> dict[str, Any]:
+    """What has to be equal for a complete recovery to be the one that is asked for."""
+    return {
+        "model": checksum_of(model.state_dict()), "scheme": describe(scheme), "recovery": repr(how), "minibatches": length_of(task.train),
+        "seed": seed, "laconic": versions()["laconic"],
+    }  # fmt: skip
+
+
+def _earlier(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """What the complete recovery in a folder found, if one is there. Raises: OutputError when it is another."""
+    if not (out / MANIFEST).is_file() or (out / STATE).is_file():
+        return None
+    Compressed(out)  # damage is found here
+    try:
+        found = json.loads((out / RESULT).read_text(encoding="utf-8"))
+        before = found["run"]
+        changed = sorted(key for key in about if before.get(key) != about[key])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{out}: holds a model, but no {RESULT} that says how it was made; pass --overwrite to replace it") from error
+    if changed:
+        what = "; ".join(f"{key}: {before.get(key)!r} then, {about[key]!r} now" for key in changed)
+        raise OutputError(f"{out}: holds the complete result of another recovery ({what}); use the same options, or pass --overwrite to replace it")
+    return found
+
+
+def _recovered(
+    model: nn.Module, scheme: Scheme, how: How, task: Task, out: Path, about: dict[str, Any], source: str | None, resume: bool, overwrite: bool,
+    seed: int, command: str, progress: Progress, trust_remote_code: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """`recover_directory` into a folder that is ours."""
     original_bytes, types, model = plain_bytes(model), half_types(model), copy.deepcopy(model).float()
     resolve(scheme, find_slots(model))
     task = task.checked()
     reference = task.judge(model, task.validation)
-    copied = [file.name for file in companions(fetch(source))] if source is not None else []
+    copied = companions_of(source, trust_remote_code).files if source is not None else []
     with disk_errors(out):
         if overwrite and not (resume and (out / STATE).is_file()):  # of this very run, most likely; another's is refused
             _clear(out)
@@ -63,12 +104,13 @@ def recover_directory(
     result = {
         **found.as_dict(), "recovery": repr(how), "reference_score": reference.score, "direct_score": found.direct, "stored_bytes": size,
         "original_bytes": original_bytes,
-        "seed": seed, "command": command, "versions": versions(), "machine": machine(), **test,
+        "seed": seed, "command": command, "versions": versions(), "machine": machine(), "run": about, **test,
     }  # fmt: skip
     result = finite(result)
-    if source is not None:
-        complete_directory(out, model, source)
-    write_json(out / RESULT, result, indent=1)
+    with disk_errors(out):
+        if source is not None:
+            result["notes"] = [*result["notes"], *complete_directory(out, model, source, trust_remote_code)]
+        write_json(out / RESULT, result, indent=1)
     for file in _temporary(out):  # only now is nothing lost by a kill
         file.unlink()
     return result
@@ -79,18 +121,19 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
 
     Raises: OutputError.
     """
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: expected a directory, found a file")
-    if not out.exists() or not any(out.iterdir()):
+    check_place(out)
+    there = {file for file in out.iterdir() if file.name != LOCK} if out.exists() else set()
+    if not there:
         return
     if overwrite:
         _leftovers(out)
     elif (out / MANIFEST).is_file() and not (out / STATE).is_file():
-        raise OutputError(f"{out}: holds a model; pass --overwrite to replace it")
+        if not (resume and (out / RESULT).is_file()):
+            raise OutputError(f"{out}: holds a model; pass --overwrite to replace it")
     elif (out / STATE).is_file():
         if not resume:
             raise OutputError(f"{out}: holds an unfinished recovery; pass --resume to go on with it or --overwrite to replace it")
-    elif set(out.iterdir()) - set(_temporary(out)):
+    elif there - set(_temporary(out)):
         raise OutputError(f"{out}: holds other files; choose another directory")
 
 
@@ -100,14 +143,15 @@ def _temporary(out: Path) -> list[Path]:
 
 
 def _leftovers(out: Path) -> list[Path]:
-    """The files an earlier recovery wrote. Raises: OutputError where anything else is in the folder."""
-    ours = {MANIFEST, RESULT, "config.json", "model.safetensors"}
-    ours |= set(read_manifest(out).get("copied", [])) if (out / MANIFEST).is_file() else set()
-    temporary = set(_temporary(out))
-    return earlier_files(out, "recovery", lambda file: not file.is_dir() and (file.name.removesuffix(".tmp") in ours or file in temporary))
+    """The files an earlier recovery wrote, the manifest, which names them, last. Raises: OutputError where anything else is in the folder."""
+    ours = {MANIFEST, RESULT, "config.json", "model.safetensors", *copied_names(out / MANIFEST)}
+    temporary, found = set(_temporary(out)), []
+    for file in below(out, skip=(LOCK,)):
+        if file.is_dir() or not (file in temporary or file.relative_to(out).as_posix().removesuffix(".tmp") in ours):
+            raise OutputError(f"{out}: holds files that no recovery wrote ({file.relative_to(out)}); choose another directory")
+        found.append(file)
+    return sorted(found, key=lambda file: file == out / MANIFEST)
 
 
 def _clear(out: Path) -> None:
-    for file in _leftovers(out):
-        if not is_own_text(file):  # which this run may have written a moment ago
-            file.unlink()
+    remove(out, [file for file in _leftovers(out) if not is_own_text(file)])  # which this run may have written a moment ago

@@ -1,6 +1,5 @@
 """The task a language model and some text make: train, validation and test windows of one text, the loss of the next token."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +9,19 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from laconic.companions import Companions, companions
 from laconic.data import calibration_windows, evaluation_windows, read_text, split_text, vocabulary_of
 from laconic.errors import CheckpointError, DataError
 from laconic.evaluate import is_language_model
-from laconic.files import write_json
+from laconic.files import disk_errors, write_json
 from laconic.inputs import find_tokenizer
 from laconic.load import fetch, load_tokenizer
 from laconic.modality import check_ids, check_length
 from laconic.progress import Log, Progress
 from laconic.recover.own_text import own_text
 from laconic.recover.task import Task
-from laconic.run import companions
 from laconic.store import MANIFEST, SCHEMA
+from laconic.tensors import TensorFiles
 
 _LONG = 32  # characters per token wanted: from here on windows are looked for in a text, below it is tokenised whole
 
@@ -42,20 +42,29 @@ class Shuffled:
             yield {"input_ids": self.tokens[order[i * self.batch : (i + 1) * self.batch]], "use_cache": False}
 
 
-def complete_directory(folder: Path, model: nn.Module, source: str | Path) -> None:
-    """Add to a saved language model what makes its folder one that `laconic.load` and transformers read: config, tokenizer files.
+def complete_directory(folder: Path, model: nn.Module, source: str | Path, trust_remote_code: bool = False) -> list[str]:
+    """Add to a saved language model what makes its folder one that `laconic.load` and transformers read: config, companions; returns notes.
 
     The config says float32, whatever the original's type: that is what the model was trained and measured in.
     """
-    copy_companions(folder, source)
+    notes = copy_companions(folder, source, trust_remote_code)
     config = model.config.to_dict()  # type: ignore[union-attr, operator]
     write_json(folder / "config.json", config | {"dtype": "float32", "quantization_config": {"quant_method": "laconic", "schema": SCHEMA}}, indent=2)
+    return notes
 
 
-def copy_companions(folder: Path, source: str | Path) -> None:
-    """Copy tokenizer, generation settings and code of a language model to where another form of it is."""
-    for file in companions(fetch(str(source))):
-        shutil.copyfile(file, folder / file.name)
+def copy_companions(folder: Path, source: str | Path, trust_remote_code: bool = False) -> list[str]:
+    """Copy what goes with a language model to where another form of it is; returns what the user should know."""
+    beside = companions_of(source, trust_remote_code)
+    with disk_errors(folder):
+        beside.copy_to(folder)
+    return beside.notes
+
+
+def companions_of(source: str | Path, trust_remote_code: bool = False) -> Companions:
+    """What of a language model's directory, or hub repository, goes with every form of it."""
+    folder = fetch(str(source))
+    return companions(folder, trusted=trust_remote_code, model={tensor.file for tensor in TensorFiles(folder).tensors.values()})
 
 
 def text_task(
@@ -76,7 +85,10 @@ def text_task(
     folder = fetch(str(source))
     if (folder / MANIFEST).is_file():
         raise CheckpointError(f"{source}: is compressed already; give the original")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    TensorFiles(folder)  # pickles, which transformers would read, are refused here
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+    ).eval()  # fmt: skip
     model = model.to(device)
     if not is_language_model(model):
         raise DataError(f"{source}: text needs a model that predicts the next token; describe another task in a file (--task)")

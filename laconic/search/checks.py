@@ -11,6 +11,7 @@ from torch import nn
 from laconic.choice import resolve
 from laconic.errors import OutputError, SchemeError, SearchError
 from laconic.goals import Floor
+from laconic.lock import check_place
 from laconic.methods.free import Free, fix, free_of
 from laconic.recover import LC, Direct, FineTune, Task
 from laconic.recover.own_text import is_own_text
@@ -65,8 +66,7 @@ def check_first(
 
     free = variables(scheme, find_slots(model))
     check_arguments(goals, keep, how)
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: expected a directory, found a file")
+    check_place(out)
     if options.overwrite:
         earlier_search(out)
     elif not options.resume:

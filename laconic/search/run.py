@@ -17,6 +17,7 @@ from laconic.choice import resolve
 from laconic.errors import SearchError
 from laconic.files import disk_errors
 from laconic.goals import Floor, within
+from laconic.lock import locked
 from laconic.memory import half_types
 from laconic.methods.base import Keep
 from laconic.methods.free import Free, fix
@@ -124,6 +125,16 @@ def search_task(
     progress: Progress,
 ) -> Found:  # fmt: skip
     """`search` for a Task."""
+    check_first(model, parse(scheme) if isinstance(scheme, str) else scheme, goals, keep, how, out, options)
+    with locked(out, shared=True):
+        return _search(model, scheme, task, goals, keep, how, out, options, progress)
+
+
+def _search(
+    model: nn.Module, scheme: Scheme | str, task: Task, goals: tuple[Goal, ...], keep: Floor, how: How, out: Path, options: SearchOptions,
+    progress: Progress,
+) -> Found:  # fmt: skip
+    """`search_task` in a folder that is ours and other workers'."""
     from laconic.search import outcome
 
     began = time.time()
@@ -175,8 +186,8 @@ def _study(
     settings = Settings(sampler=options.sampler, trials=options.trials, seed=options.seed, rule=Rule(margin=doubt))  # type: ignore[arg-type]
     with disk_errors(out):
         if options.overwrite:
-            clear_folder(out)
-        out.mkdir(parents=True, exist_ok=True)
+            with locked(out):
+                clear_folder(out)
     about = {
         "scheme": describe(scheme), "keep": repr(keep), "recovery": repr(how), "parameters": sum(p.numel() for p in model.parameters()),
         "checksum": checksum_of(model.state_dict()),

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from laconic.blocks import Batch
+from laconic.companions import companions
 from laconic.errors import CheckpointError, OutputError, SurgeryError, VerificationError
 from laconic.load import load
-from laconic.run import Run
+from laconic.lock import locked
+from laconic.run import Run, check_out
 from laconic.store import Compressed, manifest_of, pack_weights, stored_bytes
 from laconic.surgery.fold import fold_scales
 from laconic.surgery.folds import bench
@@ -33,6 +35,13 @@ def fold_directory(
     """
     if out.resolve() == source.resolve():
         raise OutputError(f"{out}: is the model to fold; choose another directory")
+    with locked(out):
+        check_out(out, resume=False, overwrite=overwrite)
+        return _fold(source, out, overwrite, seed, tolerance, trust_remote_code)
+
+
+def _fold(source: Path, out: Path, overwrite: bool, seed: int, tolerance: float, trust_remote_code: bool) -> dict[str, Any]:
+    """`fold_directory` into a directory that is ours."""
     stored = Compressed(source)
     model = load(source, dense=False, dtype=torch.float32, trust_remote_code=trust_remote_code)
     example = _example(model, source, seed)
@@ -40,14 +49,15 @@ def fold_directory(
     done, left = fold_scales(model, example, tolerance=tolerance)
     if not done:
         raise SurgeryError(f"{source}: nothing to fold: {left[0]}")
-    run = Run(out, {"fold": str(source)}, overwrite=overwrite)
+    beside = companions(source, trusted=trust_remote_code, model={tensor.file for tensor in stored.files.tensors.values()}, out=out)
+    run = Run(out, {"fold": source.name}, overwrite=overwrite)
     weights = {name: weight for name, weight in installed(model).items() if name in stored.weights}
     tensors, specs = pack_weights(weights)
     run.commit("weights", tensors, {"specs": specs, "sites": []})
     run.commit("plain", _plain(stored, model), {"specs": {}, "sites": []})
-    ours = ("format", "schema", "weights", "specs", "copied", "folded")
+    ours = ("format", "schema", "weights", "specs", "copied", "run", "folded")
     kept = {key: value for key, value in stored.manifest.items() if key not in ours}
-    run.finish(manifest_of([{"specs": specs}], **kept, folded=len(done)), source, json.loads((source / "config.json").read_text()))
+    run.finish(manifest_of([{"specs": specs}], **kept, folded=len(done)), beside, json.loads((source / "config.json").read_text()))
     again = load(out, dense=False, dtype=torch.float32, trust_remote_code=trust_remote_code)
     for name, weight in installed(again).items():
         if name in weights and not torch.equal(weight.forward(), weights[name].forward()):

@@ -1,0 +1,169 @@
+"""A folder that is being written belongs to whoever writes it: a lock that the system takes back when the process ends, however it ends."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import stat
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from laconic.errors import OutputError
+from laconic.files import disk_errors
+from laconic.progress import logger
+
+LOCK = ".laconic.lock"
+_WITHOUT = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)  # what a file system without locks answers
+_held: ContextVar[Mapping[tuple[int, Path], "_Lock"]] = ContextVar("_held", default=MappingProxyType({}))
+
+
+@contextmanager
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """The folder, made if need be, is this call's to write for as long as the body runs; `shared` with others that say so too.
+
+    The lock (flock of a file in the folder) is released by the end of the process, whatever ends it; the file is removed when the body ends, and
+    so are folders that were made here and are still empty. Within the body the same folder can be locked again by the same thread. A process
+    that is forked inside does not hold the lock. Where the file system has no locks, a warning is logged and nothing is kept from anybody.
+    Raises: OutputError, at once, when another process holds it, and when nothing can be written there.
+    """
+    check_place(folder)
+    key = os.getpid(), folder.resolve()
+    outer = _held.get().get(key)
+    if outer is not None:
+        with outer.exclusively() if outer.shared and not shared else outer.again():
+            yield
+        return
+    made = _make(folder)
+    try:
+        lock = _Lock(folder, shared)
+        token = _held.set({**_held.get(), key: lock})
+        try:
+            yield
+        finally:
+            _held.reset(token)
+            lock.release()
+    finally:
+        for path in made:  # the innermost first
+            with suppress(OSError):
+                path.rmdir()
+
+
+def check_place(folder: Path) -> None:
+    """Raises OutputError unless a folder can be written at a path: files and links to nowhere in its way, no permission, a read-only disk."""
+    place = folder.absolute()
+    for part in (place, *place.parents):
+        if part.is_dir():
+            if not os.access(part, os.W_OK | os.X_OK):
+                raise OutputError(f"{folder}: {part} cannot be written (no permission, or a read-only disk); choose another place")
+            return
+        if part.is_symlink():
+            raise OutputError(f"{folder}: {part} is a link to {os.readlink(part)}, which is not there; remove the link or choose another place")
+        if os.path.lexists(part):
+            raise OutputError(f"{folder}: expected a directory, found a file at {part}; choose another place")
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make a folder and those it lies in; returns what had to be made, the innermost first."""
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+class _Lock:
+    """An open, locked file. Its name is that of the file in the folder for as long as it is held."""
+
+    def __init__(self, folder: Path, shared: bool) -> None:
+        self.folder, self.file, self.shared, self.owner = folder, folder / LOCK, shared, os.getpid()
+        while True:
+            with disk_errors(folder):
+                self.handle = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            self._take(shared)
+            if self._is_named():
+                break
+            os.close(self.handle)  # whoever held it removed it between the two calls
+        myself = weakref.ref(self)
+
+        def forget() -> None:
+            lock = myself()
+            if lock is not None and lock.handle >= 0:
+                os.close(lock.handle)
+                lock.handle = -1
+
+        os.register_at_fork(after_in_child=forget)  # a child that outlives its parent would keep the folder locked
+        self._tell()
+
+    def _take(self, shared: bool) -> None:
+        try:
+            fcntl.flock(self.handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _WITHOUT:
+                logger.warning("%s: its file system has no locks (%s); make sure that nothing else writes there", self.folder, error.strerror)
+                return
+            holder = _holder(self.file)
+            os.close(self.handle)
+            self.handle = -1
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise OutputError(f"{self.file}: cannot be locked: {error}") from error
+            raise OutputError(f"{self.folder}: in use by {holder}; wait until it has ended, or choose another directory") from error
+
+    def _is_named(self) -> bool:
+        """Whether the open file is still the one in the folder."""
+        try:
+            return os.path.samestat(os.fstat(self.handle), os.stat(self.file, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
+
+    def _tell(self) -> None:
+        about = {"process": self.owner, "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with suppress(OSError):  # a full disk keeps nobody from locking
+            os.ftruncate(self.handle, 0)
+            os.pwrite(self.handle, json.dumps(about).encode(), 0)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Held already."""
+        yield
+
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Alone for a while. Raises: OutputError when others share the lock; then it is not held any more."""
+        self._take(shared=False)
+        self.shared = False
+        try:
+            yield
+        finally:
+            self._take(shared=True)
+            self.shared = True
+
+    def release(self) -> None:
+        """Remove the file, unless others hold it, and let it go. In a forked child: nothing, the lock is its parent's."""
+        if self.handle < 0 or self.owner != os.getpid():
+            return
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of several that share it, the last one succeeds
+            last = True
+        except OSError as error:
+            last = error.errno in _WITHOUT
+        if last and self._is_named():
+            with suppress(OSError):
+                self.file.unlink()
+        os.close(self.handle)
+        self.handle = -1
+
+
+def _holder(file: Path) -> str:
+    """Who holds a lock, as far as its file says."""
+    try:
+        with file.open("rb") as stream:
+            told: Any = json.loads(stream.read(4096)) if stat.S_ISREG(os.fstat(stream.fileno()).st_mode) else None
+        return f"process {int(told['process'])} on {str(told['host'])[:100]} since {str(told['since'])[:40]}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
