@@ -1,5 +1,8 @@
 """Progress on a terminal: the plan as a table, a bar with an honest estimate, a line per site. Everything goes to stderr."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,8 +18,38 @@ from laconic.units import human_bytes
 
 def terminal_console(stderr: bool = False) -> Console:
     """A console as wide as the terminal, or wide enough for a line per site where there is none (a file, a pipe)."""
-    console = Console(stderr=stderr, highlight=False, emoji=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, emoji=False, width=160)
+    options: dict[str, Any] = {"file": _Messages()} if stderr else {}
+    console = Console(highlight=False, emoji=False, **options)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=160, **options)
+
+
+class _Messages:
+    """The present `sys.stderr`. What it cannot take (a log on a full disk) is dropped: hours of work do not end for want of a progress bar.
+
+    A reader that has gone away still ends the command, as everywhere.
+    """
+
+    def write(self, text: str) -> int:
+        with _dropped():
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _dropped():
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+@contextmanager
+def _dropped() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def markup(text: object) -> str:

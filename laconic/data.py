@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from laconic.errors import DataError
+from laconic.foreign import Foreign
 from laconic.modality import input_table, text_config
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
@@ -133,11 +134,8 @@ def _hub_text(name: str) -> str:
         raise DataError("hub data sets need the 'eval' extra: pip install 'laconic[eval]'") from error
     parts = name.split(":")
     config, split = (parts[1] or None) if len(parts) > 1 else None, parts[2] if len(parts) > 2 else "train"
-    try:
-        rows = load_dataset(parts[0], config, split=split)
-        return "\n\n".join(rows["text"])
-    except (ValueError, KeyError, OSError, ConnectionError) as error:
-        raise DataError(f"hub:{name}: cannot be read as a data set with a 'text' column: {error}") from error
+    with Foreign(DataError, f"hub:{name}: cannot be read as a data set with a 'text' column"):
+        return "\n\n".join(load_dataset(parts[0], config, split=split)["text"])
 
 
 def split_text(text: str) -> tuple[str, str]:

@@ -21,6 +21,7 @@ def main() -> None:
     """The entry point of `laconic` and `python -m laconic`."""
     _hold_signals()
     sys.excepthook, sys.unraisablehook = _own_error, _swallowed
+    _check_place()
     _streams()
     from laconic.threads import wait_asleep
 
@@ -70,6 +71,15 @@ def _stop(number: int, _: "FrameType | None") -> None:
     from laconic.ends import Stopped
 
     raise Stopped(number)
+
+
+def _check_place() -> None:
+    """A working directory that was deleted is no error of Python's, but libraries end the process without a word of ours."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        os.write(2, f"error the working directory is gone: {error.strerror}\n".encode())
+        os._exit(1)
 
 
 def _streams() -> None:

@@ -47,6 +47,24 @@ def test_a_full_disk_behind_stdout() -> None:
         assert done.stderr == "error No space left on device\n"
 
 
+def test_a_log_on_a_full_disk_ends_no_work(small: Path) -> None:
+    program = PREPARED + "import laconic.inspect as i; from laconic.commands import note; read = i.inspect_directory\n"
+    program += "i.inspect_directory = lambda *a, **k: note('x' * 9999) or read(*a, **k)\nmain()"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", program, "inspect", str(small), "--json"], stdout=subprocess.PIPE, stderr=full, check=False)
+    assert json.loads(done.stdout)["weights"]
+    assert done.returncode == 0
+
+
+def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    done = run("inspect", "nothing", stdout=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr == "error the working directory is gone: No such file or directory\n"
+
+
 def test_a_terminal_that_knows_ascii_only(tmp_path: Path, small: Path) -> None:
     (tmp_path / "mødel").symlink_to(small)
     environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
