@@ -13,10 +13,11 @@ import json
 from argparse import Namespace
 from typing import Any
 
+from common import parser, record, shared, show
+
 import cnn
 import tasks
 import torch
-from common import parser, record, shared, show
 from condensa import ROWS, recovery
 from safetensors.torch import load_file
 from torch import nn

@@ -13,9 +13,10 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
+from common import parser, record, shared, show
+
 import tasks
 import torch
-from common import parser, record, shared, show
 from language import TEXTS, Judge
 
 import laconic as lc

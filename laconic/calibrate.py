@@ -90,8 +90,8 @@ def walk(
     """Stages in the order of the model's computation: what lies before the chain, block after block, what lies after.
 
     Every stage's statistics come from inputs that passed through everything compressed before it. `true_sequential` makes a stage of each
-    set of sites within a block that share an input. Parts named in `done` are compressed already: nothing is yielded for them, and the
-    loop goes on from the hidden states on the shelf. Without any need of statistics the model is not run at all.
+    set of sites within a block that share an input. Parts named in `done` are compressed already: nothing is yielded for them, and their
+    successors' inputs come from the shelf, or are computed again. Without any need of statistics the model is not run at all.
     """
     shelf = shelf or Shelf()
     outside = [slot for slot in slots if not inside(slot, model.path)]
@@ -99,25 +99,28 @@ def walk(
     run = any(needs[slot] & INPUTS for slot in slots)
     yield from _alone(model, batches, [slot for slot in early if slot.name not in done], needs)
     calls = model.capture(batches) if run else []
-    start = max((i + 1 for i in range(len(model)) if model.block_path(i) in done), default=0)
     reach = _reach(model, slots, needs)
-    hidden = _resume(shelf, start, calls) if run and start <= reach else []
-    for i in range(start, len(model)):
+    at, hidden = 0, [c.hidden for c in calls]
+    for i in range(len(model)):
         part = model.block_path(i)
         within = [slot for slot in slots if inside(slot, part)]
-        if not within and i >= reach:
+        if part in done or not within:
             continue
+        if run and i <= reach:
+            at, hidden = i, _until(model, i, at, hidden, calls, shelf)
         with model.residency.hold(part):
             yield from _block(model, i, part, hidden, calls, within, needs, true_sequential)
             if i < reach:
-                hidden = _forward(model, i, hidden, calls)
+                at, hidden = i + 1, _forward(model, i, hidden, calls)
                 shelf.put(f"hidden-{i + 1}", hidden)
             yield Stage(part, [], None)
-            shelf.drop(f"hidden-{i}")
+            for k in range(i + 1):
+                shelf.drop(f"hidden-{k}")
     late = [slot for slot in outside if slot not in early and slot.name not in done]
     if not any(needs[slot] & INPUTS for slot in late):
         yield from _alone(model, batches, late, needs)
         return
+    hidden = _until(model, len(model), at, hidden, calls, shelf)
     with model.residency.hold(""):
         statistics = Statistics(parameters_of(model.model, late), needs)
         with torch.no_grad(), statistics.watch():
@@ -150,8 +153,19 @@ def _alone(model: BlockModel, batches: Sequence[Batch], slots: list[Slot], needs
             yield Stage(slot.name, [slot], statistics)
 
 
-def _resume(shelf: Shelf, start: int, calls: list[Calls]) -> list[Tensor]:
-    return shelf.get(f"hidden-{start}") if start else [c.hidden for c in calls]
+def _until(model: BlockModel, i: int, at: int, hidden: list[Tensor], calls: list[Calls], shelf: Shelf) -> list[Tensor]:
+    """The hidden states before block `i`: those before block `at`, or later ones on the shelf, run through the blocks between as they are now.
+
+    A finished block is the compressed one, so an input that was lost is computed again to the same values.
+    """
+    for k in range(i, at, -1):
+        if f"hidden-{k}" in shelf:
+            at, hidden = k, shelf.get(f"hidden-{k}")
+            break
+    for k in range(at, i):
+        with model.residency.hold(model.block_path(k)):
+            hidden = _forward(model, k, hidden, calls)
+    return hidden
 
 
 @torch.no_grad()

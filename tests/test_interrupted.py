@@ -346,3 +346,61 @@ def test_a_seal_shows_every_change(tmp_path: Path) -> None:
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(CheckpointError, match="damaged"):
             read_sealed_json(tmp_path / "a.json")
+
+
+SCHEME = "[('*.q_proj', KMeans(bits=3, weights='fisher')), ('model.embed_tokens', Keep()), ('lm_head', Keep()), ('*', GPTQ(rate=3.0))]"
+
+
+@pytest.fixture(scope="module")
+def cut(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run that was interrupted before its last block, and the same undisturbed."""
+    import laconic.run as run_module
+
+    folder, commits = tmp_path_factory.mktemp("cut"), []
+    atomically = run_module.atomically
+
+    def dying(*arguments: Any) -> None:
+        commits.append(arguments[0])
+        if len(commits) == 3:
+            raise KeyboardInterrupt
+        atomically(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "atomically", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny, SCHEME, folder / "cut", data=str(text), evaluate=False)
+    run(tiny, SCHEME, folder / "whole", data=str(text), evaluate=False)
+    return folder / "cut", folder / "whole"
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGED = [
+    ("part-*.safetensors", flip, "damaged"), ("part-*.safetensors", truncate, "damaged"), ("hidden-*.safetensors", flip, "damaged"),
+    ("hidden-*.safetensors", Path.unlink, None), ("extra-*.safetensors", flip, "the survey is made again"), ("notes.json", truncate, "damaged"),
+    ("notes.json", flip, "damaged"), ("run.json", truncate, "only the parts that say that they are this run's are kept"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pattern", "damage", "told"), DAMAGED)
+def test_damaged_work_is_said_and_done_again(
+    pattern: str, damage: Any, told: str | None, tiny: Path, text: Path, cut: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(cut[0], out)
+    found = sorted((out / ".laconic").glob(pattern))
+    assert found
+    damage(found[0])
+    (out / ".laconic" / "part-half.safetensors.tmp").write_bytes(b"half of one")
+    (out / "config.json.tmp").write_text("half")
+    report = run(tiny, SCHEME, out, data=str(text), evaluate=False, resume=True)
+    assert bytes_of(out) == bytes_of(cut[1])
+    assert any(told in note for note in report.notes) if told is not None else not any("again" in note for note in report.notes)
