@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.blocks import Batch, BlockModel, Calls, call, to_device
+from laconic.blocks import Batch, BlockModel, Calls, call, mapped, tensors_in, to_device
 from laconic.errors import DataError
 from laconic.files import disk_errors, seal, write_tensors
-from laconic.sites import INPUTS, NONE, Slot, Stats
+from laconic.sites import GRADIENTS, INPUTS, NONE, Slot, Stats
 from laconic.statistics import Statistics
 from laconic.tensors import is_finite
 
@@ -98,8 +98,10 @@ def walk(
     early = [slot for slot in outside if slot.role == "embedding" and (len(slot.users) == 1 or not needs[slot])]
     run = any(needs[slot] & INPUTS for slot in slots)
     yield from _alone(model, batches, [slot for slot in early if slot.name not in done], needs)
+    before = _before(model, batches, [slot for slot in outside if slot not in early and needs[slot] & INPUTS]) if run else []
+    yield from _around(model, before, needs, lambda batch, _: model.front(batch), batches, [], done)
     calls = model.capture(batches) if run else []
-    reach = _reach(model, slots, needs)
+    reach = _reach(model, slots, needs, before)
     at, hidden = 0, [c.hidden for c in calls]
     for i in range(len(model)):
         part = model.block_path(i)
@@ -116,23 +118,46 @@ def walk(
             yield Stage(part, [], None)
             for k in range(i + 1):
                 shelf.drop(f"hidden-{k}")
-    late = [slot for slot in outside if slot not in early and slot.name not in done]
-    if not any(needs[slot] & INPUTS for slot in late):
-        yield from _alone(model, batches, late, needs)
+    late = [slot for slot in outside if slot not in early and slot not in before]
+    yield from _alone(model, batches, [slot for slot in late if not needs[slot] & INPUTS and slot.name not in done], needs)
+    behind = [slot for slot in late if needs[slot] & INPUTS]
+    if any(part not in done for part, _ in units(model.model, behind)):
+        hidden = _until(model, len(model), at, hidden, calls, shelf)
+    yield from _around(model, behind, needs, lambda batch, h: model.tail(h, batch), batches, hidden, done)
+
+
+def _before(model: BlockModel, batches: Sequence[Batch], slots: list[Slot]) -> list[Slot]:
+    """Those of the slots whose products lie before the chain: patch embeddings, a vision tower. What a tie uses behind it too is not."""
+    single = [slot for slot in slots if len(slot.users) == 1]
+    if not single or not batches:
+        return []
+    with model.residency.hold("", head=False):
+        probe = Statistics(parameters_of(model.model, single), dict.fromkeys(single, NONE))
+        with torch.no_grad(), probe.watch():
+            model.front(batches[0])
+    return [slot for slot in single if slot in probe.order]
+
+
+def _around(
+    model: BlockModel, slots: list[Slot], needs: Needs, run: Callable[[Batch, Tensor], Any], batches: Sequence[Batch], hidden: list[Tensor],
+    done: Sequence[str],
+) -> Iterator[Stage]:  # fmt: skip
+    """Stages of sites outside the chain that need statistics: one run of what lies outside per unit, as in `walk_whole`."""
+    todo = [(part, group) for part, group in units(model.model, slots) if part not in done]
+    if not todo:
         return
-    hidden = _until(model, len(model), at, hidden, calls, shelf)
     with model.residency.hold(""):
-        statistics = Statistics(parameters_of(model.model, late), needs)
-        with torch.no_grad(), statistics.watch():
-            for h, batch in zip(hidden, batches, strict=True):
-                model.tail(h, batch)
-        for slot in late:
-            yield Stage(slot.name, [slot], statistics)
+        for part, group in todo:
+            statistics = Statistics(parameters_of(model.model, group), needs)
+            with torch.no_grad(), statistics.watch():
+                for k, batch in enumerate(batches):
+                    run(batch, hidden[k] if hidden else torch.empty(0))
+            yield Stage(part, group, statistics)
 
 
-def _reach(model: BlockModel, slots: Sequence[Slot], needs: Needs) -> int:
+def _reach(model: BlockModel, slots: Sequence[Slot], needs: Needs, before: Sequence[Slot]) -> int:
     """The last block (or, for what comes after the chain, their number) whose sites need statistics: nothing has to run beyond its input."""
-    wanting = [slot for slot in slots if needs[slot] & INPUTS]
+    wanting = [slot for slot in slots if needs[slot] & INPUTS and slot not in before]
     last = [i for i in range(len(model)) if any(inside(slot, model.block_path(i)) for slot in wanting)]
     after = any(not inside(slot, model.path) and not (slot.role == "embedding" and len(slot.users) == 1) for slot in wanting)
     return len(model) if after else max(last, default=0)
@@ -211,9 +236,12 @@ Loss = Callable[[Any, torch.Generator], Tensor]
 def sampled_labels(output: Any, generator: torch.Generator) -> Tensor:
     """Cross-entropy against labels drawn from the model's own distribution: squared gradients average to the Fisher information.
 
+    Logits are [..., classes], or [batch, classes, height, width] of a dense prediction.
     That is the Hessian of KL(original || compressed) at the original weights. Source: Amari 1998; Kunstner et al. 2019, section 2.
     """
     logits = getattr(output, "logits", output)
+    if logits.dim() > 3:  # dense prediction: classes come second, then places
+        logits = logits.movedim(1, -1)
     flat = logits.reshape(-1, logits.shape[-1]).float()
     with torch.no_grad():
         probabilities = flat.softmax(-1).cpu()
@@ -227,16 +255,21 @@ def random_projection(output: Any, generator: torch.Generator) -> Tensor:
     """<output, v> with v of independent standard normals: squared gradients average to the Gauss-Newton matrix of half the squared error.
 
     Of an output of several tensors (hidden states and a pooled one), all that depend on the weights are probed.
+    Raises: DataError where no tensor does.
     """
-    values = [output] if isinstance(output, Tensor) else list(output.values() if isinstance(output, dict) else output)
-    seen = [y for y in values if isinstance(y, Tensor) and y.requires_grad]
+    seen = [y for y in tensors_in(output) if y.requires_grad]
+    if not seen:
+        raise DataError(
+            f"the model's output ({type(output).__name__}) holds no tensor that depends on its weights, so no gradient can be taken; "
+            "pass loss=, a function of the output and a torch.Generator"
+        )
     return torch.stack([(y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in seen]).sum()
 
 
 def default_loss(output: Any, generator: torch.Generator) -> Tensor:
     """`sampled_labels` of an output that holds classes ([batch, classes], or `.logits`), else a random projection (of hidden states, say)."""
     logits = getattr(output, "logits", output)
-    if isinstance(logits, Tensor) and (logits.dim() == 2 or hasattr(output, "logits")):
+    if isinstance(logits, Tensor) and logits.shape[-1:].numel() > 1 and logits.requires_grad and (logits.dim() == 2 or hasattr(output, "logits")):
         return sampled_labels(output, generator)
     return random_projection(output, generator)
 
@@ -271,14 +304,12 @@ def survey(
     tokens = sum(h.shape[:-1].numel() for h in hidden)
     gradients = []
     with model.residency.hold(""):
-        statistics = _counting(model, outside, needs, tokens, len(batches))
-        with statistics.watch():
+        around = _counting(model, outside, needs, tokens, len(batches))
+        with around.watch(), _embeddings_with_gradient(model.model):
             for k, (h, batch) in enumerate(zip(hidden, batches, strict=True)):
                 leaf = h.to(model.device).requires_grad_()
-                _probe(loss, model.tail(leaf, batch), generator, k).backward()
+                _probe(loss, model.tail(leaf, _with_gradient(batch)), generator, k).backward()
                 gradients.append(_gradient(leaf).cpu())
-        if outside:
-            yield Stage("outside", outside, statistics)
     for i in reversed(range(len(model))):
         part = model.block_path(i)
         inputs = shelf.get(f"survey-{i}")
@@ -292,6 +323,26 @@ def survey(
                     model.run(i, leaf, c).backward(gradients[k].to(model.device))
                     gradients[k] = _gradient(leaf).cpu()
             yield Stage(part, within, statistics)
+    if outside:
+        with model.residency.hold(""):
+            _gradients_before(model, batches, gradients, around)
+            yield Stage("outside", outside, around)
+
+
+def _gradients_before(model: BlockModel, batches: Sequence[Batch], gradients: list[Tensor], around: Statistics) -> None:
+    """Add to the statistics outside the chain the gradients that reach its front through the first block's input."""
+    wanted = {slot: need & GRADIENTS for slot, need in around.needs.items()}
+    if not any(wanted.values()):
+        return
+    statistics = Statistics(around.watched, wanted)
+    with statistics.watch(), _embeddings_with_gradient(model.model):
+        for batch, gradient in zip(batches, gradients, strict=True):
+            hidden = model.front(_with_gradient(batch))
+            if hidden.requires_grad:
+                hidden.backward(gradient.to(hidden))
+    for found, total in ((statistics.fisher, around.fisher), (statistics.output, around.output)):
+        for slot, value in found.items():
+            total[slot] = total[slot] + value if slot in total else value
 
 
 def _counting(model: BlockModel, slots: list[Slot], needs: Needs, tokens: int, sequences: int) -> Statistics:
@@ -331,10 +382,10 @@ def survey_whole(
             inputs = _with_gradient(to_device(batch, device))
             output = call(model, inputs)
             _probe(loss, output, generator, k).backward()
-            main = getattr(output, "logits", output)
-            main = main if isinstance(main, Tensor) else main[0]
+            main = getattr(output, "logits", None)
+            main = main if isinstance(main, Tensor) else next(y for y in tensors_in(output) if y.requires_grad)
             statistics.tokens += main.shape[:-1].numel()
-            statistics.sequences += main.shape[0]
+            statistics.sequences += main.shape[0] if main.dim() else 1
     return Stage("model", list(slots), statistics)
 
 
@@ -354,12 +405,8 @@ def _embeddings_with_gradient(model: nn.Module) -> Iterator[None]:
 
 
 def _with_gradient(batch: Batch) -> Batch:
-    """Float inputs require a gradient, so that a graph exists although no parameter is trained."""
-    if isinstance(batch, Tensor):
-        return batch.detach().requires_grad_() if batch.is_floating_point() else batch
-    if isinstance(batch, dict):
-        return {key: _with_gradient(value) for key, value in batch.items()}
-    return (_with_gradient(batch[0]), *batch[1:])
+    """Float inputs require a gradient, so that a graph exists although no parameter is trained; everything else is as it was."""
+    return mapped(batch, lambda tensor: tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor)
 
 
 def units(model: nn.Module, slots: Sequence[Slot]) -> list[tuple[str, list[Slot]]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import Batch, BlockModel, call, find_chain, to_device
+from laconic.blocks import Batch, BlockModel, call, find_chain, open_chain, to_device
 from laconic.data import Windows, evaluation_windows, read_text
 from laconic.errors import CheckpointError, DataError
 from laconic.harness import refuse_code, run_tasks
@@ -52,16 +52,21 @@ class Quality:
         return asdict(self)
 
 
-def open_blocks(source: Source, dtype: torch.dtype | None, device: torch.device) -> tuple[BlockModel | None, Residence]:
-    """The source as a chain of blocks that come into memory one at a time, or None where its structure has no chain."""
+def open_blocks(
+    source: Source, dtype: torch.dtype | None, device: torch.device, batch: Batch | None = None
+) -> tuple[BlockModel | None, Residence, str]:  # fmt: skip
+    """The source as a chain of blocks that come into memory one at a time, or None and why it is none; what `batch` shows is looked at too."""
     path = find_chain(source.skeleton)
     residence = Residence(source.skeleton, source, path, dtype, device)
-    return (BlockModel(residence, path) if path is not None else None), residence
+    blocks, why = open_chain(residence, path, batch)
+    if blocks is None:
+        residence.chain = None
+    return blocks, residence, why
 
 
 def outputs(source: Source, batches: Sequence[Batch], dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
     """The model's output for each batch; every block is read and decoded once, for all batches together. Take them all, in order."""
-    blocks, residence = open_blocks(source, dtype, device)
+    blocks, residence, _ = open_blocks(source, dtype, device, batches[0] if batches else None)
     hidden: list[Tensor] = []
     if blocks is not None:
         calls = blocks.capture(batches)
@@ -82,7 +87,7 @@ def check_call(source: Source, batch: Batch, name: str) -> None:
     Raises: DataError when it cannot be called so: an argument is missing, of another shape, or beyond what the model takes.
     """
     device = torch.device("cpu")
-    blocks, residence = open_blocks(source, torch.float32, device)
+    blocks, residence, _ = open_blocks(source, torch.float32, device)
     try:
         if blocks is not None:
             blocks.capture([batch])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import Batch, BlockModel, InMemory, examples_in, find_chain, in_evaluation
+from laconic.blocks import Batch, InMemory, examples_in, find_chain, in_evaluation, open_chain
 from laconic.calibrate import Loss, Shelf, default_loss, parameters_of
 from laconic.choice import Fit, resolve
 from laconic.coverage import coverage
@@ -90,8 +90,9 @@ def compress_module(
         raise DataError(f"{describe(scheme)}: needs calibration data; pass data=, an iterable of batches")
     with _at_rest(model):
         before = score(model) if score is not None else None
+        notes: list[str] = []
         with naming_batches(batches):
-            weights, records = _run(model, chosen, batches, loss, true_sequential, seed, progress)
+            weights, records = _run(model, chosen, batches, loss, true_sequential, seed, progress, notes)
         for slot, weight in weights.items():
             for path, name in slot.users:
                 install(model.get_submodule(path), name, weight, slot.view)
@@ -148,16 +149,14 @@ def _take(data: Iterable[Batch] | None, samples: int) -> list[Batch]:
 
 
 def _run(
-    model: nn.Module, chosen: Chosen, batches: list[Batch], loss: Loss | None, true_sequential: bool, seed: int, progress: Progress
-) -> tuple[dict[Slot, Weight], list[dict[str, Any]]]:
-    chain, residence = find_chain(model), InMemory(model)
-    blocks = BlockModel(residence, chain) if chain is not None else None
-    if blocks is not None and batches:
-        try:
-            blocks.capture(batches[:1])
-        except CheckpointError as error:  # a list of blocks that are wired in some other way: the whole model is run instead
-            progress.say(f"{error}; the whole model is run for every block")
-            blocks = None
+    model: nn.Module, chosen: Chosen, batches: list[Batch], loss: Loss | None, true_sequential: bool, seed: int, progress: Progress,
+    notes: list[str],
+) -> tuple[dict[Slot, Weight], list[dict[str, Any]]]:  # fmt: skip
+    residence = InMemory(model)
+    blocks, why = open_chain(residence, find_chain(model), batches[0] if batches else None)
+    if blocks is None and batches:
+        notes.append(f"{why}; the whole model is run for every unit")
+        progress.say(notes[-1])
     spread = allocations(chosen)
     needs = survey_needs(chosen, spread)
     extras = Extras()
@@ -165,7 +164,7 @@ def _run(
         stages = data_free_stages(residence, list(chosen))
         if any(needs.values()):
             stages = survey_stages(blocks, residence, batches, list(chosen), needs, seed, Shelf(), loss or default_loss)
-        chosen = allocate(stages, chosen, spread, extras, model, seed, progress)
+        chosen = allocate(stages, chosen, spread, extras, model, seed, progress, notes)
     wanted = needs_of(chosen)
     running = any(w & INPUTS for w in wanted.values())
     slots = [slot for slot, method in chosen.items() if not isinstance(method, Keep)]

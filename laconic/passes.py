@@ -146,9 +146,10 @@ class Extras:
 
 
 def allocate(
-    stages: Iterator[Stage], chosen: Chosen, spread: dict[Method, Allocation], extras: Extras, model: nn.Module, seed: int, progress: Progress
-) -> Chosen:
-    """Let every allocation see its sites, then give each site its own method."""
+    stages: Iterator[Stage], chosen: Chosen, spread: dict[Method, Allocation], extras: Extras, model: nn.Module, seed: int, progress: Progress,
+    notes: list[str],
+) -> Chosen:  # fmt: skip
+    """Let every allocation see its sites, then give each site its own method; what the allocations have to say goes to the notes."""
     for stage in stages:
         for slot in stage.slots:
             method = chosen[slot]
@@ -162,6 +163,8 @@ def allocate(
             stage.statistics.forget(slot)
             progress.advance(slot.entries, f"surveying {slot.name}")
     resolved = {method: allocation.resolve() for method, allocation in spread.items()}
+    for allocation in spread.values():
+        notes.extend(allocation.notes)
     return {slot: resolved[method][slot.name] if method in resolved else method for slot, method in chosen.items()}
 
 

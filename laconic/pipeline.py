@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from laconic.blocks import Batch, BlockModel, find_chain
+from laconic.blocks import Batch, find_chain, open_chain
 from laconic.calibrate import Shelf
 from laconic.choice import Fit, resolve
 from laconic.companions import Companions, companions
@@ -196,9 +196,10 @@ def _stored_model(
     config = checkpoint.config.to_dict() | {"quantization_config": {"quant_method": "laconic", "schema": manifest["schema"]}}
     run.finish(manifest, beside, config)
     verify(run.out, checkpoint, records, kept, progress)
+    told = [*filter(None, [run.notes().get("chain")]), *run.notes().get("allocation", [])]
     return {
         "scheme": describe(scheme), "keep": list(options.keep), "seed": options.seed, "data": manifest["data"], "sites": records, "metrics": {},
-        "notes": unmeasured_notes(records, parameters, progress), "unused": checkpoint.unused,
+        "notes": told + unmeasured_notes(records, parameters, progress), "unused": checkpoint.unused,
         "original_bytes": original_file_bytes(checkpoint), "parameters": parameters, "kept": _kept(checkpoint, kept),
         "coverage": coverage(checkpoint.skeleton, chosen), "versions": versions(), "machine": machine(),
     }  # fmt: skip
@@ -219,15 +220,25 @@ def _allocated(
     progress.start("surveying the original model", sum(slot.entries for slot in concerned))
     extras = Extras(run.work)
     if any(needs.values()) and windows is not None:
-        blocks, residence = open_blocks(checkpoint, pick_dtype(options.dtype), device)
         batches = windows.first(SURVEY_SAMPLES).batches(1)
+        blocks, residence, why = open_blocks(checkpoint, pick_dtype(options.dtype), device, batches[0])
+        _say_no_chain(run, progress, why)
         stages = survey_stages(blocks, residence, batches, concerned, needs, options.seed, Shelf(run.work))
     else:
         residence = Residence(checkpoint.skeleton, checkpoint, None, None, device)
         stages = data_free_stages(residence, concerned)
-    resolved = allocate(stages, chosen, spread, extras, checkpoint.skeleton, options.seed, progress)
-    run.note(methods={slot.name: repr(method) for slot, method in resolved.items()}, extras=sorted(file.name for file in run.work.glob("extra-*")))
+    notes: list[str] = []
+    resolved = allocate(stages, chosen, spread, extras, checkpoint.skeleton, options.seed, progress, notes)
+    kept = sorted(file.name for file in run.work.glob("extra-*"))
+    run.note(methods={slot.name: repr(method) for slot, method in resolved.items()}, allocation=notes, extras=kept)
     return resolved
+
+
+def _say_no_chain(run: Run, progress: Progress, why: str) -> None:
+    """Note in the run, once, that a model is run whole because its blocks form no chain."""
+    if why and run.notes().get("chain") is None:
+        run.note(chain=f"{why}; the whole model is run for every unit")
+        progress.say(run.notes()["chain"])
 
 
 def _compress(
@@ -240,7 +251,12 @@ def _compress(
     overlay = Overlay(checkpoint, run, slots)
     chain = find_chain(checkpoint.skeleton)
     residence = Residence(checkpoint.skeleton, overlay, chain, dtype, device)
-    blocks = BlockModel(residence, chain) if chain is not None else None
+    first = windows.first(1).batches(1)[0] if windows is not None and calibrated else None
+    blocks, why = open_chain(residence, chain, first)
+    if blocks is None:
+        residence.chain = None
+        if first is not None:
+            _say_no_chain(run, progress, why)
     batches = windows.batches(max(1, 4096 // windows.tokens.shape[1])) if windows is not None and calibrated else []
     done = list(run.parts())
     progress.start("compressing", sum(slot.entries * slot.columns for slot in slots))

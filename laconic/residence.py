@@ -31,6 +31,8 @@ class Residence:
     With dtype None tensors keep their stored type and stay on the disk's pages: right for methods that only read them.
     """
 
+    whole = False
+
     def __init__(self, model: nn.Module, provider: Provider, chain: str | None, dtype: torch.dtype | None, device: torch.device) -> None:
         self.model, self.provider, self.chain, self.dtype, self.device = model, provider, chain, dtype, device
         self.users: dict[int, list[tuple[nn.Module, str, str]]] = {}

@@ -1,6 +1,7 @@
 """Spreading one number over many sites: every site is seen once, then each gets a method of its own."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from laconic.methods.base import Method, Plus, Then
@@ -15,6 +16,8 @@ class Allocation(ABC):
     """
 
     wants: Stats = NONE
+    notes: Sequence[str] = ()
+    """What the user must hear of how the number was spread; complete after `resolve`."""
 
     @abstractmethod
     def observe(self, site: Site) -> None:
@@ -46,6 +49,7 @@ class _Composed(Allocation):
     def resolve(self) -> dict[str, Method]:
         first = self.first.resolve() if self.first is not None else {}
         second = self.second.resolve() if self.second is not None else {}
+        self.notes = [note for part in (self.first, self.second) if part is not None for note in part.notes]
         kind = type(self.whole)
         return {name: kind(first.get(name, self.whole.first), second.get(name, self.whole.second)) for name in self.names}
 
@@ -67,6 +71,7 @@ class Measured(Allocation):
         self.method, self.inner, self.wants = method, inner, inner.wants
         self.seen = False
         self.alone: dict[str, Method] = {}
+        self._told: list[str] = []
 
     def observe(self, site: Site) -> None:
         site = completed(site.having(notes=[]), self.wants)  # whoever solves the site says what is missing
@@ -78,6 +83,9 @@ class Measured(Allocation):
         assert own is not None
         own.observe(site)
         self.alone |= own.resolve()
+        self._told += own.notes
 
     def resolve(self) -> dict[str, Method]:
-        return (self.inner.resolve() if self.seen or not self.alone else {}) | self.alone
+        found = self.inner.resolve() if self.seen or not self.alone else {}
+        self.notes = [*self.inner.notes, *self._told]
+        return found | self.alone

@@ -9,7 +9,7 @@ from laconic.errors import SchemeError
 from laconic.methods.allocation import Allocation
 from laconic.methods.base import Method
 from laconic.methods.column import Sweep, solve
-from laconic.methods.rate import WaterFilling, solve_rate
+from laconic.methods.rate import WaterFilling, check_rate, fixed_width, is_small, solve_rate
 from laconic.sites import Site, Stats
 from laconic.weights import Uniform, Weight
 from laconic.weights.uniform import Group, uniform_bits
@@ -23,7 +23,8 @@ class GPTQ(Method):
     (16 + bits) / group bits per weight on top. With `rate` (bits per weight, any real number): one unbounded uniform grid per matrix,
     entropy-coded, its step found so that the STORED bytes meet the rate, for each matrix (`over="matrix"`) or on average over all of them
     with one slope (`over="model"`: reverse water-filling under the Hessian and the sensitivity of the loss to each output, which costs one
-    backward pass). Decoding costs one ANS pass, 60-75 million weights per second and core; see `docs/methods/gptq.md`.
+    backward pass; matrices so small that side information would take half of their bits have 8 bits each then). Decoding costs one ANS pass,
+    60-75 million weights per second and core; see `docs/methods/gptq.md`.
 
     Differs from the public code: grids of groups are fitted to the live weights also where the group is smaller than the block; columns
     that no calibration input used are rounded, not zeroed; with act_order groups are always static, so no index per column is stored.
@@ -57,7 +58,10 @@ class GPTQ(Method):
         return Sweep(self.act_order, self.damping)
 
     def expected_bits(self, shape: tuple[int, int]) -> float:
+        if self.rate is not None and self.over == "model" and is_small(shape, self.rate):
+            return fixed_width(self, shape).expected_bits(shape)
         if self.rate is not None:
+            check_rate(shape, self.rate)
             return self.rate * shape[0] * shape[1]
         return uniform_bits(shape, self.bits or 4, self.group, symmetric=self.symmetric)
 

@@ -16,7 +16,7 @@ high rate); Cover & Thomas, theorem 10.3.3 (reverse water-filling); Lifar et al.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from laconic.methods.allocation import Allocation
 from laconic.methods.base import Method
 from laconic.methods.column import Sweep, factor, layout, solve
 from laconic.sites import Site, Stats
-from laconic.weights import Codebook, ColumnWeight, Scaled, Uniform
+from laconic.unmeasured import completed
+from laconic.weights import Codebook, ColumnWeight, Scaled, Uniform, entropy
 
 _EXPONENT = 0.5  # of the column steps, see above
 _SLOPE = 0.75  # of the exponent of one slope for all
@@ -35,6 +36,11 @@ _SAMPLE_ROWS = 256  # rows on which the step is searched; rows are independent g
 _SAMPLE = 1 << 16  # entries whose entropy is looked at
 _CLOSE = 0.004  # how far below the asked rate the result may end, as a share of it
 _TRIES = 8
+_SIDE = 0.25  # the share of a matrix's bits that column steps and all else beside the codes may take
+_STEP_BYTES = 4
+_MOST = 16.0  # bits per weight that a rate may be
+_LONG_ROW = 24  # columns from which a step and a zero per row, 24 bits, are no more than a bit per entry
+_WIDEST = 200.0  # log2 of the widest range of steps: float32 holds 2**-149 to 2**128
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,20 @@ class _Problem:
         return weight
 
 
+def least_bits(shape: tuple[int, int]) -> int:
+    """The bits that an [out, in] matrix takes at any rate: what says how its codes are read, and its step."""
+    return 8 * (entropy.least_bytes(shape) + _STEP_BYTES)
+
+
+def is_small(shape: tuple[int, int], rate: float) -> bool:
+    """Whether half of an [out, in] matrix's bits at a rate would go into side information: step, head, and a table of its codes.
+
+    The table has a byte for each of the codes between -4 and 4 standard deviations, about 2 * 2**rate of them per deviation.
+    """
+    overhead = least_bits(shape) + 8 * 2 * 2**rate
+    return 2 * overhead > rate * shape[0] * shape[1]
+
+
 def solve_rate(site: Site, rate: float, sweep: Sweep) -> ColumnWeight:
     """The weight whose stored bits are at most `rate` per entry and, where the matrix is large enough to say so, within 0.4 % of it.
 
@@ -63,30 +83,44 @@ def solve_rate(site: Site, rate: float, sweep: Sweep) -> ColumnWeight:
     and 1 to 3 of the whole. Raises: SchemeError when no step meets the rate (side information alone exceeds it).
     """
     W = site.W
+    shape, target = (W.shape[0], W.shape[1]), math.floor(rate * W.numel())
+    check_rate(shape, rate, site.name)
     H = site.hessian if site.hessian is not None else torch.eye(W.shape[1], device=W.device).unsqueeze(0)
-    shape = Uniform((1, W.shape[1]), bits=None, group="tensor", codec="ans")
-    order = layout(shape, H, sweep.act_order)
+    order = layout(Uniform((1, W.shape[1]), bits=None, group="tensor", codec="ans"), H, sweep.act_order)
     L = factor(H, order, sweep.damping, site.name, site.notes)
     diagonal = torch.empty_like(L[:, 0]).index_copy_(1, order, L.diagonal(dim1=1, dim2=2))
-    problem = _Problem(site, sweep, L, column_steps(diagonal, W.shape[0]))
-    target = math.floor(rate * W.numel())
+    steps = column_steps(diagonal, W.shape[0])
+    if steps is not None and least_bits(shape) + steps.bits() > _SIDE * target:
+        steps = None
+    problem = _Problem(site, sweep, L, steps)
     step = _first_guess(W, rate)
     if W.shape[0] > 2 * _SAMPLE_ROWS and len(L) == 1:
         rows = torch.linspace(0, W.shape[0] - 1, _SAMPLE_ROWS).long().to(W.device)
         step, _ = _search(problem, step, rate * _SAMPLE_ROWS * W.shape[1], rows)
-    weight = _search(problem, step, target, None)[1]
-    if weight.bits() > target:
-        least = weight.bits() / W.numel()
-        raise SchemeError(f"{site.name}: {W.shape[0]} x {W.shape[1]} entries cannot be stored in {rate} bits each; the least found is {least:.3f}")
-    return weight
+    return _search(problem, step, target, None)[1]
+
+
+def check_rate(shape: tuple[int, int], rate: float, name: str = "a matrix") -> None:
+    """Raises SchemeError when what says how codes are read takes more than `rate` bits for each entry of an [out, in] matrix."""
+    least = least_bits(shape)
+    if least > math.floor(rate * shape[0] * shape[1]):
+        raise SchemeError(
+            f"{name}: {shape[0]} x {shape[1]} entries cannot be stored in {rate} bits each; the least is {least / (shape[0] * shape[1]):.3f}. "
+            "Give such matrices a fixed width in a plan: (entries < 1000, GPTQ(bits=8, group='channel'))"
+        )
 
 
 def _first_guess(W: Tensor, rate: float) -> float:
     """The step at which plain rounding of a sample of W would have the entropy asked for."""
     sample = W.reshape(-1)[:: max(1, W.numel() // _SAMPLE)].float()
-    spread = float(sample.std()) or 1.0
+    spread = _spread(sample)
     curve = _entropies(sample / spread)
     return float(spread * 2 ** float(_CURVE[int((curve - rate).abs().argmin())]))
+
+
+def _spread(sample: Tensor) -> float:
+    """The standard deviation of a sample; 1 where all of it is equal."""
+    return float(sample.std(correction=0)) or 1.0
 
 
 def _search(problem: _Problem, step: float, target: float, rows: Tensor | None) -> tuple[float, ColumnWeight]:
@@ -104,10 +138,11 @@ def _search(problem: _Problem, step: float, target: float, rows: Tensor | None) 
         if (1 - _CLOSE) * target <= bits <= target:
             break
         step = _next(known, (1 - _CLOSE / 3) * target, entries)
-    while not best_rank[0] and step < 1e6 * best[0]:  # the entropy does not fall smoothly with the step where few codes are left
-        step = max(step, best[0]) * 1.01
+    growth = 1.01
+    while not best_rank[0]:  # the entropy does not fall smoothly with the step where few codes are left; in the end all codes are zero
+        step, growth = max(step, best[0]) * growth, growth**1.1
         weight = problem.solved(step, rows)
-        if weight.bits() <= target:
+        if weight.bits() <= target or not math.isfinite(step) or not weight.forward().any():
             return step, weight
     return best
 
@@ -151,51 +186,99 @@ def _distortion(d: Tensor, exponent: float) -> Tensor:
     return (s * d).double().square().mean()
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What one matrix says of its rate: entries, g D, tabulated entropies, standard deviation, and the least bits per entry."""
+
+    entries: int
+    weight: float
+    curve: Tensor
+    spread: float
+    floor: float
+
+    def rate(self, exponent: float) -> float:
+        """Stored bits per entry at log2 of the step, between what the format needs and what a rate may be."""
+        return min(self.floor + _read(self.curve, exponent - math.log2(self.spread)), _MOST)
+
+
 class WaterFilling(Allocation):
-    """One slope for all matrices: rates whose mean over the entries is `rate`, each matrix's step proportional to 1 / sqrt(g D)."""
+    """One slope for all matrices: rates whose mean over the entries is `rate`, each matrix's step proportional to 1 / sqrt(g D).
+
+    Matrices so small that side information would take half of their bits are stored with 8 bits each, which the others make up for.
+    """
 
     wants = Stats.HESSIAN | Stats.OUTPUT
 
     def __init__(self, method: Method, rate: float, sweep: Sweep) -> None:
         self.method, self.rate, self.sweep = method, rate, sweep
-        self.seen: dict[str, tuple[int, float, Tensor, float]] = {}
+        self.seen: dict[str, _Seen] = {}
+        self.small: dict[str, tuple[int, Method]] = {}
+        self.small_bits = 0.0
+        self.notes: list[str] = []
 
     def observe(self, site: Site) -> None:
-        H = site.hessian
-        if H is None or site.output is None:
-            raise SchemeError(f"{site.name}: a rate over the model needs Hessians and output gradients; use over='matrix'")
+        site = completed(site.having(notes=[]), self.wants)  # whoever solves the site says what is missing
+        shape, H = (site.W.shape[0], site.W.shape[1]), site.hessian
+        assert H is not None
+        assert site.output is not None
+        if is_small(shape, self.rate):
+            width = fixed_width(self.method, shape)
+            self.small[site.name] = site.W.numel(), width
+            self.small_bits += width.expected_bits(shape)
+            return
         order = layout(Uniform((1, H.shape[1]), bits=None, group="tensor", codec="ans"), H, self.sweep.act_order)
         L = factor(H, order, self.sweep.damping, site.name, [])
         diagonal = torch.empty_like(L[:, 0]).index_copy_(1, order, L.diagonal(dim1=1, dim2=2))
-        steps = column_steps(diagonal, site.W.shape[0])
+        steps = column_steps(diagonal, shape[0])
         relative = steps.forward() if steps is not None else torch.ones(1, H.shape[1], device=H.device)
         distortion = float((relative * diagonal).double().square().mean())
         g = float(site.output.double().mean())
-        rows = torch.linspace(0, site.W.shape[0] - 1, min(_SAMPLE_ROWS, site.W.shape[0])).long().to(site.W.device)
+        rows = torch.linspace(0, shape[0] - 1, min(_SAMPLE_ROWS, shape[0])).long().to(site.W.device)
         sample = (site.W[rows].float() / relative).reshape(-1)
-        spread = float(sample.std()) or 1.0
-        self.seen[site.name] = site.W.numel(), g * distortion, _entropies(sample / spread), spread
+        spread = _spread(sample)
+        floor = least_bits(shape) / site.W.numel()
+        self.seen[site.name] = _Seen(site.W.numel(), g * distortion, _entropies(sample / spread), spread, floor)
 
     def resolve(self) -> dict[str, Method]:
-        from dataclasses import replace
+        entries = sum(site.entries for site in self.seen.values())
+        beside = sum(n for n, _ in self.small.values())
+        left = self.rate * (entries + beside) - self.small_bits
+        rates = self._rates(left / entries) if entries else {}
+        found: dict[str, Method] = {name: replace(self.method, rate=rate, over="matrix") for name, rate in rates.items()}  # type: ignore[type-var]
+        self._tell(sum(site.entries * rates[name] for name, site in self.seen.items()), left, entries + beside)
+        return found | {name: width for name, (_, width) in self.small.items()}
 
-        rates = self._rates()
-        return {name: replace(self.method, rate=round(rate, 4), over="matrix") for name, rate in rates.items()}  # type: ignore[type-var]
+    def _tell(self, spent: float, left: float, entries: int) -> None:
+        """Note which matrices were too small for a rate, and what the mean comes to where it cannot be met."""
+        self.notes = []
+        if self.small:
+            names = ", ".join(list(self.small)[:3]) + (" ..." if len(self.small) > 3 else "")
+            self.notes.append(f"{len(self.small)} matrices are too small for an entropy-coded grid at {self.rate} bits and have 8 ({names})")
+        if spent > 1.01 * left:
+            mean = self.rate + (spent - left) / max(entries, 1)
+            self.notes.append(f"{self.method!r}: {mean:.3f} bits on average is the least that the format can hold of these matrices")
 
-    def _rates(self) -> dict[str, float]:
-        entries = sum(n for n, _, _, _ in self.seen.values())
+    def _rates(self, mean: float) -> dict[str, float]:
+        entries = sum(site.entries for site in self.seen.values())
         # a matrix that moves no output still gets the coarsest grid, not a division by zero
-        floor = 1e-6 * sum(n * weight for n, weight, _, _ in self.seen.values()) / entries or 1.0
-        low, high = -60.0, 60.0  # log2 of the common factor of the steps
+        least = 1e-6 * sum(site.entries * site.weight for site in self.seen.values()) / entries or 1.0
+        low, high = -_WIDEST, _WIDEST  # log2 of the common factor of the steps
+        rates: dict[str, float] = {}
         for _ in range(60):
             middle = (low + high) / 2
             rates = {
-                name: _read(curve, middle - 0.5 * _SLOPE * math.log2(max(weight, floor)) - math.log2(spread))
-                for name, (_, weight, curve, spread) in self.seen.items()
-            }
-            mean = sum(rates[name] * self.seen[name][0] for name in rates) / entries
-            low, high = (middle, high) if mean > self.rate else (low, middle)
-        return rates
+                name: site.rate(middle - 0.5 * _SLOPE * math.log2(max(site.weight, least))) for name, site in self.seen.items()
+            }  # fmt: skip
+            total = sum(rates[name] * site.entries for name, site in self.seen.items()) / entries
+            low, high = (middle, high) if total > mean else (low, middle)
+        # rounded to be read, but never below what the format needs
+        return {name: max(math.floor(rate * 1e4), math.ceil(self.seen[name].floor * 1e4)) / 1e4 for name, rate in rates.items()}
+
+
+def fixed_width(method: Method, shape: tuple[int, int]) -> Method:
+    """A rate's method with 8 bits for each entry instead, a step per row, or one in all where rows are too short to pay for their own."""
+    group = "channel" if shape[1] >= _LONG_ROW else "tensor"
+    return replace(method, rate=None, bits=8, group=group, over="model")  # type: ignore[type-var]
 
 
 _CURVE = torch.linspace(-12, 4, 65)  # log2 of step / standard deviation at which entropies are tabulated

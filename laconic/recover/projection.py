@@ -54,6 +54,7 @@ class Projection:
                     if self.chosen[slot] == method:
                         allocation.observe(site)
                 found = allocation.resolve()
+                self.notes.extend(note for note in allocation.notes if note not in self.notes)
                 methods |= {slot: found[slot.name] for slot in sites if self.chosen[slot] == method}
             methods = {slot: fitted(method, slot.shape) for slot, method in methods.items()}
             weights: dict[Slot, Weight] = {}

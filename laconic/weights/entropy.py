@@ -115,6 +115,11 @@ class _Head:
         return cls(shape, low, tile, ends, rest[: 4 * outside].view("<i4"), table, classes)
 
 
+def least_bytes(shape: tuple[int, int]) -> int:
+    """Bytes that `encode` takes for a matrix [rows, columns] whose codes are all equal: the head's fields, where each tile ends, one table."""
+    return 28 + 4 * -(-shape[0] // max(1, TILE // shape[1])) + 2
+
+
 def encode(codes: np.ndarray) -> dict[str, Tensor]:
     """Integer codes [rows, columns] as tensors. Cost: one pass for the tables, one for the streams."""
     rows, columns = codes.shape

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from laconic.errors import SchemeError
+from laconic.methods.allocation import Measured
 from laconic.methods.base import output_error
 from laconic.methods.gptq import GPTQ
 from laconic.methods.rate import WaterFilling, column_steps
@@ -94,11 +95,64 @@ def test_water_filling_lowers_the_weighted_loss_at_equal_bytes() -> None:
     assert losses[0] < 0.3 * losses[1]
 
 
-def test_it_needs_gradients_for_a_rate_over_the_model() -> None:
-    allocation = GPTQ(rate=2.0).allocation()
-    assert allocation is not None
-    with pytest.raises(SchemeError, match="over='matrix'"):
-        allocation.observe(make_site().having(output=None))
+def test_matrices_that_nothing_was_measured_of_get_the_rate_itself() -> None:
+    inner = GPTQ(rate=2.5).allocation()
+    assert inner is not None
+    allocation = Measured(GPTQ(rate=2.5), inner)
+    for i in range(3):
+        site = make_site(rows=64, columns=128, seed=i)
+        allocation.observe(site.having(name=f"layer.{i}", output=site.output * 100.0**i))  # type: ignore[operator]
+    allocation.observe(make_site(rows=64, columns=128).having(name="no gradient", output=None))
+    allocation.observe(make_site(rows=64, columns=128).having(name="no input", hessian=None, squares=None))
+    methods = allocation.resolve()
+    assert [methods[name].rate for name in ("no gradient", "no input")] == pytest.approx([2.5, 2.5], abs=0.01)  # type: ignore[attr-defined]
+    rates = [methods[f"layer.{i}"].rate for i in range(3)]  # type: ignore[attr-defined]
+    assert sum(rates) / 3 == pytest.approx(2.5, abs=0.01)
+    assert rates[0] < 2.4
+
+
+SHAPES = [(1, 1), (1, 64), (64, 1), (2, 2), (64, 2), (3, 3), (16, 16), (24, 24), (32, 32), (64, 64), (128, 96), (1, 4096), (2048, 2)]
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3, 1.0, 3.25, 7.0, 12.0])
+@pytest.mark.parametrize("values", ["normal", "zeros", "equal", "one huge", "tiny"])
+def test_no_allocated_rate_is_one_that_the_format_cannot_hold(rate: float, values: str) -> None:
+    """Matrices of all shapes and values, with gradients of all sizes, none and zero: each is stored in what it was given, and the mean kept."""
+    allocation, sites = GPTQ(rate=rate).allocation(), []
+    assert isinstance(allocation, WaterFilling)
+    for i, (rows, columns) in enumerate([*SHAPES, (256, 128), (200, 160)]):
+        site = make_site(rows=rows, columns=columns, seed=i)
+        W = {
+            "normal": site.W, "zeros": torch.zeros_like(site.W), "equal": torch.full_like(site.W, 0.3), "tiny": 1e-30 * site.W,
+            "one huge": site.W + 1e4 * torch.nn.functional.one_hot(torch.tensor(0), site.W.numel()).view(site.W.shape),
+        }[values]  # fmt: skip
+        output = [site.output, torch.zeros(rows), None, 1e-12 * torch.ones(rows), 1e12 * torch.ones(rows)][i % 5]
+        sites.append(site.having(name=str(i), W=W, output=output))
+        allocation.observe(sites[-1])
+    methods = allocation.resolve()
+    stored = 0
+    for site in sites:
+        weight = methods[site.name](site)
+        shape = (site.W.shape[0], site.W.shape[1])
+        given = getattr(methods[site.name], "rate", None)
+        assert weight.bits() <= (given * site.W.numel() if given is not None else methods[site.name].expected_bits(shape))
+        assert torch.isfinite(weight()).all()
+        stored += weight.bits()
+    if not any("on average is the least" in note for note in allocation.notes):
+        assert stored <= 1.001 * rate * sum(site.W.numel() for site in sites)
+    else:
+        assert rate < 1.5
+    assert any("too small" in note for note in allocation.notes)
+
+
+def test_a_plan_counts_small_matrices_as_they_will_be_stored() -> None:
+    method = GPTQ(rate=3.0)
+    for shape in SHAPES:
+        allocation = method.allocation()
+        assert allocation is not None
+        allocation.observe(make_site(rows=shape[0], columns=shape[1]).having(name="x"))
+        small = any("too small" in note for note in (allocation.resolve() and allocation.notes))
+        assert (method.expected_bits(shape) > 3.0 * shape[0] * shape[1]) == small
 
 
 def test_the_seed_and_threads_do_not_change_a_byte() -> None:
