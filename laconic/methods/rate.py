@@ -140,7 +140,7 @@ def _search(problem: _Problem, step: float, target: float, rows: Tensor | None) 
         step = _next(known, (1 - _CLOSE / 3) * target, entries)
     growth = 1.01
     while not best_rank[0]:  # the entropy does not fall smoothly with the step where few codes are left; in the end all codes are zero
-        step, growth = max(step, best[0]) * growth, growth**1.1
+        step, growth = max(step, best[0]) * growth, growth**1.5
         weight = problem.solved(step, rows)
         if weight.bits() <= target or not math.isfinite(step) or not weight.forward().any():
             return step, weight

@@ -111,16 +111,16 @@ def test_matrices_that_nothing_was_measured_of_get_the_rate_itself() -> None:
     assert rates[0] < 2.4
 
 
-SHAPES = [(1, 1), (1, 64), (64, 1), (2, 2), (64, 2), (3, 3), (16, 16), (24, 24), (32, 32), (64, 64), (128, 96), (1, 4096), (2048, 2)]
+SHAPES = [(1, 1), (1, 64), (64, 1), (2, 2), (64, 2), (3, 3), (16, 16), (24, 24), (32, 32), (64, 64), (128, 96), (1, 512), (512, 2)]
 
 
-@pytest.mark.parametrize("rate", [0.05, 0.3, 1.0, 3.25, 7.0, 12.0])
+@pytest.mark.parametrize("rate", [0.3, 3.25, 12.0])
 @pytest.mark.parametrize("values", ["normal", "zeros", "equal", "one huge", "tiny"])
 def test_no_allocated_rate_is_one_that_the_format_cannot_hold(rate: float, values: str) -> None:
     """Matrices of all shapes and values, with gradients of all sizes, none and zero: each is stored in what it was given, and the mean kept."""
     allocation, sites = GPTQ(rate=rate).allocation(), []
     assert isinstance(allocation, WaterFilling)
-    for i, (rows, columns) in enumerate([*SHAPES, (256, 128), (200, 160)]):
+    for i, (rows, columns) in enumerate([*SHAPES, (96, 64), (80, 48)]):
         site = make_site(rows=rows, columns=columns, seed=i)
         W = {
             "normal": site.W, "zeros": torch.zeros_like(site.W), "equal": torch.full_like(site.W, 0.3), "tiny": 1e-30 * site.W,
