@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import ChainError
+from laconic.roles import head_modules
 
 Batch = Any
 """What a model is called with: a tensor, a dict of keyword arguments, or a tuple whose first entry is the input (the rest are targets)."""
@@ -107,15 +108,13 @@ def find_chain(model: nn.Module) -> str | None:
 
 
 def _ends(model: nn.Module) -> set[int]:
-    """The identities of embedding tables and output heads: what the model names so, and linear layers of a table's shape outside lists."""
+    """The identities of embedding tables and output heads outside lists: what is named so, and linear layers of a table's shape."""
     tables = {id(m.weight): tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Embedding)}
-    find = getattr(model, "get_output_embeddings", None)
-    heads = {id(p) for p in find().parameters()} if callable(find) and isinstance(find(), nn.Module) else set()
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    inside = {id(m) for blocks in lists for m in blocks.modules()}
+    inside = {m for blocks in lists for m in blocks.modules()}
     shapes = set(tables.values())
-    alike = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside and tuple(m.weight.shape) in shapes}
-    return set(tables) | heads | alike
+    heads = head_modules(model) | {m for m in model.modules() if isinstance(m, nn.Linear) and tuple(m.weight.shape) in shapes}
+    return set(tables) | {id(p) for m in heads - inside for p in m.parameters()}
 
 
 @dataclass
