@@ -394,12 +394,12 @@ def _close(y: Tensor, z: Tensor) -> bool:
 
 
 def open_chain(residency: Residency, path: str | None, batch: Batch | None) -> tuple[BlockModel | None, str]:
-    """The model's chain of blocks, or None and the reason, where it has none or a run on `batch` shows that the blocks form no chain.
+    """The model's chain of blocks, or None where it has no list of blocks, or (with the reason) a run on `batch` shows that they form no chain.
 
     Of a model in memory the output is compared as well: a forward pass of the model, and one of its blocks.
     """
     if path is None:
-        return None, "no list of blocks holds half of the model"
+        return None, ""
     blocks = BlockModel(residency, path)
     if batch is not None:
         try:

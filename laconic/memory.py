@@ -154,7 +154,7 @@ def _run(
 ) -> tuple[dict[Slot, Weight], list[dict[str, Any]]]:  # fmt: skip
     residence = InMemory(model)
     blocks, why = open_chain(residence, find_chain(model), batches[0] if batches else None)
-    if blocks is None and batches:
+    if why:
         notes.append(f"{why}; the whole model is run for every unit")
         progress.say(notes[-1])
     spread = allocations(chosen)

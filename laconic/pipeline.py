@@ -255,8 +255,7 @@ def _compress(
     blocks, why = open_chain(residence, chain, first)
     if blocks is None:
         residence.chain = None
-        if first is not None:
-            _say_no_chain(run, progress, why)
+        _say_no_chain(run, progress, why)
     batches = windows.batches(max(1, 4096 // windows.tokens.shape[1])) if windows is not None and calibrated else []
     done = list(run.parts())
     progress.start("compressing", sum(slot.entries * slot.columns for slot in slots))
