@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from laconic.errors import ChainError
+from laconic.errors import CheckpointError
 from laconic.roles import head_modules
 
 Batch = Any
@@ -115,6 +115,10 @@ def _ends(model: nn.Module) -> set[int]:
     shapes = set(tables.values())
     heads = head_modules(model) | {m for m in model.modules() if isinstance(m, nn.Linear) and tuple(m.weight.shape) in shapes}
     return set(tables) | {id(p) for m in heads - inside for p in m.parameters()}
+
+
+class ChainError(CheckpointError):
+    """A list of blocks that is wired in another way than each feeding the next; whoever meets it runs the whole model instead."""
 
 
 @dataclass

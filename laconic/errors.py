@@ -19,10 +19,6 @@ class CheckpointError(LaconicError, ValueError):
     exit_code = 3
 
 
-class ChainError(CheckpointError):
-    """A list of blocks of a model that is wired in another way than each feeding the next; the whole model is run instead."""
-
-
 class DataError(LaconicError, ValueError):
     """Calibration or evaluation data that is missing, empty or too short."""
 
