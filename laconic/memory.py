@@ -90,7 +90,6 @@ def compress_module(
         raise DataError(f"{describe(scheme)}: needs calibration data; pass data=, an iterable of batches")
     with _at_rest(model):
         before = score(model) if score is not None else None
-        notes: list[str] = []
         with naming_batches(batches):
             weights, records = _run(model, chosen, batches, loss, true_sequential, seed, progress, notes)
         for slot, weight in weights.items():
