@@ -11,10 +11,10 @@ from laconic.sites import Slot, uncompressed
 _NAMED = 4  # parameters that no method treats are named one by one up to here, the largest first
 
 
-def coverage(model: nn.Module, chosen: Mapping[Slot, Method]) -> dict[str, Any]:
+def coverage(model: nn.Module, chosen: Mapping[Slot, Method], reasons: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Entries by what becomes of them: "compressed"; "kept" by reason; "vectors" (norms, biases); "untreated", one by one, the largest first.
 
-    They add up to "parameters", every tie once.
+    `reasons`: what a run showed of parameters that are no sites (`Uses.why_not`). They add up to "parameters", every tie once.
     """
     kept: dict[str, int] = {}
     for slot, method in chosen.items():
@@ -23,7 +23,7 @@ def coverage(model: nn.Module, chosen: Mapping[Slot, Method]) -> dict[str, Any]:
             kept[reason] = kept.get(reason, 0) + slot.entries
     untreated = [
         {"name": name, "shape": list(shape), "entries": entries, "reason": reason}
-        for name, shape, entries, reason in uncompressed(model, list(chosen))
+        for name, shape, entries, reason in uncompressed(model, list(chosen), reasons)
     ]
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -16,7 +16,7 @@ from laconic.companions import NOT_FETCHED
 from laconic.errors import CheckpointError
 from laconic.foreign import Foreign, read_object
 from laconic.residence import Residence
-from laconic.sites import Slot, find_slots, tied_names
+from laconic.sites import Slot, find_slots, stored_uses, tied_names
 from laconic.state import guard
 from laconic.store import MANIFEST, Compressed
 from laconic.tensors import TensorFiles, is_finite
@@ -248,7 +248,8 @@ class CompressedCheckpoint:
     @cached_property
     def slots(self) -> dict[str, Slot]:
         """The compressed sites of the skeleton by parameter name. Raises: CheckpointError unless shapes and names are the manifest's."""
-        by_parameter = {".".join(user): slot for slot in find_slots(self.skeleton) for user in slot.users}
+        uses = stored_uses(self.skeleton, self.stored.manifest.get("views", {}), self.stored.weights)
+        by_parameter = {".".join(user): slot for slot in find_slots(self.skeleton, uses) for user in slot.users}
         for name, spec in self.stored.weights.items():
             if name not in by_parameter:
                 raise CheckpointError(f"{self.path}: the manifest stores {name}, which the configured model does not have")

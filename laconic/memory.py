@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import Batch, InMemory, examples_in, find_chain, in_evaluation, open_chain
+from laconic.blocks import Batch, InMemory, call, examples_in, find_chain, in_evaluation, open_chain, to_device
 from laconic.calibrate import Loss, Shelf, default_loss, parameters_of
 from laconic.choice import Fit, resolve
 from laconic.coverage import coverage
@@ -35,13 +35,14 @@ from laconic.passes import (
 from laconic.progress import Log, Progress, peak_memory
 from laconic.report import Report
 from laconic.scheme import Scheme, describe
-from laconic.sites import INPUTS, Slot, find_slots
+from laconic.sites import INPUTS, Slot, find_slots, stored_uses, uses_of, views_in
 from laconic.solve import put_back, solve_stage
 from laconic.state import check_storable, check_values, guard, not_stored, plain_value, state_of, tensors_of
 from laconic.store import MANIFEST, Compressed, manifest_of, pack_weights, remove_shards, same_tensor, stored_bytes
 from laconic.surgery.reshape import Shapes, rebuild
 from laconic.tensors import Reader, is_finite
 from laconic.unmeasured import naming_batches, unmeasured_notes
+from laconic.usage import Use, in_sight
 from laconic.weights import Weight, install
 from laconic.weights.inputs import Rounding, rounding_of, set_rounding
 
@@ -74,7 +75,9 @@ def compress_module(
     """
     progress, started = progress or Log(), time.time()
     check_values(model)
-    slots = find_slots(model)
+    batches = _take(data, samples)
+    uses, reasons = _uses(model, batches)
+    slots = find_slots(model, uses)
     notes: list[str] = []
     chosen = resolve(scheme, slots, whole_file=True, keep=keep, group=group, notes=notes)
     refuse_structures(chosen)
@@ -83,14 +86,13 @@ def compress_module(
     for name, parameter in model.named_parameters():
         if not is_finite(parameter.detach()):
             raise CheckpointError(f"{name}: holds NaN or infinity")
-    original, covered = plain_bytes(model), coverage(model, chosen)
+    original, covered = plain_bytes(model), coverage(model, chosen, reasons)
     count = sum(p.numel() for p in model.parameters())
-    batches = _take(data, samples)
     if not batches and needs_data(chosen):
         raise DataError(f"{describe(scheme)}: needs calibration data; pass data=, an iterable of batches")
     with _at_rest(model):
         before = score(model) if score is not None else None
-        with naming_batches(batches):
+        with naming_batches(batches), in_sight(model):
             weights, records = _run(model, chosen, batches, loss, true_sequential, seed, progress, notes)
         for slot, weight in weights.items():
             for path, name in slot.users:
@@ -110,6 +112,15 @@ def compress_module(
         }
     )  # fmt: skip
     return model, report
+
+
+def _uses(model: nn.Module, batches: list[Batch]) -> tuple[dict[str, Use] | None, dict[str, str]]:
+    """How the first batch shows the parameters to be used whose modules do not say it, and why some are no sites; None without data."""
+    if not batches:
+        return None, {}
+    with _at_rest(model), in_sight(model):
+        uses = uses_of(model, lambda: call(model, to_device(batches[0], next(model.parameters()).device)))
+    return uses.found(), uses.why_not()
 
 
 def _is_number(score: float | None) -> bool:
@@ -229,7 +240,7 @@ def save(
     with locked(folder), disk_errors(folder):
         again = (folder / MANIFEST).is_file()
         atomically(folder / "model.safetensors", tensors)
-        write_json(folder / MANIFEST, manifest_of([{"specs": specs}], **fields))
+        write_json(folder / MANIFEST, manifest_of([{"specs": specs}], **fields, **views_in(model)))
         if again:
             remove_shards(folder)
     stored = Compressed(folder)
@@ -258,7 +269,8 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
     check_values(model)
     rebuild(model, stored.manifest.get("shapes", {}))
     plain = set(stored.files.tensors) - {f"{name}.{key}" for name in stored.weights for key in stored.packed(name)}
-    slots = {".".join(part for part in user if part): slot for slot in find_slots(model) for user in slot.users}
+    uses = stored_uses(model, stored.manifest.get("views", {}), stored.weights)
+    slots = {".".join(part for part in user if part): slot for slot in find_slots(model, uses) for user in slot.users}
     for name, spec in stored.weights.items():
         if name not in slots or tuple(spec["shape"]) != slots[name].shape:
             raise CheckpointError(

@@ -49,7 +49,7 @@ from laconic.report import Report, generation_samples, original_file_bytes, samp
 from laconic.residence import Residence
 from laconic.run import Run, check_out
 from laconic.scheme import Scheme, describe, parse
-from laconic.sites import INPUTS, find_slots
+from laconic.sites import INPUTS, find_slots, views_of
 from laconic.store import manifest_of
 from laconic.unmeasured import unmeasured_notes
 
@@ -192,6 +192,7 @@ def _stored_model(
     manifest = manifest_of(
         list(run.parts().values()), scheme=describe(scheme), keep=list(options.keep), seed=options.seed, versions=versions(),
         source={"name": source, "parameters": parameters}, data=windows.describe() if windows is not None else None,
+        **views_of(checkpoint.skeleton, [slot for slot, method in chosen.items() if not isinstance(method, Keep)]),
     )  # fmt: skip
     config = checkpoint.config.to_dict() | {"quantization_config": {"quant_method": "laconic", "schema": manifest["schema"]}}
     run.finish(manifest, beside, config)

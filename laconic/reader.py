@@ -1,6 +1,6 @@
 """How transformers' loader is told of a compressed directory: which parameters it will not find, and what they decode to."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
 from laconic.errors import CheckpointError
-from laconic.sites import Slot, find_slots
+from laconic.sites import Slot, find_slots, stored_uses
 from laconic.store import MANIFEST, Compressed
 from laconic.ties import differing
 from laconic.weights.inputs import set_rounding
@@ -23,12 +23,19 @@ class Filling:
     def __init__(self, model: Any, files: list[str] | None) -> None:
         self.model, self.stored = model, Compressed(_directory(model, files))
         self.places = _places(model, self.stored)
-        for slot in find_slots(model):
+        for slot in self._slots():
             if slot.parameter in self.places:
                 for layer in slot.layers(model):
                     layer._is_hf_initialized = True  # type: ignore[assignment] # no random values, which would also move the user's generator
         self._settle_ties()
         self._ignore({*self.places, *self.stored.weights})
+
+    def _slots(self) -> list[Slot]:
+        """The model's sites, seen as what was stored was seen."""
+        views = self.stored.manifest.get("views", {})
+        if isinstance(views, Mapping):
+            views = {place: views[name] for place, name in self.places.items() if name in views}
+        return find_slots(self.model, stored_uses(self.model, views, self.places))
 
     def _settle_ties(self) -> None:
         """A tie is stored once: what is stored under two of its names is none. What is decoded later is not missing."""
@@ -58,7 +65,7 @@ class Filling:
         """Decode every stored weight that the model has a place for. Raises: CheckpointError where one does not fit its place."""
         model, stored = self.model, self.stored
         del model.tie_weights
-        slots = {".".join(part for part in user if part): slot for slot in find_slots(model) for user in slot.users}
+        slots = {".".join(part for part in user if part): slot for slot in self._slots() for user in slot.users}
         for place, name in self.places.items():
             spec = stored.weights[name]
             if place not in slots or tuple(spec["shape"]) != slots[place].shape:

@@ -2,16 +2,21 @@
 
 import enum
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from laconic.errors import CheckpointError
 from laconic.roles import Role, head_modules, router_parameters
+from laconic.usage import Use, Uses, is_marked, uses_on_meta
 from laconic.weights import View
+from laconic.weights.install import installations
 
 
 class Stats(enum.Flag):
@@ -87,6 +92,11 @@ class Slot:
         """The dotted name of the parameter, as in a state dict."""
         return ".".join(part for part in self.users[0] if part)
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The dotted names of the parameter: one per user."""
+        return tuple(".".join(part for part in user if part) for user in self.users)
+
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """The modules of `model` that use the tensor."""
         return [model.get_submodule(path) for path, _ in self.users]
@@ -154,34 +164,88 @@ def site_name(path: str, parameter: str) -> str:
     return path if parameter == "weight" and path else f"{path}.{parameter}".lstrip(".")
 
 
-def find_slots(model: nn.Module) -> list[Slot]:
+def find_slots(model: nn.Module, uses: Mapping[str, Use] | None = None) -> list[Slot]:
     """The compressible tensors of a model in module order, tensors on the meta device included; ties are found by identity.
 
-    Linear, Conv1d, Conv2d, GPT-2's Conv1D and Embedding weights, those of recurrent layers (a gate's rows below the other's) and the input
-    projections of MultiheadAttention, and packed experts: three-dimensional parameters held by any other module. A parametrized tensor is
-    not a slot.
+    Sure by their modules: Linear, Conv1d, Conv2d, GPT-2's Conv1D and Embedding weights, those of recurrent layers (a gate's rows below the
+    other's), the input projections of MultiheadAttention, experts of transformers whose class says how they multiply, and routers. Any other
+    parameter of two dimensions or more is a site only if a product shows which matrix it is: `uses` by parameter name, as seen in a run
+    (`uses_of`) or as stored; None: as a run of a transformers model on the meta device shows. A parametrized tensor is not a slot.
     """
+    sure, open_ones = _by_module(model)
+    if uses is None:
+        uses = uses_on_meta(model, open_ones).found() if open_ones and hasattr(model, "config") else {}
     heads, routers = head_modules(model), router_parameters(model)
     found: dict[int, Slot] = {}
     for path, module in model.named_modules():
-        if isinstance(module, parametrize.ParametrizationList):
-            continue
         for parameter, tensor in module.named_parameters(recurse=False):
-            user = (path, parameter)
-            seen = _see(module, parameter, tensor)
-            if seen is None and user in routers and tensor.is_floating_point():
-                seen = View(tuple(tensor.shape)), 1
-            if seen is None:
+            name = f"{path}.{parameter}".lstrip(".")
+            use = uses.get(name) if name in open_ones else sure.get(name)
+            if use is None:
                 continue
-            view, groups = seen
+            role: Role = "embedding" if use.looked_up else "head" if module in heads else "router" if (path, parameter) in routers else "body"
             if id(tensor) in found:
                 first = found[id(tensor)]
-                tied_role: Role = "embedding" if isinstance(module, nn.Embedding) else first.role
-                found[id(tensor)] = replace(first, users=(*first.users, user), role=tied_role)
-                continue
-            role: Role = "embedding" if isinstance(module, nn.Embedding) else "head" if module in heads else "router" if user in routers else "body"
-            found[id(tensor)] = Slot(site_name(path, parameter), (user,), view, groups, role)
+                found[id(tensor)] = replace(first, users=(*first.users, (path, parameter)), role="embedding" if use.looked_up else first.role)
+            else:
+                found[id(tensor)] = Slot(site_name(path, parameter), ((path, parameter),), use.view, use.groups, role)
     return list(found.values())
+
+
+def uses_of(model: nn.Module, run: Callable[[], object]) -> Uses:
+    """What products show, while `run()` runs the model, of the parameters whose modules do not say it."""
+    open_ones = _by_module(model)[1]
+    uses = Uses(open_ones)
+    if open_ones:
+        with torch.no_grad(), uses:
+            run()
+    return uses
+
+
+def views_of(model: nn.Module, slots: Iterable[Slot]) -> dict[str, Any]:
+    """The manifest's field "views": those that only use could tell, by parameter name; empty where there are none."""
+    open_ones = _by_module(model)[1]
+    views = {name: slot.view.as_dict() for slot in slots for name in slot.parameters if name in open_ones}
+    return {"views": views} if views else {}
+
+
+def views_in(model: nn.Module) -> dict[str, Any]:
+    """`views_of` a module whose Weights are installed."""
+    known = nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention | Conv1D
+    views = {
+        name: chain.view.as_dict()
+        for name, (module, chain) in installations(model).items()
+        if not isinstance(module, known) and not is_marked(module)
+    }
+    return {"views": views} if views else {}
+
+
+def stored_uses(model: nn.Module, views: Any, weights: Iterable[str]) -> dict[str, Use]:
+    """The uses of a stored model's parameters: by its manifest's `views`, or, where it is older than they are, by shape as it was written then.
+
+    Raises: CheckpointError for a view that does not fit the parameter.
+    """
+    if not isinstance(views, Mapping):
+        raise CheckpointError(f"the manifest's views should be an object, got {views!r:.80}")
+    open_ones, found = _by_module(model)[1], {}
+    for name in weights:
+        if name not in open_ones:
+            continue
+        shape = tuple(open_ones[name].shape)
+        if name in views:
+            found[name] = Use(_stored_view(name, shape, views[name]))
+        elif len(shape) == 3:
+            found[name] = Use(View(shape, lead=2), shape[0])
+    return found
+
+
+def _stored_view(name: str, shape: tuple[int, ...], stored: Any) -> View:
+    lead, transposed, dims = (stored.get(key) for key in ("lead", "transposed", "dims")) if isinstance(stored, dict) else (None, None, None)
+    laid = shape if dims is None else dims
+    sized = isinstance(laid, list | tuple) and all(type(n) is int and n > 0 for n in laid) and math.prod(laid) == math.prod(shape)
+    if sized and isinstance(lead, int) and isinstance(transposed, bool) and 0 < lead < len(laid):
+        return View(shape, lead, transposed, None if dims is None else tuple(laid))
+    raise CheckpointError(f"{name}: the manifest's view {stored!r} does not fit a parameter of shape {list(shape)}")
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
@@ -192,41 +256,70 @@ def tied_names(model: nn.Module) -> list[list[str]]:
     return list(names.values())
 
 
-def _see(module: nn.Module, parameter: str, tensor: Tensor) -> tuple[View, int] | None:
-    """The matrix view and number of groups of a compressible parameter, or None."""
+def _by_module(model: nn.Module) -> tuple[dict[str, Use], dict[str, Tensor]]:
+    """The parameters whose modules say which matrices they are, and the others that may be one, by name."""
+    routers = router_parameters(model)
+    sure: dict[str, Use] = {}
+    open_ones: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue
+        for parameter, tensor in module.named_parameters(recurse=False):
+            if not tensor.is_floating_point() or tensor.dim() < 2:
+                continue
+            name = f"{path}.{parameter}".lstrip(".")
+            use = _see(module, parameter, tensor)
+            if use is None and (path, parameter) in routers:
+                use = Use(View(tuple(tensor.shape)))
+            if use is not None:
+                sure[name] = use
+            elif not type(module).__module__.startswith("torch.nn.modules"):
+                open_ones[name] = tensor
+    return sure, open_ones
+
+
+def _see(module: nn.Module, parameter: str, tensor: Tensor) -> Use | None:
+    """The matrix that a parameter of a known module is, or None."""
     shape = tuple(tensor.shape)
-    if not tensor.is_floating_point() or tensor.dim() < 2:
-        return None
     if isinstance(module, nn.Linear | nn.Embedding):
-        return (View(shape), 1) if parameter == "weight" else None
+        return Use(View(shape), looked_up=isinstance(module, nn.Embedding)) if parameter == "weight" else None
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return (View(shape), module.groups) if parameter == "weight" else None
+        return Use(View(shape), module.groups) if parameter == "weight" else None
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return (View(shape), 1) if parameter.startswith("weight_") else None
+        return Use(View(shape)) if parameter.startswith("weight_") else None
     if isinstance(module, nn.MultiheadAttention):
-        return (View(shape), 1) if parameter.endswith("proj_weight") else None
+        return Use(View(shape)) if parameter.endswith("proj_weight") else None
     if isinstance(module, Conv1D):
-        return (View(shape, transposed=True), 1) if parameter == "weight" else None
-    if tensor.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd | nn.modules.conv._ConvTransposeNd) and min(shape[1:]) > 1:
-        transposed = bool(getattr(module, "is_transposed", False))  # transformers marks experts that compute x W this way
-        return View(shape, lead=2, transposed=transposed), shape[0]
+        return Use(View(shape, transposed=True)) if parameter == "weight" else None
+    if is_marked(module) and tensor.dim() == 3:
+        return Use(View(shape, lead=2, transposed=bool(module.is_transposed)), shape[0])
     return None
 
 
-def uncompressed(model: nn.Module, slots: Sequence[Slot]) -> list[tuple[str, tuple[int, ...], int, str]]:
-    """What no method is offered: (name, shape, entries, reason in words) of every parameter of two dimensions or more that is no site.
+class Uncompressed(NamedTuple):
+    """A parameter of two dimensions or more that is no site, with the reason in words."""
 
-    Ties appear once. Cost: a walk over the modules.
+    name: str
+    shape: tuple[int, ...]
+    entries: int
+    reason: str
+
+
+def uncompressed(model: nn.Module, slots: Sequence[Slot], reasons: Mapping[str, str] | None = None) -> list[Uncompressed]:
+    """What no method is offered: every parameter of two dimensions or more that is no site.
+
+    Ties appear once. `reasons`: what `Uses.why_not` says of some. Cost: a walk over the modules.
     """
     sites = {user for slot in slots for user in slot.users}
     taken = {id(getattr(model.get_submodule(path), name)) for path, name in sites}
-    found: list[tuple[str, tuple[int, ...], int, str]] = []
+    found: list[Uncompressed] = []
     for path, module in model.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
             if tensor.dim() < 2 or id(tensor) in taken:
                 continue
             taken.add(id(tensor))
-            found.append((f"{path}.{name}".lstrip("."), tuple(tensor.shape), tensor.numel(), _why_not(module, tensor)))
+            full = f"{path}.{name}".lstrip(".")
+            found.append(Uncompressed(full, tuple(tensor.shape), tensor.numel(), (reasons or {}).get(full) or _why_not(module, tensor)))
     return found
 
 
@@ -238,4 +331,4 @@ def _why_not(module: nn.Module, tensor: Tensor) -> str:
         return f"{str(tensor.dtype).removeprefix('torch.')} values"
     if type(module).__module__.startswith("torch."):
         return f"of a layer that is not supported, {type(module).__name__}"
-    return f"a parameter of {type(module).__name__} that is not known to multiply anything"
+    return f"a parameter of {type(module).__name__} that no product was seen with"

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from laconic.products import Product, products
 from laconic.sites import INPUTS, Site, Slot, Stats
+from laconic.usage import Place, place_of
 
 _STRIPS = 4  # more of them save little more (1/2 at most) and make the products thinner
 
@@ -91,21 +93,21 @@ class Gram:
         return self.total
 
 
-Seen = Callable[[Slot, Tensor, int | None, Tensor, bool], None]
-"""Called with a slot, its input [groups, tokens, in], the group (None for all), the product's output, and whether that is channels-first."""
+Seen = Callable[[Slot, Product, Place, Tensor], None]
+"""Called with a slot, a product with it, where in the slot the product's operand lies, and what came out."""
 Fused = Callable[[Slot, Tensor], Tensor]
 """Called with a slot and its parameter where that goes into a fused call; what it returns goes there instead."""
 
 
 class Tap(TorchFunctionMode):
-    """Sees every matrix product or convolution with a watched parameter: found by the parameter's storage, so no layer is known by name.
+    """Sees every product with a watched parameter, on either side of it: found by the parameter's storage, so no layer is known by name.
 
     Of a fused call (a recurrent layer, multi-head attention) only the parameters are seen, not what they are multiplied with.
     """
 
     def __init__(self, watched: dict[Slot, nn.Parameter], seen: Seen, fused: Fused) -> None:
         super().__init__()
-        self._slots = {tensor.untyped_storage().data_ptr(): (slot, tensor) for slot, tensor in watched.items()}
+        self._slots = {tensor.untyped_storage()._cdata: (slot, tensor) for slot, tensor in watched.items()}
         self._places = {tensor.data_ptr(): slot for slot, tensor in watched.items()}  # a recurrent layer's weights may share one storage
         self._seen, self._fused = seen, fused
 
@@ -123,81 +125,19 @@ class Tap(TorchFunctionMode):
             with torch.backends.cudnn.flags(enabled=False) if torch.is_grad_enabled() and torch.cuda.is_available() else nullcontext():
                 return func(*self._replaced(args), **named)
         output = func(*args, **(kwargs or {}))
-        product = PRODUCTS.get(func)
-        if product is not None:
-            x, w, extra = product(*args, **(kwargs or {}))
-            if isinstance(w, Tensor) and w.device.type != "meta":
-                slot, tensor = self._slots.get(w.untyped_storage().data_ptr(), (None, None))
-                if slot is not None and tensor is not None:
-                    whole = w.numel() == tensor.numel()
-                    group = None if whole else (w.storage_offset() - tensor.storage_offset()) // tensor.stride(0)
-                    self._seen(slot, _inputs(slot, x, w, extra, whole), group, output, isinstance(extra, tuple))
+        for product in products(func, args, kwargs or {}):
+            slot, tensor = self._slots.get(product.w.untyped_storage()._cdata, (None, None))
+            if slot is not None and tensor is not None and not tensor.is_meta:
+                place = place_of(product, slot.view, slot.groups, tensor)
+                if place is not None:
+                    self._seen(slot, product, place, output)
         return output
 
-
-def _linear(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Any]:
-    return input, weight, None
-
-
-def _addmm(_: Tensor, mat1: Tensor, mat2: Tensor, **__: Any) -> tuple[Tensor, Tensor, Any]:
-    return mat1, mat2, None
-
-
-def _matmul(input: Tensor, other: Tensor, **_: Any) -> tuple[Tensor, Tensor, Any]:
-    return input, other, None
-
-
-def _conv(
-    input: Tensor, weight: Tensor, _: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, *__: Any, **___: Any
-) -> tuple[Tensor, Tensor, Any]:
-    return input, weight, (stride, padding, dilation)
-
-
-def _lookup(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Any]:
-    return input, weight, "lookup"
-
-
-PRODUCTS: dict[Any, Callable[..., tuple[Tensor, Tensor, Any]]] = {
-    F.linear: _linear, torch.addmm: _addmm, torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, torch.bmm: _matmul,
-    torch.mm: _matmul, F.conv1d: _conv, F.conv2d: _conv, torch.conv1d: _conv, torch.conv2d: _conv, F.embedding: _lookup,
-}  # fmt: skip
 
 _FUSED = {
     torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
     F.multi_head_attention_forward,
 }  # fmt: skip
-
-
-def _inputs(slot: Slot, x: Tensor, w: Tensor, extra: Any, whole: bool) -> Tensor:
-    """The input of a product as X [groups, tokens, in]; of a look-up the rows [1, tokens, 1], which are integers."""
-    if extra == "lookup":  # the input is one-hot, and the table's columns are not mixed: X^T X / n is the identity
-        return x.detach().reshape(1, -1, 1)  # the row of each token, as an integer
-    if extra is not None:
-        return _patches(x, w, extra, slot.groups)
-    if whole and slot.groups > 1:  # all experts at once, each with its own rows
-        return x.detach().reshape(slot.groups, -1, x.shape[-1])
-    return x.detach().reshape(1, -1, x.shape[-1])
-
-
-def _patches(x: Tensor, w: Tensor, extra: Any, groups: int) -> Tensor:
-    """The patches a convolution multiplies, [groups, patches, in / groups x kernel]."""
-    kernel = tuple(w.shape[2:])
-    stride, padding, dilation = (_pair(value, len(kernel)) for value in extra)
-    x = x.detach()
-    if isinstance(extra[1], str):
-        total = [d * (k - 1) if extra[1] == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-        x = F.pad(x, [side for t in reversed(total) for side in (t // 2, t - t // 2)])
-        padding = (0,) * len(kernel)
-    if len(kernel) == 1:
-        x, kernel, stride, padding, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
-    unfolded = F.unfold(x, kernel, dilation, padding, stride)  # [batch, in x kernel, patches]
-    return unfolded.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
-
-
-def _pair(value: Any, dimensions: int) -> tuple[int, ...]:
-    if isinstance(value, str):
-        return (0,) * dimensions
-    return (value,) * dimensions if isinstance(value, int) else tuple(value)
 
 
 class Statistics:
@@ -215,6 +155,7 @@ class Statistics:
         self.tokens = self.sequences = 0
         self.order: list[Slot] = []
         self.fused: set[Slot] = set()
+        self.turned: set[Slot] = set()
         self._last: tuple[Tensor, list[Gram]] | None = None
         self._numbers = count()
 
@@ -225,13 +166,31 @@ class Statistics:
             yield
         self._last = None
 
-    def _seen(self, slot: Slot, x: Tensor, group: int | None, output: Tensor, channels_first: bool) -> None:
+    def _seen(self, slot: Slot, product: Product, place: Place, output: Tensor) -> None:
         if slot not in self.order:
             self.order.append(slot)
-        if self.needs[slot] & INPUTS:
-            self._sum_inputs(slot, x, group)
-        if self.needs[slot] & (Stats.FISHER | Stats.OUTPUT) and output.requires_grad:
-            output.register_hook(lambda g: self._sum_gradients(slot, x, group, g.detach().movedim(1, -1) if channels_first else g.detach()))
+        if not place.forward:  # what it is fed then are outputs of W x: a sum over both would be nobody's Hessian
+            self.turned.add(slot)
+            return
+        needs = self.needs[slot]
+        x = self._inputs(slot, product, place) if needs & INPUTS or needs & Stats.FISHER else None
+        if x is not None and needs & INPUTS:
+            self._sum_inputs(slot, self._by_group(slot, x, place), place.group)
+        if needs & (Stats.FISHER | Stats.OUTPUT) and output.requires_grad:
+            output.register_hook(lambda g: self._sum_gradients(slot, x, place, product.outputs(g.detach())))
+
+    def _inputs(self, slot: Slot, product: Product, place: Place) -> Tensor:
+        """X [matrices or 1, tokens, in] with all the site's columns: those a product leaves out are fed zeros by it."""
+        x = product.inputs()
+        if product.kind == "product" and x.shape[-1] < slot.shape[1]:
+            return F.pad(x, (place.column, slot.shape[1] - place.column - x.shape[-1]))
+        return x
+
+    def _by_group(self, slot: Slot, x: Tensor, place: Place) -> Tensor:
+        """The inputs as [groups, tokens, in], or [1, tokens, in] of one group."""
+        if len(x) == 1 < slot.groups and place.group is None:
+            return x.expand(slot.groups, -1, -1)
+        return x if len(x) in (1, slot.groups) else x.reshape(1, -1, x.shape[-1])
 
     def _inside(self, slot: Slot, w: Tensor) -> Tensor:
         """A leaf in the place of a parameter in a fused call, so that its gradient is seen whether or not it is trained."""
@@ -274,17 +233,14 @@ class Statistics:
         """A number that slots have in common which are fed one tensor and share its sums; None where nothing was summed."""
         return self.grams[slot].number if slot in self.grams else None
 
-    def _sum_gradients(self, slot: Slot, x: Tensor, group: int | None, g: Tensor) -> None:
-        """Add the gradients g [..., rows] of one product, one sequence's if the model runs on one sequence at a time."""
-        g = g.reshape(-1, g.shape[-1])
-        per_row = g.square().sum(0)
-        start = (group or 0) * (slot.shape[0] // slot.groups)
+    def _sum_gradients(self, slot: Slot, x: Tensor | None, place: Place, g: Tensor) -> None:
+        """Add the gradients g [matrices, tokens, rows] of one product, one sequence's if the model runs on one sequence at a time."""
+        per_row = g.square().sum(1).flatten()
+        rows = slice(place.row, place.row + len(per_row))
         total = self.output.setdefault(slot, torch.zeros(slot.shape[0], device=g.device))
-        total[start : start + len(per_row)] += per_row
-        if self.needs[slot] & Stats.FISHER and x.is_floating_point():
-            squared = self._fisher(slot)
-            grouped = g.unflatten(1, (x.shape[0], -1)).permute(1, 2, 0)  # [groups, rows, tokens]
-            squared[start : start + len(per_row)] += (grouped @ x).flatten(0, 1).square()
+        total[rows] += per_row
+        if self.needs[slot] & Stats.FISHER and x is not None and x.is_floating_point():
+            self._fisher(slot)[rows] += (g.mT.to(x.dtype) @ x).flatten(0, 1).square()
 
     def forget(self, slot: Slot) -> None:
         """Drop what was summed for a slot (what it shares with another stays for that one)."""
@@ -300,6 +256,10 @@ class Statistics:
         if slot in self.fused:
             site = site.having(unseen="it is multiplied inside a fused call (a recurrent layer, multi-head attention), where inputs cannot be seen")
         gram = self.grams.get(slot)
+        if slot in self.turned and gram is None:
+            site = site.having(unseen="only its transpose is multiplied with anything, the other way round than its layer does")
+        elif slot in self.turned and self.needs[slot] & INPUTS:
+            site.notes.append(f"{slot.name}: its transpose is multiplied with something too; only the inputs of the matrix itself are looked at")
         if gram is not None:
             mean, magnitude, peak = gram.mean(), gram.magnitude, gram.peak  # `mean` divides the sums in place
             if slot.role == "embedding" and not mean.any():

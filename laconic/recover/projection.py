@@ -20,6 +20,7 @@ from laconic.solve import fed_alike, solve_sites
 from laconic.statistics import Statistics
 from laconic.tensors import is_finite
 from laconic.unmeasured import completed
+from laconic.usage import in_sight
 from laconic.weights import Weight
 
 
@@ -123,7 +124,7 @@ def _gather(model: nn.Module, needs: dict[Slot, Stats], data: Iterable[Batch], l
     slots = list(needs)
     flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     try:
-        with in_evaluation(model):
+        with in_evaluation(model), in_sight(model):
             if any(need & GRADIENTS for need in needs.values()):
                 for parameter in flags:
                     parameter.requires_grad_(parameter.is_floating_point())

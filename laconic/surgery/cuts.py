@@ -11,8 +11,8 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from laconic.products import PRODUCTS
 from laconic.sites import Slot, find_slots
-from laconic.statistics import PRODUCTS
 from laconic.surgery.ports import Conv, Norm
 from laconic.surgery.verify import apart, flat
 

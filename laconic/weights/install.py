@@ -17,12 +17,14 @@ from laconic.weights.inputs import Rounding, check_rounding, set_rounding
 class View:
     """A parameter of `shape` seen as W [out, in]: the first `lead` dimensions are rows, the others columns.
 
-    `transposed` swaps the last two dimensions first, for layers that compute x W (GPT-2's Conv1D, some packed experts).
+    `transposed` swaps the last two dimensions first, for layers that compute x W (GPT-2's Conv1D, some packed experts). `dims`, if given, is
+    what the parameter is reshaped to before: the matrices a flat parameter holds below one another, say.
     """
 
     shape: tuple[int, ...]
     lead: int = 1
     transposed: bool = False
+    dims: tuple[int, ...] | None = None
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -30,18 +32,33 @@ class View:
         return math.prod(dims[: self.lead]), math.prod(dims[self.lead :])
 
     @property
+    def laid(self) -> tuple[int, ...]:
+        """The dimensions in which the parameter is read."""
+        return self.shape if self.dims is None else self.dims
+
+    @property
     def _turned(self) -> tuple[int, ...]:
-        return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+        return (*self.laid[:-2], self.laid[-1], self.laid[-2]) if self.transposed else self.laid
+
+    def turned(self, parameter: Tensor) -> Tensor:
+        """The parameter with its outputs before its inputs; of more than two dimensions where it holds several matrices or a kernel."""
+        laid = parameter if self.dims is None else parameter.reshape(self.dims)
+        return laid.transpose(-1, -2) if self.transposed else laid
 
     def matrix(self, parameter: Tensor) -> Tensor:
         """The parameter as [out, in]; no copy where strides allow."""
-        turned = parameter.transpose(-1, -2) if self.transposed else parameter
-        return turned.reshape(self.matrix_shape)
+        return self.turned(parameter).reshape(self.matrix_shape)
 
     def restore(self, W: Tensor) -> Tensor:
         """The inverse of `matrix`."""
         turned = W.reshape(self._turned)
-        return turned.transpose(-1, -2) if self.transposed else turned
+        laid = turned.transpose(-1, -2) if self.transposed else turned
+        return laid if self.dims is None else laid.reshape(self.shape)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The view as plain values; the shape is the parameter's own."""
+        found: dict[str, Any] = {"lead": self.lead, "transposed": self.transposed}
+        return found if self.dims is None else found | {"dims": list(self.dims)}
 
 
 class Installed(nn.Module):
@@ -78,12 +95,17 @@ def install(module: nn.Module, name: str, weight: Weight, view: View) -> None:
 
 def installed(module: nn.Module) -> dict[str, Weight]:
     """Every Weight installed below `module`, by the dotted name of the parameter it replaces; a tie appears under each of its names."""
-    found: dict[str, Weight] = {}
+    return {name: chain.weight for name, (_, chain) in installations(module).items()}
+
+
+def installations(module: nn.Module) -> dict[str, tuple[nn.Module, Installed]]:
+    """The module that holds each parameter of `installed`, and what stands in its place."""
+    found: dict[str, tuple[nn.Module, Installed]] = {}
     for prefix, child in module.named_modules():
         if isinstance(getattr(child, "parametrizations", None), nn.ModuleDict):
             for name, chain in child.parametrizations.items():
                 if isinstance(chain, nn.ModuleList) and isinstance(chain[0], Installed):
-                    found[f"{prefix}.{name}" if prefix else name] = chain[0].weight
+                    found[f"{prefix}.{name}" if prefix else name] = child, chain[0]
     return found
 
 
