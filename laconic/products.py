@@ -222,6 +222,7 @@ _READERS: dict[Any, Callable[..., list[Product]]] = {
     torch.addmm: _addmm, Tensor.addmm: _addmm, torch.baddbmm: _addmm, Tensor.baddbmm: _addmm, torch.addmv: _addmm,
     torch.inner: _inner, torch.einsum: _einsum, torch._grouped_mm: _grouped_mm, F.grouped_mm: _grouped_mm,
     F.conv1d: _conv, F.conv2d: _conv, F.conv3d: _conv, torch.conv1d: _conv, torch.conv2d: _conv, torch.conv3d: _conv, F.embedding: _lookup,
+    F.embedding_bag: _lookup,
 }  # fmt: skip
 
 

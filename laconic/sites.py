@@ -167,10 +167,11 @@ def site_name(path: str, parameter: str) -> str:
 def find_slots(model: nn.Module, uses: Mapping[str, Use] | None = None) -> list[Slot]:
     """The compressible tensors of a model in module order, tensors on the meta device included; ties are found by identity.
 
-    Sure by their modules: Linear, Conv1d, Conv2d, GPT-2's Conv1D and Embedding weights, those of recurrent layers (a gate's rows below the
-    other's), the input projections of MultiheadAttention, experts of transformers whose class says how they multiply, and routers. Any other
-    parameter of two dimensions or more is a site only if a product shows which matrix it is: `uses` by parameter name, as seen in a run
-    (`uses_of`) or as stored; None: as a run of a transformers model on the meta device shows. A parametrized tensor is not a slot.
+    Sure by their modules: Linear, Conv1d, Conv2d, Conv3d, GPT-2's Conv1D, Embedding and EmbeddingBag weights, those of recurrent layers (a
+    gate's rows below the other's), the input projections of MultiheadAttention, experts of transformers whose class says how they multiply,
+    and routers. Any other parameter of two dimensions or more is a site only if a product shows which matrix it is: `uses` by parameter
+    name, as seen in a run (`uses_of`) or as stored; None: as a run of a transformers model on the meta device shows. A parametrized tensor
+    is not a slot.
     """
     sure, open_ones = _by_module(model)
     if uses is None:
@@ -211,7 +212,7 @@ def views_of(model: nn.Module, slots: Iterable[Slot]) -> dict[str, Any]:
 
 def views_in(model: nn.Module) -> dict[str, Any]:
     """`views_of` a module whose Weights are installed."""
-    known = nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention | Conv1D
+    known = nn.Linear | nn.Embedding | nn.EmbeddingBag | nn.modules.conv._ConvNd | nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention | Conv1D
     views = {
         name: chain.view.as_dict()
         for name, (module, chain) in installations(model).items()
@@ -281,9 +282,9 @@ def _by_module(model: nn.Module) -> tuple[dict[str, Use], dict[str, Tensor]]:
 def _see(module: nn.Module, parameter: str, tensor: Tensor) -> Use | None:
     """The matrix that a parameter of a known module is, or None."""
     shape = tuple(tensor.shape)
-    if isinstance(module, nn.Linear | nn.Embedding):
-        return Use(View(shape), looked_up=isinstance(module, nn.Embedding)) if parameter == "weight" else None
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
+    if isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag):
+        return Use(View(shape), looked_up=not isinstance(module, nn.Linear)) if parameter == "weight" else None
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return Use(View(shape), module.groups) if parameter == "weight" else None
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return Use(View(shape)) if parameter.startswith("weight_") else None

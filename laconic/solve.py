@@ -1,5 +1,6 @@
 """From sites to weights: sites solved one by one or together, the record of each, and the weight in the parameter's place."""
 
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +38,8 @@ def solve_sites(method: Method, sites: Sequence[Site]) -> list[Weight]:
             return method.together(sites)
     except SchemeError as error:
         names = [site.name for site in sites]
-        raise error if any(str(error).startswith(f"{name}:") for name in names) else SchemeError(f"{', '.join(names)}: {error}") from error
+        named = any(re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", str(error)) for name in names)
+        raise error if named else SchemeError(f"{', '.join(names)}: {error}") from error
 
 
 def solve_stage(

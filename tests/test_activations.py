@@ -289,6 +289,8 @@ def test_a_fused_path_is_not_taken() -> None:
 
 
 class Experts(nn.Module):
+    is_transposed = False  # as transformers marks experts that compute W x
+
     def __init__(self) -> None:
         super().__init__()
         self.up = nn.Parameter(random(4, 8, 16))

@@ -171,10 +171,10 @@ def test_the_output_of_a_matrix_view_is_the_layers_own() -> None:
 
 @pytest.mark.parametrize("padding", [0, 1, "same", "valid"])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("dimensions", [1, 2])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
 def test_the_patches_of_a_convolution(padding: Any, groups: int, dimensions: int) -> None:
     """W X^T of the patches is the convolution, for strides, paddings, dilations and groups; so X^T X / n is its Hessian."""
-    kind, function = (nn.Conv1d, F.conv1d) if dimensions == 1 else (nn.Conv2d, F.conv2d)
+    kind, function = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d), 3: (nn.Conv3d, F.conv3d)}[dimensions]
     stride, dilation = (1 if isinstance(padding, str) else 2), 2
     layer = kind(8, 12, 3, padding=padding, groups=groups, stride=stride, dilation=dilation, bias=False)
     x = torch.randn(2, 8, *(11,) * dimensions, generator=torch.Generator().manual_seed(0))
@@ -183,7 +183,7 @@ def test_the_patches_of_a_convolution(padding: Any, groups: int, dimensions: int
     seen: list[torch.Tensor] = []
     statistics = Statistics(parameters_of(model, [slot]), {slot: Stats.HESSIAN})
     original = statistics._seen
-    statistics._seen = lambda s, X, *rest: (seen.append(X), original(s, X, *rest))  # type: ignore[assignment, method-assign, func-returns-value]
+    statistics._seen = lambda s, p, *rest: (seen.append(p.inputs()), original(s, p, *rest))  # type: ignore[assignment, method-assign, func-returns-value]
     with torch.no_grad(), statistics.watch():
         y = model(x)
     W = slot.view.matrix(layer.weight).unflatten(0, (groups, -1))

@@ -247,13 +247,15 @@ def test_what_no_product_shows_is_listed_and_not_compressed() -> None:
 
 TINY: dict[str, Any] = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 HEADS: dict[str, Any] = {"num_key_value_heads": 2}
+EIGHT: dict[str, Any] = {"head_dim": 8}
+FOUR: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 1}
 
 
 def moe(kind: str) -> Any:
     config = {
-        "llama4": lambda: transformers.Llama4TextConfig(**TINY, **HEADS, head_dim=8, intermediate_size_mlp=32, num_local_experts=4, num_experts_per_tok=1),
-        "gpt_oss": lambda: transformers.GptOssConfig(**TINY, **HEADS, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
-        "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**TINY, **HEADS, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+        "llama4": lambda: transformers.Llama4TextConfig(**TINY, **HEADS, **EIGHT, intermediate_size_mlp=32, **FOUR),
+        "gpt_oss": lambda: transformers.GptOssConfig(**TINY, **HEADS, **EIGHT, num_local_experts=4, num_experts_per_tok=2),
+        "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**TINY, **HEADS, **EIGHT, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
         "dbrx": lambda: transformers.DbrxConfig(
             d_model=32, n_heads=4, n_layers=2, vocab_size=100, max_seq_len=64, attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
             ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
@@ -333,13 +335,41 @@ def test_a_damaged_view_is_refused(damage: Any, tmp_path: Path) -> None:
 
 
 def test_heads_and_routers_stay_by_default_and_are_known_by_structure() -> None:
-    vit = transformers.ViTForImageClassification(
-        transformers.ViTConfig(
-            hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8, num_labels=5
-        )
-    )
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    vit = transformers.ViTForImageClassification(transformers.ViTConfig(**size, image_size=16, patch_size=8, num_labels=5))
     roles = {slot.name: slot.role for slot in find_slots(vit)}
     assert roles["classifier"] == "head"
     assert not any("position" in name or "token" in name for name in roles)
     plain = {slot.name: slot.role for slot in find_slots(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))}
     assert plain == {"0": "body", "1": "body"}
+
+
+class Volumes(nn.Module):
+    """Layers of which less is known: volumes and bags of words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.volume, self.last = nn.EmbeddingBag(30, 8), nn.Conv3d(2, 8, 3, groups=2), nn.Linear(8, 4)
+
+    def forward(self, x: dict[str, Tensor] | Tensor) -> Tensor:
+        ids = torch.arange(12).view(3, 4)
+        assert isinstance(x, Tensor)
+        return self.last(self.words(ids) + self.volume(x).mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize("scheme", ["RTN(4, 'channel')", "GPTQ(bits=4, group='channel')", "Magnitude(0.5)", "Wanda(0.5)"])
+def test_volumes_and_bags_are_sites_and_come_back(scheme: str, tmp_path: Path) -> None:
+    net = seeded(Volumes).eval()
+    fresh, x = copy.deepcopy(net), torch.randn(3, 2, 5, 6, 4, generator=generator())
+    with torch.no_grad():
+        before = net(x)
+    assert {slot.name: slot.role for slot in find_slots(net)} == {"words": "embedding", "volume": "body", "last": "body"}
+    _, report = lc.compress(net, f"[('*', {scheme})]", [x])
+    assert all("unmeasured" not in record for record in report.sites)
+    lc.save(net, tmp_path / "model")
+    with torch.no_grad():
+        after = net(x)
+        assert torch.allclose(lc.load_into(fresh, tmp_path / "model")(x), after, atol=1e-5)
+    assert torch.equal(fresh.volume.weight, net.volume.weight)
+    assert torch.equal(fresh.words.weight, net.words.weight)
+    assert 0 < float((after - before).norm() / before.norm()) < 0.9
