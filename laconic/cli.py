@@ -1,7 +1,8 @@
 """The command line. With --json, JSON alone goes to stdout; progress, logs and messages always go to stderr.
 
 Exit codes: 0 done; 1 an error of another kind; 2 scheme or arguments; 3 model; 4 data; 5 output directory or disk; 6 verification;
-7 a network that cannot be cut; 8 a search that cannot be carried out; 9 training that diverged; 130 interrupted.
+7 a network that cannot be cut; 8 a search that cannot be carried out; 9 training that diverged;
+10 a complete model, of which what follows the weights failed; 129, 130, 143 ended by a signal; 141 nobody reads the output.
 """
 
 import shlex
@@ -107,7 +108,7 @@ def summarize(report: dict[str, Any]) -> None:
     stored, original, m = report["stored_bytes"], report["original_bytes"], report["metrics"]
     err.print(f"stored [bold]{human_bytes(stored)}[/] from {human_bytes(original)}: {report['bits_per_weight']:.3f} bits per weight, ", end="")
     err.print(f"{report['matrix_bits']:.3f} in the compressed matrices")
-    err.print(report["coverage_line"], markup=False)
+    err.print(shown(report["coverage_line"], 2000), markup=False)
     if "perplexity" in m:
         low, high = m["perplexity_interval"]
         err.print(

@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from laconic.coverage import coverage_line
 from laconic.shown import shown
 from laconic.units import human_bytes
 
@@ -78,6 +77,8 @@ class Terminal:
     def plan(self, preflight: dict[str, Any]) -> None:
         if self.quiet:
             return
+        from laconic.coverage import coverage_line  # on use, since it loads PyTorch
+
         table = Table(title="plan", title_justify="left", header_style="bold")
         for name, justify in (("sites", "left"), ("number", "right"), ("method", "left"), ("bits", "right"), ("bytes", "right")):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -93,7 +94,7 @@ class Terminal:
             f"expected: {human_bytes(after)} from {human_bytes(before)}, peak memory {human_bytes(preflight['peak_memory'])}, "
             f"about {duration(preflight['seconds'])}"
         )
-        self.console.print(coverage_line(preflight["coverage"]), markup=False)
+        self.console.print(shown(coverage_line(preflight["coverage"]), 2000), markup=False)
 
     def start(self, task: str, total: float) -> None:
         if self.task is not None:

@@ -73,9 +73,15 @@ def _class(module: str, node: ast.ClassDef) -> _Class:
             if any(isinstance(mark, ast.Name) and mark.id == "abstractmethod" for mark in item.decorator_list):
                 abstract.add(item.name)
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and not ast.unparse(item.annotation).startswith("ClassVar"):
-            default = "" if item.value is None else f" = {ast.unparse(item.value)}"
-            arguments[item.target.id] = f"{item.target.id}: {_spelled(module, item.annotation)}{default}"
+            arguments[item.target.id] = f"{item.target.id}: {_spelled(module, item.annotation)}{_default(item.value)}"
     return _Class(module, node, arguments, frozenset(abstract))
+
+
+def _default(value: ast.expr | None) -> str:
+    """A default as the end of an argument's text; of `field(default=...)` what it says there."""
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
+        value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
+    return "" if value is None else f" = {ast.unparse(value)}"
 
 
 def _bases(module: str, node: ast.ClassDef) -> Iterator[_Class]:

@@ -123,7 +123,7 @@ def test_every_error_class_has_its_exit_code(kind: type[errors.LaconicError], ti
     """The codes documented at the top of cli.py, and the message whole, whatever brackets it has."""
     documented = {
         "LaconicError": 1, "SchemeError": 2, "CheckpointError": 3, "DataError": 4, "OutputError": 5, "VerificationError": 6, "SurgeryError": 7,
-        "SearchError": 8, "RecoveryError": 9,
+        "SearchError": 8, "RecoveryError": 9, "ReportError": 10,
     }  # fmt: skip
     monkeypatch.setattr("laconic.pipeline.compress_directory", failing_with(kind("/some/[where]: expected [/this], came [out, in]")))
     result = laconic("compress", tiny)

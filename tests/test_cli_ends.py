@@ -167,7 +167,7 @@ PLANS: dict[str, tuple[str | bytes, int, str]] = {
     "says much": ("raise ValueError('x' * 100_000)\n", 2, "plan.py, line 1: ValueError"),
     "hides": ("raise ValueError('\\x1b[2J\\u202egood\\n\\nerror no')\n", 2, "plan.py, line 1: ValueError"),
     "has a function that raises": ("def scheme(site):\n    return {}[site.name]\n", 2, "plan.py, line 2: KeyError: 'model."),
-    "has a condition that raises": ("import laconic as lc\nscheme = [(lambda s: s.nope, lc.RTN(4, 32)), ('*', lc.Keep())]\n", 1, "plan.py, line 2"),
+    "has a condition that raises": ("import laconic as lc\nscheme = [(lambda s: s.nope, lc.RTN(4, 32)), ('*', lc.Keep())]\n", 2, "plan.py, line 2"),
     "has a function without a result": ("def scheme(site):\n    return None\n", 2, "should return a method"),
     "has a function that takes nothing": ("def scheme():\n    return None\n", 2, "scheme() takes 0 positional arguments"),
     "has a rule that is none": ("scheme = [3]\n", 2, "a rule is a pair"),
@@ -383,12 +383,13 @@ def test_names_are_drawn_as_they_are(capsys: pytest.CaptureFixture[str]) -> None
     terminal = Terminal()
     terminal.console = Console(stderr=True, width=200, emoji=False, highlight=False)
     record = {"name": name, "bits_per_weight": 3.0, "error": 0.1, "seconds": 1.0, "notes": [name]}
-    site = {"name": name, "aliases": [name], "method": name, "bits_per_weight": 3.0, "bytes": 1, "kept": False}
-    terminal.plan({"sites": [site], "bytes": 1, "original_bytes": 2, "peak_memory": 3, "seconds": 4})
+    site = {"name": name, "aliases": [name], "method": name, "bits_per_weight": 3.0, "bytes": 1, "kept": False, "reason": ""}
+    found = {"parameters": 9, "compressed": 8, "kept": {}, "vectors": 1, "untreated": [{"name": name, "reason": "raw", "entries": 1}]}
+    terminal.plan({"sites": [site], "bytes": 1, "original_bytes": 2, "peak_memory": 3, "seconds": 4, "notes": [name], "coverage": found})
     terminal.start(name, 1)
     terminal.advance(1, name)
     terminal.site(record)
     terminal.say(name)
     drawn = capsys.readouterr().err
-    assert drawn.count(seen) == 6, drawn
+    assert drawn.count(seen) == 8, drawn
     assert "\x1b" not in drawn
