@@ -177,6 +177,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A compressed directory.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every tensor and compare it with its checksum, about a second per GB.")] = False,
     as_json: Json = False,
 ) -> None:
     """List every weight of a compressed model with its kind, bits, bytes and error; the rows add up to the files."""
@@ -184,7 +185,7 @@ def inspect(
     def work() -> None:
         from laconic.inspect import inspect_directory
 
-        found = inspect_directory(path)
+        found = inspect_directory(path, verify=verify)
         if as_json:
             emit(found)
             return
@@ -210,6 +211,9 @@ def inspect(
         for name, size in found["other_files"].items():
             table.add_row(f"[dim]{markup(name)}[/]", "[dim]not counted[/]", "", "", f"[dim]{size:,}[/]", "")
         out_console.print(table)
+        if verify:
+            none = "not verified: written by an earlier version, without checksums"
+            out_console.print(f"verified: {found['verified']:,} bytes are those that were written" if found["verified"] else none)
 
     guard(work)
 

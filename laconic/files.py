@@ -15,14 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from laconic.errors import CheckpointError, LaconicError, OutputError
-from laconic.tensors import bytes_of
+from laconic.tensors import WIDTHS, bytes_of
 
 TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
     torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
 }  # fmt: skip
-_WIDTHS = {name: dtype.itemsize for dtype, name in TYPES.items()}
 _CHUNK = 1 << 24  # bytes copied at a time
 _SEAL = "crc"
 
@@ -79,7 +78,7 @@ def write_header(target: Any, entries: Iterable[Entry], metadata: Mapping[str, s
 
     The widest types first, so that every tensor is aligned to its own width, as the format advises.
     """
-    ordered = sorted(entries, key=lambda entry: (-_WIDTHS.get(entry[1], 1), entry[0]))
+    ordered = sorted(entries, key=lambda entry: (-WIDTHS.get(entry[1], 1), entry[0]))
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     position = 0
     for name, dtype, shape, nbytes in ordered:

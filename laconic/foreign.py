@@ -48,17 +48,41 @@ def run_file(file: Path, kind: type[LaconicError], what: str) -> dict[str, Any]:
         return runpy.run_path(str(file))
 
 
-def read_object(file: Path, kind: type[LaconicError]) -> dict[str, Any]:
-    """The JSON object that a file holds. Raises: an error of the class `kind` when it cannot be read, is not JSON or is not an object."""
+def read_object(file: Path, kind: type[LaconicError], limit: int = 1 << 26) -> dict[str, Any]:
+    """The JSON object that a file of at most `limit` bytes (64 MiB) holds.
+
+    Raises: an error of the class `kind` when it cannot be read, is not JSON, is not an object, or has a key twice.
+    """
     try:
-        value = json.loads(file.read_bytes())
+        if not file.is_file():
+            raise kind(f"{file}: expected a file" + (", it is a folder" if file.is_dir() else ""))
+        if (size := file.stat().st_size) > limit:
+            raise kind(f"{file}: {size:,} bytes of JSON; at most {limit:,} are read")
+        text = file.read_bytes()
     except OSError as error:
+        if isinstance(error, LaconicError):
+            raise
         raise kind(f"{file}: cannot be read: {error.strerror or error}") from error
+    return parse_object(text, kind, str(file))
+
+
+def parse_object(text: bytes, kind: type[LaconicError], where: str) -> dict[str, Any]:
+    """The object that JSON text holds. Raises: an error of the class `kind`, which begins with `where`, as `read_object` does."""
+    try:
+        value = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise kind(f"{file}: not JSON: {error}") from error
+        raise kind(f"{where}: damaged, not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise kind(f"{file}: expected a JSON object, got a {type(value).__name__}")
+        raise kind(f"{where}: expected a JSON object, got a {type(value).__name__}")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return found
 
 
 def last_line(error: BaseException) -> str:

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 @register_quantization_config("laconic")
 class LaconicConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Marks a config.json as that of a compressed directory."""
+    """Marks a config.json as that of a compressed directory; `"verify": false` in it skips the checksums."""
 
-    def __init__(self, schema: int | None = None, **_: Any) -> None:
+    def __init__(self, schema: int | None = None, verify: bool = True, **_: Any) -> None:
         from laconic.store import SCHEMA
 
         self.quant_method, self.schema = "laconic", SCHEMA if schema is None else schema
+        self.verify = verify
 
 
 @register_quantizer("laconic")
@@ -39,7 +40,7 @@ class LaconicQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from laconic.reader import Filling
 
-        self._filling = Filling(model, kwargs.get("checkpoint_files"))
+        self._filling = Filling(model, kwargs.get("checkpoint_files"), verify=self.quantization_config.verify)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._filling is None:

@@ -11,14 +11,16 @@ from laconic.tensors import INDEX, read_header
 _SIDE = (REPORT_JSON, REPORT_HTML)
 
 
-def inspect_directory(path: str | Path) -> dict[str, Any]:
+def inspect_directory(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """A row per weight (kind, shape, bits, bytes, error), a row per plain tensor, and the rest of the files; rows add up to `bytes`.
 
-    `bytes` counts the files a model is made of: safetensors, their index, the manifest. Config, tokenizer and reports are listed apart.
+    `bytes` counts the files a model is made of: the safetensors it is read from, their index, the manifest. Config, tokenizer, reports and
+    what else lies there are listed apart. With `verify` every tensor is read and compared with its checksum; `verified` are the bytes that were.
     Raises: CheckpointError when the directory is not a sound compressed model.
     """
     folder = Path(path)
     stored = Compressed(folder)
+    verified = stored.verify() if verify else None
     errors = _errors(folder)
     rows = []
     packed: set[str] = set()
@@ -37,14 +39,15 @@ def inspect_directory(path: str | Path) -> dict[str, Any]:
         if name not in packed
     ]
     files = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
-    model = {name: size for name, size in files.items() if name.endswith(".safetensors") or name in (INDEX, MANIFEST)}
+    ours = {file.name for file in stored.files.files} | {MANIFEST} | ({INDEX} if stored.files.index is not None else set())
+    model = {name: size for name, size in files.items() if name in ours}
     headers = sum(read_header(folder / name)[1] for name in model if name.endswith(".safetensors"))
     container = headers + sum(size for name, size in model.items() if not name.endswith(".safetensors"))
     return {
         "path": str(folder), "scheme": stored.manifest.get("scheme"), "metrics": stored.manifest.get("metrics", {}), "weights": rows,
         "plain": plain, "container_bytes": container, "bytes": sum(model.values()),
         "other_files": {name: size for name, size in files.items() if name not in model},
-        "parameters": stored.manifest.get("source", {}).get("parameters"),
+        "verified": verified, "parameters": stored.manifest.get("source", {}).get("parameters"),
     }  # fmt: skip
 
 

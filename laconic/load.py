@@ -15,6 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from laconic.companions import NOT_FETCHED
 from laconic.errors import CheckpointError
 from laconic.foreign import Foreign, read_object
+from laconic.integrity import check_config
 from laconic.residence import Residence
 from laconic.sites import Slot, find_slots, stored_uses, tied_names
 from laconic.state import guard
@@ -25,6 +26,7 @@ from laconic.weights import install
 from laconic.weights.inputs import Rounding
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
+_CONFIG = 1 << 24  # bytes of a config.json; labels of 20,000 classes take one of them in sixteen
 
 
 def fetch(source: str) -> Path:
@@ -204,7 +206,7 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path}: expected a model directory with config.json")
-    raw = read_object(file, CheckpointError)
+    raw = read_object(file, CheckpointError, _CONFIG)
     if raw.get("auto_map") and not trust_remote_code:
         code = sorted(map(str, raw["auto_map"].values())) if isinstance(raw["auto_map"], dict) else [str(raw["auto_map"])]
         raise CheckpointError(f"{file}: the model wants to run code that came with it ({code[0]}); pass --trust-remote-code to allow that")
@@ -233,9 +235,11 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
 class CompressedCheckpoint:
     """A compressed model directory as a provider of decoded parameters."""
 
-    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, path: Path, *, trust_remote_code: bool = False, verify: bool = True) -> None:
         self.path, self.trust_remote_code = path, trust_remote_code
-        self.stored = Compressed(path)
+        self.stored = Compressed(path, verify=verify)
+        if verify:
+            check_config(path, self.stored.manifest)
         self.config = read_config(path, trust_remote_code)
 
     @cached_property
@@ -260,10 +264,11 @@ class CompressedCheckpoint:
 
     def check(self) -> None:
         """Raises CheckpointError unless every parameter of the configured model is stored, compressed or plain."""
-        stored = set(self.stored.files.tensors) | set(self.slots)
+        stored = self.stored.names
         for names in tied_names(self.skeleton):
             if not stored.intersection(names):
                 raise CheckpointError(f"{self.path}: the config asks for {names[0]}, which is not stored")
+        self.slots  # noqa: B018 # which checks what the manifest stores
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -283,11 +288,13 @@ class CompressedCheckpoint:
 
 
 def open_source(source: str | Path, *, trust_remote_code: bool = False) -> Checkpoint | CompressedCheckpoint:
-    """A model directory or hub id, compressed or not, checked to be complete."""
+    """A model directory or hub id, compressed or not, checked to be complete, a compressed one against its checksums too."""
     path = fetch(str(source))
     kind = CompressedCheckpoint if (path / MANIFEST).is_file() else Checkpoint
     opened = kind(path, trust_remote_code=trust_remote_code)
     opened.check()
+    if isinstance(opened, CompressedCheckpoint):
+        opened.stored.verify()
     return opened
 
 
@@ -297,14 +304,19 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def load(path: str | Path, *, dense: bool = True, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:
+def load(
+    path: str | Path, *, dense: bool = True, dtype: torch.dtype | None = None, trust_remote_code: bool = False, verify: bool = True
+) -> nn.Module:  # fmt: skip
     """The model of a compressed directory, ready to run: decoded once into dense parameters, or with `dense=False` with its Weights
     installed (they decode on every read and can be trained). Layers whose weights ask for it round their inputs, in either form.
 
-    `dtype` is that of the dense parameters, by default the config's. Raises: CheckpointError when the directory is damaged or incomplete.
+    `dtype` is that of the dense parameters, by default the config's. What is stored is compared with its checksums first, about a second per
+    GB, unless `verify` is False. Raises: CheckpointError when the directory is damaged or incomplete.
     """
-    checkpoint = CompressedCheckpoint(Path(path), trust_remote_code=trust_remote_code)
+    checkpoint = CompressedCheckpoint(Path(path), trust_remote_code=trust_remote_code, verify=verify)
     checkpoint.check()
+    if verify:
+        checkpoint.stored.verify()
     model = checkpoint.skeleton
     dtype = dtype or getattr(checkpoint.config, "dtype", None) or torch.float32
     residence = Residence(model, checkpoint, None, dtype, torch.device("cpu"))

@@ -16,7 +16,7 @@ from laconic.calibrate import Loss, Shelf, default_loss, parameters_of
 from laconic.choice import Fit, resolve
 from laconic.coverage import coverage
 from laconic.errors import CheckpointError, DataError, SchemeError, VerificationError
-from laconic.files import atomically, disk_errors, write_json
+from laconic.files import atomically, disk_errors
 from laconic.lock import locked
 from laconic.methods.base import Keep
 from laconic.passes import (
@@ -38,7 +38,7 @@ from laconic.scheme import Scheme, describe
 from laconic.sites import INPUTS, Slot, find_slots, stored_uses, uses_of, views_in
 from laconic.solve import put_back, solve_stage
 from laconic.state import check_storable, check_values, guard, not_stored, plain_value, state_of, tensors_of
-from laconic.store import MANIFEST, Compressed, manifest_of, pack_weights, remove_shards, same_tensor, stored_bytes
+from laconic.store import MANIFEST, Compressed, manifest_of, pack_weights, remove_shards, same_tensor, seal, stored_bytes
 from laconic.surgery.reshape import Shapes, rebuild
 from laconic.tensors import Reader, is_finite
 from laconic.unmeasured import naming_batches, unmeasured_notes
@@ -240,7 +240,7 @@ def save(
     with locked(folder), disk_errors(folder):
         again = (folder / MANIFEST).is_file()
         atomically(folder / "model.safetensors", tensors)
-        write_json(folder / MANIFEST, manifest_of([{"specs": specs}], **fields, **views_in(model)))
+        write_manifest(folder, manifest_of([{"specs": specs}], **fields, **views_in(model)))
         if again:
             remove_shards(folder)
     stored = Compressed(folder)
@@ -258,17 +258,21 @@ def _in_type(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def load_into(model: nn.Module, path: str | Path) -> nn.Module:
+def load_into(model: nn.Module, path: str | Path, *, verify: bool = True) -> nn.Module:
     """Install a saved directory's Weights and tensors into a freshly built module of the same architecture.
 
-    A thinned module's directory says its shapes: the module, built as the original was, is brought to them first.
-    Raises: CheckpointError when a stored tensor has no place in the module, a place in the module has no tensor, two stored tensors differ
-    where the module has one, or the module has no values of its own to set (meta device, lazy layers); no weight is changed then.
+    A thinned module's directory says its shapes: the module, built as the original was, is brought to them first. What is stored is compared
+    with its checksums first, about a second per GB, unless `verify` is False.
+    Raises: CheckpointError when the directory is damaged, a stored tensor has no place in the module, a place in the module has no tensor,
+    two stored tensors differ where the module has one, or the module has no values of its own to set (meta device, lazy layers); no weight is
+    changed then.
     """
-    stored = Compressed(Path(path))
+    stored = Compressed(Path(path), verify=verify)
+    if verify:
+        stored.verify()
     check_values(model)
     rebuild(model, stored.manifest.get("shapes", {}))
-    plain = set(stored.files.tensors) - {f"{name}.{key}" for name in stored.weights for key in stored.packed(name)}
+    plain = stored.names - set(stored.weights)
     uses = stored_uses(model, stored.manifest.get("views", {}), stored.weights)
     slots = {".".join(part for part in user if part): slot for slot in find_slots(model, uses) for user in slot.users}
     for name, spec in stored.weights.items():

@@ -20,8 +20,10 @@ from laconic.weights.inputs import set_rounding
 class Filling:
     """A model without values that transformers is about to load from a compressed directory; `finish` puts in what it could not."""
 
-    def __init__(self, model: Any, files: list[str] | None) -> None:
-        self.model, self.stored = model, Compressed(_directory(model, files))
+    def __init__(self, model: Any, files: list[str] | None, *, verify: bool = True) -> None:
+        self.model, self.stored = model, Compressed(_directory(model, files), verify=verify)
+        if verify:
+            self.stored.verify()
         self.places = _places(model, self.stored)
         for slot in self._slots():
             if slot.parameter in self.places:

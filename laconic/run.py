@@ -16,7 +16,7 @@ from laconic.companions import Companions
 from laconic.errors import CheckpointError, OutputError
 from laconic.files import atomically, disk_errors, read_seal, read_sealed_json, seal, write_json, write_sealed_json
 from laconic.lock import LOCK
-from laconic.store import MANIFEST
+from laconic.store import MANIFEST, amend_manifest, write_manifest
 from laconic.tensors import INDEX
 from laconic.weights.base import Spec
 
@@ -137,12 +137,12 @@ class Run:
             if beside is not None:
                 beside.copy_to(self.out)
             write_json(self.out / "config.json", config, indent=2)
-            write_json(self.out / MANIFEST, manifest | {"copied": copied, "run": self.fingerprint})
+            write_manifest(self.out, manifest | {"copied": copied, "run": self.fingerprint}, config=True)
 
     def describe(self, **fields: Any) -> None:
         """Add to the manifest of a finished model."""
         with disk_errors(self.out):
-            write_json(self.out / MANIFEST, json.loads((self.out / MANIFEST).read_text(encoding="utf-8")) | fields)
+            amend_manifest(self.out, fields)
 
     def verified(self, report: dict[str, Any]) -> None:
         """The model is complete and was read back. What is known of it is kept until the report is written; the parts are not needed any more."""

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from laconic.errors import CheckpointError
 from laconic.foreign import read_object
+from laconic.integrity import amend_checked, check_config, check_manifest, check_tensors, units, write_checked
 from laconic.tensors import INDEX, TensorFiles
 from laconic.weights import Weight, unpack
 from laconic.weights.base import Spec, asks_its_layer, input_bits_of, pack
-from laconic.weights.dense import DTYPES
 from laconic.weights.inputs import Rounding, why_no_bias, why_not
+from laconic.weights.layout import check_spec, stored_names
 
 MANIFEST = "laconic.json"
 SCHEMA = 1
@@ -25,24 +26,47 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}[.]safetensors")
 class Compressed:
     """A compressed model directory: decodes its weights one at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, verify: bool = True) -> None:
         self.path = path
-        self.manifest = read_manifest(path)
+        self.manifest = read_manifest(path, verify=verify)
         self.files = TensorFiles(path)
         self.weights: dict[str, Spec] = {name: self.manifest["specs"][i] for name, i in self.manifest["weights"].items()}
+        for i in sorted(set(self.manifest["weights"].values())):
+            spec, where = self.manifest["specs"][i], f"{path / MANIFEST}: spec {i}"
+            check_spec(spec, where)
+            _check_inputs(spec, where)
+        self._account()
+
+    def _account(self) -> None:
+        """Raises CheckpointError unless every weight has exactly the tensors that its spec asks for, and the index is true."""
+        self.parts = units(self.files.tensors, self.weights)
         for name, spec in self.weights.items():
-            _check_spec(spec, spec.get("shape"), f"{path / MANIFEST}: {name}")
-            _check_inputs(spec, f"{path / MANIFEST}: {name}")
+            expected, found = {f"{name}.{key}" for key in stored_names(spec)}, set(self.parts[name])
+            if found != expected:
+                what = f"lacks {min(expected - found)}" if expected - found else f"has a tensor {min(found - expected)} too many"
+                raise CheckpointError(f"{self.path}: {name} {what}; the directory is damaged")
+        index = self.files.index
+        if index is not None and {name: stored.file.name for name, stored in self.files.tensors.items()} != index:
+            raise CheckpointError(f"{self.path / INDEX}: damaged: it does not name the files that hold the tensors")
+
+    def verify(self) -> int:
+        """Compare every stored tensor and the config with what was written; returns the bytes read (0 where there are no checksums).
+
+        Raises: CheckpointError naming the first that differs. Cost: about a second per GB.
+        """
+        if "checksums" not in self.manifest:
+            return 0
+        check_config(self.path, self.manifest)
+        return check_tensors(self.path, self.files, self.manifest)
 
     @cached_property
     def names(self) -> set[str]:
         """The names of the module's state that are stored, packed or plain."""
-        packed = {f"{name}.{key}" for name in self.weights for key in self.packed(name)}
-        return set(self.files.tensors) - packed | set(self.weights)
+        return set(self.parts)
 
     def packed(self, name: str) -> dict[str, Any]:
         """The stored tensors of a weight by their names within it, as (file, dtype, shape, bytes)."""
-        return {key[len(name) + 1 :]: t for key, t in self.files.tensors.items() if key.startswith(name + ".")}
+        return {key[len(name) + 1 :]: self.files.tensors[key] for key in self.parts[name]}
 
     def weight(self, name: str) -> Weight:
         """The weight that stands for a parameter. Raises: CheckpointError when spec and tensors disagree."""
@@ -70,40 +94,26 @@ class Compressed:
         return self.files.tensors[name].bytes if name in self.files.tensors else 0
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a compressed directory. Raises: CheckpointError when it is missing, damaged, or of a newer kind."""
+def read_manifest(path: Path, *, verify: bool = True) -> dict[str, Any]:
+    """The manifest of a compressed directory. Raises: CheckpointError when it is missing, damaged, or of a newer kind.
+
+    What it says of tensors and config is compared by `Compressed.verify` only; `verify=False` takes a manifest that was changed by hand.
+    """
     file = path / MANIFEST
     if not file.is_file():
         raise CheckpointError(f"{path}: expected a compressed model with {MANIFEST}")
-    try:
-        manifest = read_object(file, CheckpointError)
-        specs, weights = manifest["specs"], manifest["weights"]
-        sound = manifest["format"] == "laconic" and isinstance(specs, list) and isinstance(weights, dict)
-        sound = sound and all(isinstance(i, int) and 0 <= i < len(specs) and isinstance(specs[i], dict) for i in weights.values())
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: damaged: {error!r}") from error
-    if not sound:
+    manifest = read_object(file, CheckpointError)
+    if manifest.get("format") == "laconic" and manifest.get("schema") != SCHEMA:
+        raise CheckpointError(f"{file}: schema {str(manifest.get('schema'))[:40]}; this version reads schema {SCHEMA}")
+    specs, weights = manifest.get("specs"), manifest.get("weights")
+    sound = manifest.get("format") == "laconic"
+    if not (sound and isinstance(specs, list) and isinstance(weights, dict)) or not all(
+        type(i) is int and 0 <= i < len(specs) and isinstance(specs[i], dict) for i in weights.values()
+    ):
         raise CheckpointError(f"{file}: damaged: its weights do not refer to its specs")
-    if manifest.get("schema") != SCHEMA:
-        raise CheckpointError(f"{file}: schema {manifest.get('schema')!r}; this version reads schema {SCHEMA}")
+    if verify:
+        check_manifest(file, manifest)
     return manifest
-
-
-def _check_spec(spec: Any, shape: Any, where: str) -> None:
-    """Refuses a spec that could make its reader allocate more than the matrix it stands for, before anything is read."""
-    if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and 0 < n < 2**31 for n in shape)):
-        raise CheckpointError(f"{where}: shape must be two positive integers, got {shape!r}")
-    limit = max(4 * shape[0] * shape[1], 1 << 21)
-    if isinstance(spec, dict):
-        inner = spec.get("shape", [1, 1])
-        plain = isinstance(inner, list) and all(isinstance(n, int) and n > 0 for n in inner)
-        if not plain or inner[0] * inner[-1] > limit or spec.get("dtype", "float32") not in DTYPES:
-            raise CheckpointError(f"{where}: a part of shape {inner!r} in a matrix of {shape}; the manifest is damaged")
-        for value in spec.values():
-            _check_spec(value, shape, where)
-    elif isinstance(spec, list):
-        for value in spec:
-            _check_spec(value, shape, where)
 
 
 def _check_inputs(spec: Spec, where: str) -> None:
@@ -144,9 +154,12 @@ def manifest_of(records: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
 
 
 def stored_bytes(path: Path) -> int:
-    """Bytes of the files a model is made of: its safetensors, their index, and the manifest (not config, tokenizer or report)."""
-    files = [p for p in path.iterdir() if p.suffix == ".safetensors" or p.name in (INDEX, MANIFEST)]
-    return sum(p.stat().st_size for p in files)
+    """Bytes of the files a model is made of: the safetensors it is read from, their index, and the manifest (not config, tokenizer or report).
+
+    What lies beside them (another format's weights, an index left behind) is no part of it.
+    """
+    manifest = path / MANIFEST
+    return TensorFiles(path).bytes + (manifest.stat().st_size if manifest.is_file() else 0)
 
 
 def remove_shards(folder: Path) -> None:
@@ -154,6 +167,19 @@ def remove_shards(folder: Path) -> None:
     for file in [folder / INDEX, *folder.glob("*.safetensors")]:
         if file.name == INDEX or _SHARD.fullmatch(file.name):
             file.unlink(missing_ok=True)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any], *, config: bool = False) -> None:
+    """Write the manifest of a folder whose tensors (and, with `config`, config.json) are there: the last step of every writer.
+
+    It gets the checksums of what lies there. Cost: one read of the tensors, about a second per GB.
+    """
+    write_checked(folder, MANIFEST, manifest, config=config)
+
+
+def amend_manifest(folder: Path, fields: dict[str, Any]) -> None:
+    """Add to the manifest of a folder whose tensors stay as they are."""
+    amend_checked(folder / MANIFEST, fields)
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:

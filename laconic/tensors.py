@@ -1,6 +1,6 @@
 """Safetensors directories: headers that are checked before anything is read, tensors read by name through memory maps."""
 
-import json
+import math
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -14,46 +14,67 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from laconic.errors import CheckpointError
+from laconic.foreign import parse_object, read_object
 
 INDEX = "model.safetensors.index.json"
+WIDTHS = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
+}  # fmt: skip
+"""Bytes of an entry by the type's name in safetensors files."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its type as safetensors names it, its shape, and its bytes."""
+    """A tensor in a file: its type as safetensors names it, its shape, its bytes, and where in the file they begin."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    start: int
 
 
 def read_header(file: Path) -> tuple[dict[str, Stored], int]:
-    """The tensors a safetensors file announces and the bytes its header takes, after checking that the file holds them all.
+    """The tensors a safetensors file announces and the bytes its header takes, after checking that the file holds them all, side by side.
 
     Raises: CheckpointError when the file is missing, truncated or not a safetensors file.
     """
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; the checkpoint is incomplete")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            raise CheckpointError(f"{file}: not a safetensors file, or cut off within its header ({size} bytes)")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            tensors = {
-                name: Stored(file, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-                for name, entry in header.items()
-            }
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise CheckpointError(f"{file}: the header is damaged: {error}") from error
-    if 8 + length + end != size:
-        raise CheckpointError(f"{file}: truncated or damaged: its header announces {8 + length + end} bytes, the file has {size}")
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(size - 8, 100_000_000):
+                raise CheckpointError(f"{file}: not a safetensors file, or cut off within its header ({size} bytes)")
+            header = parse_object(stream.read(length), CheckpointError, f"{file}: the header")
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    header.pop("__metadata__", None)
+    tensors = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
+    position = 8 + length
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].bytes)):
+        if stored.start != position:
+            raise CheckpointError(f"{file}: damaged: {name} begins at byte {stored.start}, expected {position}")
+        position += stored.bytes
+    if position != size:
+        raise CheckpointError(f"{file}: truncated or damaged: its header announces {position} bytes, the file has {size}")
     return tensors, 8 + length
+
+
+def _entry(file: Path, name: str, entry: Any, first: int) -> Stored:
+    """A tensor as a header describes it. Raises: CheckpointError when type, shape and bytes do not belong together."""
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop)) and stop >= start
+        width = WIDTHS.get(dtype)
+        if not sound or (width is not None and width * math.prod(shape) != stop - start):
+            raise ValueError(f"type {dtype!r}, shape {list(shape)}, bytes {start} to {stop}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: the header is damaged: {name[:200]}: {str(error)[:200]}") from error
+    return Stored(file, dtype, shape, stop - start, first + start)
 
 
 class TensorFiles:
@@ -62,8 +83,19 @@ class TensorFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.tensors: dict[str, Stored] = {}
-        for file in self._files():
-            self.tensors |= read_header(file)[0]
+        self.index: dict[str, str] | None = None
+        self.files = self._files()
+        for file in self.files:
+            found = read_header(file)[0]
+            if twice := found.keys() & self.tensors.keys():
+                raise CheckpointError(f"{file}: stores {min(twice)}, which {self.tensors[min(twice)].file.name} stores too")
+            self.tensors |= found
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the files, and of their index where they have one."""
+        used = [*self.files, *([self.directory / INDEX] if self.index is not None else [])]
+        return sum(file.stat().st_size for file in used)
 
     def _files(self) -> list[Path]:
         """As transformers chooses: one `model.safetensors` before an index, which may have been left behind."""
@@ -71,13 +103,14 @@ class TensorFiles:
         if single.is_file():
             return [single]
         if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise CheckpointError(f"{index}: damaged index: {error}") from error
+            places = read_object(index, CheckpointError).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+                raise CheckpointError(f"{index}: damaged index: it does not say which file each tensor is in")
+            names = sorted(set(places.values()))
             for name in names:
-                if Path(name).name != name:
+                if Path(name).name != name or "\0" in name:
                     raise CheckpointError(f"{index}: names the file {name!r}, which is outside the checkpoint's directory")
+            self.index = places
             return [self.directory / name for name in names]
         others = sorted(p.name for p in self.directory.glob("*.bin")) if self.directory.is_dir() else []
         hint = f"; {others[0]} is a pickle, which is never read: convert it to safetensors first" if others else ""

@@ -23,7 +23,7 @@ from laconic.methods.base import Method
 from laconic.methods.rtn import RTN
 from laconic.pipeline import Options, compress_directory
 from laconic.sites import Site, Stats
-from laconic.store import MANIFEST, Compressed
+from laconic.store import MANIFEST, Compressed, write_manifest
 from laconic.weights import Dense, Scaled, Uniform, View, Weight, bake, baked, install, installed
 from laconic.weights.base import pack, unpack
 from laconic.weights.inputs import Rounding, round_input, rounding_of, set_rounding
@@ -330,8 +330,8 @@ def test_numbers_of_bits_that_are_none(bits: Any, tmp_path: Path) -> None:
     lc.save(linear(weight), tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     manifest["specs"][0]["input_bits"] = bits
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=rf"{MANIFEST}: weight: dense: input_bits should be"):
+    write_manifest(tmp_path, manifest)
+    with pytest.raises(CheckpointError, match=rf"{MANIFEST}: spec 0: dense: input_bits should be"):
         Compressed(tmp_path)
 
 
@@ -354,7 +354,7 @@ def test_only_a_whole_weight_rounds_inputs(tmp_path: Path) -> None:
     lc.save(linear(weight), tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     manifest["specs"][0]["weight"]["input_bits"] = 8
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(tmp_path, manifest)
     with pytest.raises(CheckpointError, match="input_bits in a part"):
         Compressed(tmp_path)
 
@@ -480,7 +480,7 @@ def test_a_look_up_in_a_manifest(tiny: Path, text: Path, tmp_path: Path) -> None
     lc.compress(tiny, "[('lm_head', RTN(8, 32)), ('*', Keep())]", data=str(text), out=out, samples=8, length=32, evaluate=False)
     manifest = json.loads((out / MANIFEST).read_text())
     manifest["specs"][0]["input_bits"] = 8
-    (out / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(out, manifest)
     fresh = transformers.LlamaForCausalLM(tiny_config())
     for load in (lc.load, transformers.AutoModelForCausalLM.from_pretrained, lambda path: lc.load_into(fresh, path)):
         with pytest.raises(CheckpointError, match="embed_tokens.weight is stored with input_bits: a look-up"):

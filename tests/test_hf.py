@@ -11,7 +11,7 @@ import transformers
 
 import laconic as lc
 from laconic.errors import CheckpointError
-from laconic.store import MANIFEST, Compressed
+from laconic.store import MANIFEST, Compressed, write_manifest
 from tests.conftest import tiny_config
 
 IDS = torch.tensor([[5, 99, 17, 300, 42, 7, 7, 256]])
@@ -151,6 +151,9 @@ def test_a_directory_that_is_not_what_its_config_says(made: Path, tmp_path: Path
     copy = shutil.copytree(made, tmp_path / "copy")
     manifest = json.loads((copy / MANIFEST).read_text())
     (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | {"intermediate_size": 128}))
+    with pytest.raises(CheckpointError, match=r"config.json: damaged, or changed"):
+        transformers.AutoModelForCausalLM.from_pretrained(copy)
+    write_manifest(copy, manifest, config=True)
     with pytest.raises(CheckpointError, match="mlp"):
         transformers.AutoModelForCausalLM.from_pretrained(copy)
     shutil.copy(made / "config.json", copy / "config.json")

@@ -20,7 +20,7 @@ from laconic.modality import check_ids, check_length
 from laconic.progress import Log, Progress
 from laconic.recover.own_text import own_text
 from laconic.recover.task import Task
-from laconic.store import MANIFEST, SCHEMA
+from laconic.store import MANIFEST, SCHEMA, read_manifest, write_manifest
 from laconic.tensors import TensorFiles
 
 _LONG = 32  # characters per token wanted: from here on windows are looked for in a text, below it is tokenised whole
@@ -50,6 +50,7 @@ def complete_directory(folder: Path, model: nn.Module, source: str | Path, trust
     notes = copy_companions(folder, source, trust_remote_code)
     config = model.config.to_dict()  # type: ignore[union-attr, operator]
     write_json(folder / "config.json", config | {"dtype": "float32", "quantization_config": {"quant_method": "laconic", "schema": SCHEMA}}, indent=2)
+    write_manifest(folder, read_manifest(folder), config=True)
     return notes
 
 

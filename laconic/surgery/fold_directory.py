@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from laconic.blocks import Batch
 from laconic.companions import companions
 from laconic.errors import CheckpointError, OutputError, SurgeryError, VerificationError
+from laconic.integrity import SEALS
 from laconic.load import load
 from laconic.lock import locked
 from laconic.run import Run, check_out
@@ -55,7 +56,7 @@ def _fold(source: Path, out: Path, overwrite: bool, seed: int, tolerance: float,
     tensors, specs = pack_weights(weights)
     run.commit("weights", tensors, {"specs": specs, "sites": []})
     run.commit("plain", _plain(stored, model), {"specs": {}, "sites": []})
-    ours = ("format", "schema", "weights", "specs", "copied", "run", "folded")
+    ours = ("format", "schema", "weights", "specs", "copied", "run", "folded", *SEALS)
     kept = {key: value for key, value in stored.manifest.items() if key not in ours}
     run.finish(manifest_of([{"specs": specs}], **kept, folded=len(done)), beside, json.loads((source / "config.json").read_text()))
     again = load(out, dense=False, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -83,13 +84,10 @@ def _example(model: nn.Module, source: Path, seed: int) -> Batch:
 
 def _plain(stored: Compressed, model: nn.Module) -> dict[str, Tensor]:
     """What is stored beside the weights, as it is or, where folding changed it, as the model has it."""
-    packed = {f"{name}.{key}" for name in stored.weights for key in stored.packed(name)}
     present = model.state_dict(keep_vars=True)
     found: dict[str, Tensor] = {}
     with stored.files.open() as reader:
-        for name in stored.files.tensors:
-            if name in packed:
-                continue
+        for name in stored.names - set(stored.weights):
             tensor, now = reader.get(name), present.get(name)
             if now is not None and not torch.equal(tensor.to(now.dtype), now):
                 exact = now.to(tensor.dtype).to(now.dtype)
