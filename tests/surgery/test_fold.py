@@ -226,7 +226,8 @@ def scale_all(model: nn.Module, example: Any, kinds: tuple[str, ...] = ("norm", 
         for seed, fold in enumerate(find_folds(model, example)):
             s = random_scale(fold.source.channels, seed)[fold.index]
             for slot in fold.readers:
-                if fold.kind in kinds and slot.name not in made and slot.role in ("body", "router"):
+                taken = slot.name in made or slot.parameter in installed(model)
+                if fold.kind in kinds and not taken and slot.role in ("body", "router"):
                     path, name = slot.users[0]
                     weight = scaled(slot.view.matrix(getattr(model.get_submodule(path), name)), s)
                     install(model.get_submodule(path), name, weight, slot.view)
