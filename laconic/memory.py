@@ -38,7 +38,7 @@ from laconic.scheme import Scheme, describe
 from laconic.sites import INPUTS, Slot, find_slots, stored_uses, uses_of, views_in
 from laconic.solve import put_back, solve_stage
 from laconic.state import check_storable, check_values, guard, not_stored, plain_value, state_of, tensors_of
-from laconic.store import MANIFEST, Compressed, manifest_of, pack_weights, remove_shards, same_tensor, seal, stored_bytes
+from laconic.store import MANIFEST, Compressed, manifest_of, pack_weights, remove_shards, same_tensor, stored_bytes, write_manifest
 from laconic.surgery.reshape import Shapes, rebuild
 from laconic.tensors import Reader, is_finite
 from laconic.unmeasured import naming_batches, unmeasured_notes

@@ -83,7 +83,7 @@ def test_it_generates_what_the_measured_model_does(made: Path) -> None:
 
 def test_shards_are_read(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compress(tiny, SCHEMES[0], text, tmp_path / "whole")
-    monkeypatch.setattr("laconic.run._SHARD", 2_000)
+    monkeypatch.setattr("laconic.assemble._SHARD", 2_000)
     out = compress(tiny, SCHEMES[0], text, tmp_path / "out")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     shards = {file.name for file in out.glob("*.safetensors")}
