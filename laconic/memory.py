@@ -214,13 +214,14 @@ def save(
     type that `types` names, which has to hold its values exactly; every tie is stored once. Buffers that are not persistent are the
     constructor's and are not stored: the manifest says what they were. `shapes`: for a thinned module, how it differs from the original
     architecture (`surgery.shapes(thinned, original)`). `fields` go into the manifest. A model saved here before is replaced.
-    Raises: SchemeError, before anything is written, for a layer that rounds its inputs but has no installed Weight any more (a plain tensor
-    cannot say so), for a tensor that is not exact in its type, and for state that a safetensors file cannot hold, by name; VerificationError
+    Raises: SchemeError, before anything is written, for a layer that rounds its inputs or adds a bias but has no installed Weight any more (a plain
+    tensor cannot say so), for a tensor that is not exact in its type, and for state that a safetensors file cannot hold, by name; VerificationError
     if what was written does not hold every entry.
     """
     for name, layer in model.named_modules():
-        if isinstance(rounding_of(layer), Rounding):
-            raise SchemeError(f"{name}: rounds its inputs and is stored as a plain tensor, which would forget it; save the module before `bake`")
+        if isinstance(rounding := rounding_of(layer), Rounding):
+            reason = "is stored as a plain tensor, which would forget it; save the module before `bake`"
+            raise SchemeError(f"{name}: {rounding.told()} and {reason}")
     state = state_of(model)
     check_storable(model, state)
     if shapes:

@@ -148,8 +148,8 @@ def why_no_dense_checkpoint(model: nn.Module) -> str | None:
         if isinstance(module, Installed):
             name = path.replace(".parametrizations", "").removesuffix(".0")
             return f"{name} is a compressed weight; `laconic.save` stores it as it is, after `laconic.bake` a dense checkpoint can be written"
-        if isinstance(rounding_of(module), Rounding):
-            return f"{path} rounds its inputs, which a dense checkpoint would forget; store the compressed model instead"
+        if isinstance(rounding := rounding_of(module), Rounding):
+            return f"{path} {rounding.told()}, which a dense checkpoint would forget; store the compressed model instead"
     return None
 
 

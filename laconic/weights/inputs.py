@@ -70,6 +70,10 @@ class Rounding(nn.Module):
                 self._buffers[name] = kept.to(moved.device)
         return self
 
+    def told(self) -> str:
+        """What the layer does, in words."""
+        return " and ".join(["rounds its inputs"] * (self.bits is not None) + ["adds a bias to its outputs"] * (self.bias is not None))
+
     def extra_repr(self) -> str:
         inputs = [f"{self.bits} bits"] if self.bits is not None else []
         return ", ".join([*inputs, *(["bias"] if self.bias is not None else [])])

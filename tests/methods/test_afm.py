@@ -165,7 +165,7 @@ def test_every_layer_adds_it_and_every_way_back_gives_the_same(tmp_path: Path) -
         torch.testing.assert_close(dense(tokens(2)), after)
     assert rounding_of(dense.conv) is None, "it went into the layer's own bias"
     assert isinstance(rounding_of(dense.plain), Rounding)
-    with pytest.raises(SchemeError, match="plain: .* would forget it"):
+    with pytest.raises(SchemeError, match="plain: adds a bias to its outputs and .* would forget it"):
         lc.save(dense, tmp_path / "dense")
     sizes = {name: weight.bits() for name, weight in installed(model).items()}
     assert sizes == {name: 8 * Compressed(tmp_path).nbytes(name) for name in sizes}

@@ -11,9 +11,11 @@ import torch
 import laconic as lc
 from laconic.errors import CheckpointError, DataError, SchemeError
 from laconic.progress import Log
-from laconic.recover import LC, FineTune, Steps, recover_task
+from laconic.recover import LC, Direct, FineTune, Steps, recover_task
 from laconic.recover.batches import stream
 from laconic.recover.text import Shuffled, text_task
+from laconic.weights import installed
+from tests.recover.nets import untouched
 
 
 def windows(data: Any) -> set[bytes]:
@@ -43,6 +45,39 @@ def test_recovered_on_text(tiny: Path, text: Path) -> None:
     plan = [("lm_head", lc.Keep()), ("*", lc.Magnitude(0.5) >> lc.RTN(4, 32))]
     _, found = recover_task(model, plan, LC(4, 12, mu=0.5, learn=Steps("adam", 2e-3, 5e-4)), task)
     assert found.score > found.direct + 0.5
+
+
+GRADIENTS = {  # schemes whose statistics are gradients, and what they would be without
+    "KMeans(bits=3, weights='fisher')": "KMeans(bits=3)", "Magnitude(0.5, criterion='taylor', scope='model')": "Magnitude(0.5, scope='model')",
+    "Magnitude(0.5, criterion='hessian') >> RTN(4, 32)": "Magnitude(0.5) >> RTN(4, 32)",
+    "GPTQ(rate=4.0)": "GPTQ(rate=4.0, over='matrix')", "DKM(bits=3, weights='fisher')": "DKM(bits=3)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", GRADIENTS)
+@pytest.mark.parametrize("how", [Direct(), FineTune(3, Steps("adam", 1e-3, 1e-3), checks=1)], ids=["direct", "trained"])
+def test_methods_that_read_gradients_recover_a_language_model(scheme: str, how: Any, tiny: Path, text: Path) -> None:
+    """Its batches are dicts with more in them than tensors, of which none asks for a gradient."""
+    model, task = text_task(tiny, text, length=32, batch=8, train_tokens=2048, check_tokens=512)
+    keep = "('lm_head', Keep())"
+    with untouched(model):
+        small, found = recover_task(model, f"[{keep}, ('*', {scheme})]", how, task)
+    assert found.loss < 1.5 * task.judge(model, task.validation).loss
+    if isinstance(how, Direct):
+        blind, _ = recover_task(model, f"[{keep}, ('*', {GRADIENTS[scheme]})]", how, task)
+        assert any(not torch.equal(w(), installed(blind)[name]()) for name, w in installed(small).items()), "they are read"
+
+
+def test_a_search_reads_gradients_of_a_language_model(tiny: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    from laconic.search import SearchOptions, search_task
+
+    model, task = text_task(tiny, text, length=32, batch=8, train_tokens=2048, check_tokens=512)
+    scheme = "[('lm_head', Keep()), ('*', Magnitude(Free(0.01, 0.1), criterion='taylor', scope='model') >> RTN(8, 32))]"
+    goal = lc.Minimize(lc.objectives.stored_bytes)
+    found = search_task(model, scheme, task, (goal,), lc.within(2.0), Direct(), tmp_path / "out", SearchOptions(trials=2), Log())
+    assert [row["state"] for row in found.result["trials"]] == ["complete", "complete"]
+    assert found.result["best"]["score"] >= found.result["floor"]
 
 
 def test_what_is_not_compressed_is_judged_and_stored_in_its_own_type(tiny: Path, text: Path, tmp_path: Path) -> None:
