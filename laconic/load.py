@@ -13,6 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from laconic.companions import NOT_FETCHED
+from laconic.dequantize import METHODS, Dequantized, block_of, pairs_in, way
 from laconic.errors import CheckpointError
 from laconic.foreign import Foreign, read_object
 from laconic.integrity import check_config
@@ -26,6 +27,7 @@ from laconic.weights import install
 from laconic.weights.inputs import Rounding
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
+_HALVES = (torch.bfloat16, torch.float16, torch.float32)
 _CONFIG = 1 << 24  # bytes of a config.json; labels of 20,000 classes take one of them in sixteen
 
 
@@ -62,9 +64,15 @@ class Checkpoint:
         self.path, self.trust_remote_code = path, trust_remote_code
         self.config = read_config(path, trust_remote_code)
         method = _quantized_by(self.config)
-        if method is not None:
-            raise CheckpointError(f"{path}: the checkpoint is already quantized by {method!r}; start from the original weights")
         self.files = TensorFiles(path)
+        quantized = pairs_in(self.files.tensors)
+        if method is not None and (method not in METHODS or not quantized):
+            raise CheckpointError(f"{path}: the checkpoint is already quantized by {method!r}; {way(path)}")
+        if quantized:
+            dtype = getattr(self.config.get_text_config(), "dtype", None)
+            self.files = Dequantized(path, dtype if dtype in _HALVES else torch.bfloat16, block_of(_quantization(self.config)))
+        if method is not None:
+            _as_plain(self.config)
 
     @cached_property
     def _configured(self) -> nn.Module:
@@ -96,7 +104,12 @@ class Checkpoint:
     def notes(self) -> list[str]:
         """What a user must hear of the checkpoint."""
         self.skeleton  # noqa: B018 # which finds out
-        return [f"{name}: the config ties it to another tensor, but it is stored with values of its own; they are kept" for name in self.untied]
+        lines = [f"{name}: the config ties it to another tensor, but it is stored with values of its own; they are kept" for name in self.untied]
+        if isinstance(self.files, Dequantized):
+            kinds = sorted({pair.kind for pair in self.files.pairs.values()})
+            name = str(self.files.dtype).removeprefix("torch.")
+            lines.append(f"{len(self.files.pairs)} tensors are stored as {' and '.join(kinds)}; they were taken by their scales, as {name}")
+        return lines
 
     @cached_property
     def _routes(self) -> dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]]:
@@ -142,7 +155,7 @@ class Checkpoint:
                 if found.dtype not in FLOATS:
                     raise CheckpointError(
                         f"{found.file}: {stored} is stored as {found.dtype}; expected float32, float16 or bfloat16. "
-                        "Dequantize the checkpoint to one of those first"
+                        f"for fp8 with its scales beside it; {way(self.path)}"
                     )
             shape, expected = self.files.tensors[sources[0][1]].shape, tuple(parameters[name].shape)
             if converter is None and shape != expected:
@@ -191,9 +204,22 @@ class Checkpoint:
         return bad
 
 
+def _quantization(config: Any) -> Any:
+    """What a config says of how its checkpoint is quantized: a dictionary, an object, or None."""
+    return getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+
+
 def _quantized_by(config: Any) -> str | None:
-    quantization = getattr(config, "quantization_config", None)
-    return quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", None)
+    quantization = _quantization(config)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def _as_plain(config: Any) -> None:
+    """Take from a config what it says of quantization."""
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
