@@ -21,6 +21,7 @@ from laconic.progress import logger
 
 LOCK = ".laconic.lock"
 _WITHOUT = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)  # what a file system without locks answers
+_PATIENCE = 60.0  # seconds to wait for somebody who shares a lock and is alone for a moment
 _held: ContextVar[Mapping[tuple[int, Path], "_Lock"]] = ContextVar("_held", default=MappingProxyType({}))
 
 
@@ -55,6 +56,23 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
                 path.rmdir()
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[bool]:
+    """Within `locked(folder, shared=True)`: whether nobody else shares the lock. If so, others wait until the body has ended.
+
+    False too where the file system has no locks, and nobody can tell. Raises: OutputError when somebody took the folder in between.
+    """
+    lock = _held.get()[os.getpid(), folder.resolve()]
+    if not lock.shared:
+        yield not lock.without
+        return
+    only = lock._try(shared=False) and not lock.without
+    try:
+        yield only
+    finally:
+        lock._take(shared=True)
+
+
 def check_place(folder: Path) -> None:
     """Raises OutputError unless a folder can be written at a path: files and links to nowhere in its way, no permission, a read-only disk."""
     place = folder.absolute()
@@ -81,7 +99,7 @@ class _Lock:
     """An open, locked file. Its name is that of the file in the folder for as long as it is held."""
 
     def __init__(self, folder: Path, shared: bool) -> None:
-        self.folder, self.file, self.shared, self.owner = folder, folder / LOCK, shared, os.getpid()
+        self.folder, self.file, self.shared, self.owner, self.without = folder, folder / LOCK, shared, os.getpid(), False
         while True:
             with disk_errors(folder):
                 self.handle = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -101,18 +119,28 @@ class _Lock:
         self._tell()
 
     def _take(self, shared: bool) -> None:
+        """Lock the open file. Raises: OutputError when others hold it, and lets go of it."""
+        until = time.monotonic() + (_PATIENCE if shared else 0)
+        while not self._try(shared):
+            told = _told(self.file)
+            if told.get("shared") is not True or time.monotonic() > until:
+                os.close(self.handle)
+                self.handle = -1
+                raise OutputError(f"{self.folder}: in use by {_holder(told)}; wait until it has ended, or choose another directory")
+            time.sleep(0.05)  # one of those who share it is alone for a moment
+
+    def _try(self, shared: bool) -> bool:
         try:
             fcntl.flock(self.handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _WITHOUT:
-                logger.warning("%s: its file system has no locks (%s); make sure that nothing else writes there", self.folder, error.strerror)
-                return
-            holder = _holder(self.file)
-            os.close(self.handle)
-            self.handle = -1
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return False
+            if error.errno not in _WITHOUT:
                 raise OutputError(f"{self.file}: cannot be locked: {error}") from error
-            raise OutputError(f"{self.folder}: in use by {holder}; wait until it has ended, or choose another directory") from error
+            if not self.without:
+                logger.warning("%s: its file system has no locks (%s); make sure that nothing else writes there", self.folder, error.strerror)
+            self.without = True
+        return True
 
     def _is_named(self) -> bool:
         """Whether the open file is still the one in the folder."""
@@ -122,7 +150,7 @@ class _Lock:
             return False
 
     def _tell(self) -> None:
-        about = {"process": self.owner, "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        about = {"process": self.owner, "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "shared": self.shared}
         with suppress(OSError):  # a full disk keeps nobody from locking
             os.ftruncate(self.handle, 0)
             os.pwrite(self.handle, json.dumps(about).encode(), 0)
@@ -147,23 +175,26 @@ class _Lock:
         """Remove the file, unless others hold it, and let it go. In a forked child: nothing, the lock is its parent's."""
         if self.handle < 0 or self.owner != os.getpid():
             return
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of several that share it, the last one succeeds
-            last = True
-        except OSError as error:
-            last = error.errno in _WITHOUT
-        if last and self._is_named():
-            with suppress(OSError):
+        with suppress(OSError):
+            if self._try(shared=False) and self._is_named():  # of several that share it, the last one succeeds
                 self.file.unlink()
         os.close(self.handle)
         self.handle = -1
 
 
-def _holder(file: Path) -> str:
-    """Who holds a lock, as far as its file says."""
+def _told(file: Path) -> dict[str, Any]:
+    """What a lock's file says of its holder; nothing where it cannot be read."""
     try:
         with file.open("rb") as stream:
-            told: Any = json.loads(stream.read(4096)) if stat.S_ISREG(os.fstat(stream.fileno()).st_mode) else None
+            told = json.loads(stream.read(4096)) if stat.S_ISREG(os.fstat(stream.fileno()).st_mode) else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _holder(told: dict[str, Any]) -> str:
+    """Who holds a lock, as far as its file says."""
+    try:
         return f"process {int(told['process'])} on {str(told['host'])[:100]} since {str(told['since'])[:40]}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return "another process"

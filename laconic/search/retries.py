@@ -1,5 +1,6 @@
 """Trials that are run again: of workers that died, were interrupted, or had no time left."""
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,16 @@ def reclaim(search: "Search") -> None:
     for lost in search.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if not lost.params and lost.datetime_start is not None and lost.datetime_start < since:  # died before its first heartbeat
             search.storage.set_trial_state_values(lost._trial_id, TrialState.FAIL)
+
+
+def reclaim_all(search: "Search", progressed: Callable[[FrozenTrial], bool]) -> None:
+    """As `reclaim`, at once and for every trial that runs: for a worker that knows that it is the only one.
+
+    A death after which a trial has `progressed` is not held against it.
+    """
+    for lost in search.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        search.storage.set_trial_state_values(lost._trial_id, TrialState.FAIL)
+        again(search.study, lost, died=not progressed(lost))
 
 
 def again(study: optuna.Study, trial: FrozenTrial, died: bool = True) -> None:

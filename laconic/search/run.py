@@ -17,7 +17,7 @@ from laconic.choice import resolve
 from laconic.errors import SearchError
 from laconic.files import disk_errors
 from laconic.goals import Floor, within
-from laconic.lock import locked
+from laconic.lock import alone, locked
 from laconic.memory import half_types
 from laconic.methods.base import Keep
 from laconic.methods.free import Free, fix
@@ -153,6 +153,7 @@ def _search(
         half_types(given),
     )  # fmt: skip
     check_folder(study, trials)
+    _after_a_kill(study, trials, options)
     notes += remarks(facts, reference, noise)
     notes += _run_trials(study, trials, options, began, progress)
     about = {"seed": options.seed, "command": options.command}
@@ -165,6 +166,7 @@ def _search(
     result |= {"best": figures["best"], "layers": figures["layers"], "reference": result["reference"] | figures["reference"]}
     if figures["best"]["score"] < facts["level"]:
         result["notes"].append(f"measured once more, the chosen model scores {figures['best']['score']:.6g}, less than the floor: the score is noisy")
+    _after_a_kill(study, trials, options)
     with disk_errors(out):
         outcome.deliver(trials.place(outcome.folder_of(best)) / "model", out / "model")
         result["seconds"] = time.time() - began
@@ -197,6 +199,23 @@ def _study(
         settings=settings, about=about, resume=options.resume, heartbeat=options.heartbeat,
     )  # fmt: skip
     return search, studies.set_reference(search, level=level, reference=reference, noise=noise, objectives=list(standards))
+
+
+def _after_a_kill(study: "Search", trials: Trials, options: SearchOptions) -> None:
+    """Take over from dead workers without waiting for their silence, and remove what they left half done, where nobody else is at work.
+
+    Only of a study that is kept in the search's own folder is it known who works on it: the folder's lock says so.
+    """
+    from laconic.search import study as studies
+    from laconic.search.remnants import progressed, remove_remnants
+
+    if options.storage is not None:
+        return
+    with alone(trials.folder) as only:
+        if only:
+            studies.take_over(study, partial(progressed, trials))
+            with disk_errors(trials.folder):
+                remove_remnants(trials, studies.trials(study))
 
 
 def _coupling(model: nn.Module, scheme: Scheme, free: Mapping[str, Free], task: Task, thin: bool, progress: Progress) -> tuple[Any, list[str]]:

@@ -20,7 +20,7 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from laconic.search.retries import again, attempts, reclaim
+from laconic.search.retries import again, attempts, reclaim, reclaim_all
 from laconic.search.samplers import MEASURED, Settings, SharedSampler, chosen_sampler, distribution_of, plan, sampler_of
 from laconic.search.storage import address, answering, beat, beating, check_fingerprint, connect, exists_already, quiet
 
@@ -140,6 +140,12 @@ def ask(search: Search, poll: float = 2.0, until: float = math.inf) -> Asked | N
                 search.study.tell(trial, state=TrialState.FAIL)
         time.sleep(max(0.0, min(poll, until - time.time())))
     return None
+
+
+def take_over(search: Search, progressed: Callable[[FrozenTrial], bool]) -> None:
+    """Put up every trial that runs to be run again, now: nobody else works on this study. `progressed`: whether a trial left more than it found."""
+    with answering(search.place), quiet():
+        reclaim_all(search, progressed)
 
 
 def finished(search: Search) -> bool:
