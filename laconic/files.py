@@ -42,14 +42,14 @@ def disk_errors(out: Path) -> Iterator[None]:
         raise OutputError(f"{out}: cannot be written ({error}); what is finished is kept: see to that and run again with --resume") from error
 
 
-def write_json(file: Path, value: Any, indent: int | None = None) -> None:
+def write_json(file: Path, value: Any, indent: int | None = None, suffix: str = ".tmp") -> None:
     """Write a JSON file under a temporary name and rename it."""
-    write_text(file, json.dumps(value, indent=indent, separators=(",", ":") if indent is None else None) + "\n")
+    write_text(file, json.dumps(value, indent=indent, separators=(",", ":") if indent is None else None) + "\n", suffix)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it."""
-    temporary = file.with_name(file.name + ".tmp")
+def write_text(file: Path, text: str, suffix: str = ".tmp") -> None:
+    """Write a text file under a temporary name, the file's with a suffix, and rename it."""
+    temporary = file.with_name(file.name + suffix)
     temporary.write_text(text, encoding="utf-8")
     settle(temporary, file)
 

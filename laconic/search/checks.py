@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 STUDY = "study.db"  # where a search is kept if nothing else is said
 _OURS = ("trials", "model", "transformers", STUDY, "search.json", "search.html")
-_PARTS = (".model-", "study.db-")  # a model on its way, and what SQLite writes beside its file
+_PARTS = (".model-", "search.json.", "search.html.", "study.db-")  # what is on its way, and what SQLite writes beside its file
 
 
 def variables(scheme: Scheme, slots: Sequence[Slot]) -> dict[str, Free]:

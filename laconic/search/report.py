@@ -1,5 +1,6 @@
 """The report of a search: the numbers as JSON, and the same as one HTML page that needs nothing else."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ NOTHING = "-"
 
 
 def write_search_report(out: Path, result: Values) -> None:
-    """Write search.json and search.html into a directory that exists."""
-    write_json(out / SEARCH_JSON, result, indent=1)
-    write_text(out / SEARCH_HTML, render_search(result))
+    """Write search.json and search.html into a directory that exists; another worker may be doing the same."""
+    own = f".{os.getpid()}.tmp"
+    write_json(out / SEARCH_JSON, result, indent=1, suffix=own)
+    write_text(out / SEARCH_HTML, render_search(result), own)
 
 
 def render_search(result: Values) -> str:
