@@ -115,7 +115,7 @@ def measure(model: ResNet, scheme: str, args: Namespace, data: dict[str, Tensor]
     def score(candidate: nn.Module) -> float:
         return float((classes(candidate, data["x"][:CHECKED]) == data["reference"][:CHECKED]).float().mean())
 
-    compressed, report = lc.compress(copy.deepcopy(model), scheme, data=calibration, score=score, seed=args.seed)
+    compressed, report = lc.compress(copy.deepcopy(model), f"[('*', {scheme})]", data=calibration, score=score, seed=args.seed)
     seconds = time.time() - started
     with tempfile.TemporaryDirectory() as folder:
         stored = lc.save(compressed, folder, scheme=scheme)

@@ -45,6 +45,7 @@ def schemes() -> list[tuple[str, str]]:
 def run(model: Path, scheme: str, out: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Compress by a scheme and say what was stored and how long it took, evaluation not included."""
     options = {"samples": args.samples, "length": 256, "seed": args.seed, "evaluate": False, "overwrite": True}
+    options |= {} if "*embed*" in scheme else {"keep": "embedding"}
     report = lc.compress(model, scheme, str(shared(args, "data/books-train.txt")), out=out, **options)
     return {"matrix bits": report.matrix_bits, "file bytes": report.stored_bytes, "seconds": report["seconds"]}
 

@@ -74,7 +74,9 @@ def own_row(
     """One row of ours, by the same judge; the seconds are those of the whole run, reading, verifying and reporting included."""
     model, data = shared(args, "models/books-llama-7m"), shared(args, "data/books-train.txt")
     out = work / "laconic"
-    report = lc.compress(model, scheme, str(data), out=out, samples=args.samples, seed=args.seed, evaluate=False, overwrite=True, dtype=dtype)
+    report = lc.compress(
+        model, scheme, str(data), out=out, samples=args.samples, seed=args.seed, evaluate=False, overwrite=True, dtype=dtype, keep="embedding"
+    )
     name = f"laconic {scheme}" + (f", {dtype} passes" if dtype != "float32" else "")
     return {
         "family": family, "scheme": name, "bits": bits, "peer": None, "matrix bits": report.matrix_bits,

@@ -18,7 +18,7 @@ from laconic.store import Compressed
 
 pytestmark = pytest.mark.shared
 
-SMALL = dict(samples=32, length=128, evaluate=False)
+SMALL = dict(samples=32, length=128, keep="embedding", evaluate=False)
 
 
 @pytest.fixture(scope="module")

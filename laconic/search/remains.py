@@ -70,9 +70,7 @@ def encode_remains(
         try:
             compress_module(thinned, method_of, statistics, seed=seed)
         except SchemeError as error:
-            raise SchemeError(
-                f"{error}. That is a matrix from which channels were cut: choose what fits any width, such as group='channel', or thin=False"
-            ) from error
+            raise SchemeError(f"{error}. That is a matrix from which channels were cut: choose what fits any width, or thin=False") from error
     for slot in whole:
         for path, name in slot.users:
             install(thinned.get_submodule(path), name, trained[slot.parameter], slot.view)

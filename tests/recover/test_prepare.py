@@ -255,7 +255,7 @@ def test_a_state_dict_of_another_scheme_is_refused() -> None:
 @pytest.mark.parametrize(
     ("scheme", "error", "message"),
     [
-        ("RTN(bits=4, group=64)", SchemeError, "group 64 does not divide"),
+        ("LowRank(99)", SchemeError, "rank 99 of a"),
         ("DKM(bits=2) + LowRank(2)", SchemeError, "term of a sum"),
         ("DKM(bits=8)", SchemeError, "256 centroids for 64 weights"),
         ("Magnitude(0.99) >> DKM(bits=3)", SchemeError, "8 centroids for 4 weights that survive"),

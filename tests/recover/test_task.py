@@ -302,5 +302,5 @@ def test_text_that_is_no_recovery(text: str, said: str) -> None:
 
 
 def test_the_scheme_is_checked_before_training() -> None:
-    with pytest.raises(SchemeError, match="does not divide"):
-        recover_task(mlp(), lc.RTN(4, 7), LC(), task())
+    with pytest.raises(SchemeError, match="rank 99 of a"):
+        recover_task(mlp(), lc.LowRank(99), LC(), task())

@@ -18,6 +18,7 @@ pytest.importorskip("sklearn")
 
 import laconic as lc
 from laconic.errors import DataError, OutputError, SchemeError, SearchError, SurgeryError
+from laconic.methods.rtn import RTN
 from laconic.objectives import Candidate, flops, stored_bytes
 from laconic.progress import Log
 from laconic.recover import Direct, FineTune
@@ -33,7 +34,7 @@ BAD: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "nothing free": (SearchError, r"Magnitude\(sparsity=0.5\): nothing to search; leave a hyper-parameter open", {"scheme": "Magnitude(0.5)"}),
     "reversed bounds": (SchemeError, "the lower one first, got 0.9 and 0.1", {"scheme": "Magnitude(Free(0.9, 0.1))"}),
     "bounds outside": (SchemeError, r"sparsity = 1.9\d*, which Free\(0, 2\) allows", {"scheme": "Magnitude(Free(0, 2))"}),
-    "a choice that does not fit": (SchemeError, r"group = 48, which Free\(.*allows: 1: ", {"scheme": "RTN(4, group=Free(choices=('channel', 48)))"}),
+    "a choice that does not fit": (SchemeError, r"rank = 99, which Free\(.*allows: 1: rank 99", {"scheme": "LowRank(rank=Free(choices=(2, 99)))"}),
     "a floor above the original": (SearchError, r"the floor 0.99\d* is above the score of the original, 0.9", {"keep": lc.at_least(0.999)}),
     "no floor": (SearchError, r"expected within\(margin\) or at_least\(score\), got 0.02", {"keep": 0.02}),
     "no goal": (SearchError, r"expected Maximize\(...\) or Minimize\(...\)", {"objective": stored_bytes}),
@@ -129,10 +130,19 @@ def test_folder_and_storage_belong_together(problem: Problem, tmp_path: Path) ->
         run(problem, tmp_path / "one", storage=tmp_path / "shared.db", resume=True, **options)
 
 
+class Whole(RTN):
+    """A grid for 72 columns and no others."""
+
+    def expected_bits(self, shape: tuple[int, int]) -> float:
+        if shape[1] != 72:
+            raise SchemeError("72 columns only")
+        return super().expected_bits(shape)
+
+
 def test_widths_that_the_scheme_cannot_encode(problem: Problem, tmp_path: Path) -> None:
     cut = lc.FilterPrune(lc.Free(0.45, 0.55))
-    scheme = [("1", cut), ("4", cut >> lc.RTN(8, 72)), ("*", lc.Keep())]
-    with pytest.raises(SchemeError, match="does not divide.* channels were cut: choose what fits any width, such as group='channel'"):
+    scheme = [("1", cut), ("4", cut >> Whole(8)), ("*", lc.Keep())]
+    with pytest.raises(SchemeError, match="72 columns only.* channels were cut: choose what fits any width"):
         run(problem, tmp_path / "s", scheme, recover=Direct(2), trials=1)
 
 
