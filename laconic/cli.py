@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from laconic import training
+from laconic import start, training
 from laconic.commands import Commands, Device, Json, Trust, emit, err, guard, note, out_console, print_rows
 from laconic.console import Terminal, markup
 from laconic.errors import SchemeError
@@ -310,5 +310,5 @@ app.command()(training.recover)
 
 
 def main() -> None:
-    """The commands in this process as it is; `laconic.start` prepares one of its own for them."""
-    app()
+    """What scripts call that were installed before the entry point moved to `laconic.start`."""
+    start.main()

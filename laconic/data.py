@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laconic.errors import DataError
+from laconic.errors import CheckpointError, DataError
 from laconic.foreign import Foreign
 from laconic.modality import input_table, text_config
 
@@ -149,7 +149,7 @@ def start_tokens(tokenizer: Any) -> tuple[int, ...]:
 
     What it puts behind one (the end of sequence of T5) is not among them.
     """
-    whole = tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"]
+    whole = _tokens(tokenizer, "a", special=True)
     bare = _tokens(tokenizer, "a")
     found = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
     return tuple(whole[:found])
@@ -221,8 +221,9 @@ def _windows(texts: Tensor, source: str, start: tuple[int, ...]) -> Windows:
     return Windows(torch.cat([before, texts], 1), source, start)
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def _tokens(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    with Foreign(CheckpointError, "the model's tokenizer fails on a text"):
+        return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
 def _generator(seed: int) -> torch.Generator:

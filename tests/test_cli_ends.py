@@ -118,6 +118,7 @@ BAD_MODELS: dict[str, tuple[str, Any]] = {
     **{f"tokenizer {name}": ("tokenizer.json", UNREADABLE[name]) for name in ("a list", "binary", "empty", "deep", "a folder")},
     **{f"tokenizer config {name}": ("tokenizer_config.json", UNREADABLE[name]) for name in ("a list", "binary", "deep")},
     "a tokenizer of a class that is a number": ("tokenizer_config.json", {"tokenizer_class": 7}),
+    "a tokenizer that fails in use": ("tokenizer_config.json", {"model_max_length": "x"}),
 }
 
 
