@@ -41,6 +41,11 @@ class Windows:
     def hash(self) -> str:
         return hashlib.sha256(self.tokens.to(torch.int32).numpy().tobytes()).hexdigest()
 
+    @property
+    def length(self) -> int:
+        """Tokens per window."""
+        return self.tokens.shape[1]
+
     def batches(self, size: int) -> list[dict[str, Any]]:
         """The model's keyword arguments for `size` windows at a time."""
         return [self._call(part) for part in self.tokens.split(size)]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from laconic.blocks import Batch, BlockModel, call, find_chain, open_chain, to_device
-from laconic.data import Windows, evaluation_windows, read_text
+from laconic.chats import conversations
 from laconic.errors import CheckpointError, DataError
 from laconic.harness import refuse_code, run_tasks
 from laconic.load import Checkpoint, CompressedCheckpoint, load, load_tokenizer, open_source
 from laconic.machine import pick_device, pick_dtype
-from laconic.modality import accepts, check_ids, check_kind, check_length, decoder_start
+from laconic.modality import accepts, check_length, is_language_model, kind_of
+from laconic.reading import Material, Reader
 from laconic.residence import Residence
 from laconic.store import stored_bytes
 
@@ -108,13 +110,13 @@ def _shape(batch: Batch) -> str:
     return f"a tensor {list(first.shape)}"
 
 
-def is_language_model(model: nn.Module) -> bool:
-    """Whether the model predicts the next token of a text."""
-    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+def predicts(model: nn.Module, material: Material) -> bool:
+    """Whether the model predicts the material's next tokens, so that it has a likelihood."""
+    return is_language_model(model) and next(material.sequences(), None) is not None
 
 
 def perplexity(
-    source: Source, windows: Windows, *, reference: Source | None = None, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    source: Source, windows: Material, *, reference: Source | None = None, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> Quality:
     """Likelihood of the windows under a model and, given a reference, its distance from that. Cost: one forward pass of each model."""
     device = device or torch.device("cpu")
@@ -125,13 +127,13 @@ def perplexity(
     return compare(windows, own, (output.logits for output in outputs(reference, batches, dtype, device)))
 
 
-def windows_at_once(source: Source, windows: Windows) -> int:
+def windows_at_once(source: Source, windows: Material) -> int:
     """Windows per forward pass: at most 4096 tokens, and at most 2^24 logits, of which several copies are held."""
     vocabulary = getattr(source.config.get_text_config(), "vocab_size", 1) or 1
-    return max(1, min(_TOKENS, LOGITS // vocabulary) // windows.tokens.shape[1])
+    return max(1, min(_TOKENS, LOGITS // vocabulary) // windows.length)
 
 
-def compare(windows: Windows, own: Iterable[Tensor], reference: Iterable[Tensor] | None = None) -> Quality:
+def compare(windows: Material, own: Iterable[Tensor], reference: Iterable[Tensor] | None = None) -> Quality:
     """Likelihood and distance from a reference out of logits [windows, length, vocabulary] that come in batches, in the windows' order."""
     columns: list[Tensor] = []
     first = max(1, len(windows.start))  # the first position that is predicted
@@ -141,30 +143,32 @@ def compare(windows: Windows, own: Iterable[Tensor], reference: Iterable[Tensor]
             targets = next(sequences)[first:].to(logits.device)
             theirs = original[i, first - 1 : -1] if original is not None else None
             columns.append(_of_window(logits[i, first - 1 : -1], theirs, targets).cpu())
-    table = torch.stack(columns).double()  # [windows, (nll, reference nll, kl, agreement)], means over positions
+    table = torch.stack(columns)  # [windows, (positions, nll, reference nll, kl, agreement)], sums over positions
     return _summary(windows, table, reference is not None)
 
 
 def _of_window(logits: Tensor, original: Tensor | None, targets: Tensor) -> Tensor:
-    """Means over the positions of one window, a few positions at a time: there are several tensors as large as the logits."""
-    total = torch.zeros(4 if original is not None else 1, dtype=torch.float64, device=logits.device)
+    """Sums over the positions of one window, a few positions at a time: there are several tensors as large as the logits."""
+    total = torch.zeros(5 if original is not None else 2, dtype=torch.float64, device=logits.device)
+    total[0] = len(targets)
     step = max(1, COMPARED // logits.shape[-1])
     for start in range(0, len(targets), step):
         here = slice(start, start + step)
         p, target = logits[here].float().log_softmax(-1), targets[here].unsqueeze(-1)
-        total[0] -= p.gather(-1, target).sum(dtype=torch.float64)
+        total[1] -= p.gather(-1, target).sum(dtype=torch.float64)
         if original is not None:
             q = original[here].float().log_softmax(-1)
-            total[1] -= q.gather(-1, target).sum(dtype=torch.float64)
-            total[2] += (q.exp() * (q - p)).sum(-1).sum(dtype=torch.float64)
-            total[3] += (p.argmax(-1) == q.argmax(-1)).sum()
-    return total / len(targets)
+            total[2] -= q.gather(-1, target).sum(dtype=torch.float64)
+            total[3] += (q.exp() * (q - p)).sum(-1).sum(dtype=torch.float64)
+            total[4] += (p.argmax(-1) == q.argmax(-1)).sum()
+    return total
 
 
-def _summary(windows: Windows, table: Tensor, compared: bool) -> Quality:
-    means = table.mean(0).tolist()
-    resampled = table[torch.randint(len(table), (_RESAMPLES, len(table)), generator=torch.Generator().manual_seed(0))].mean(1)
-    tokens = windows.tokens.shape[0] * (windows.tokens.shape[1] - max(1, len(windows.start)))
+def _summary(windows: Material, table: Tensor, compared: bool) -> Quality:
+    sums = table.sum(0)
+    tokens, means = int(sums[0]), (sums[1:] / sums[0]).tolist()
+    drawn = table[torch.randint(len(table), (_RESAMPLES, len(table)), generator=torch.Generator().manual_seed(0))].sum(1)
+    resampled = drawn[:, 1:] / drawn[:, :1]
     nll = _interval(resampled[:, 0])
     interval = math.exp(nll[0]), math.exp(nll[1])
     quality = Quality(windows.source, tokens, means[0], math.exp(means[0]), interval, start=windows.start)
@@ -181,17 +185,26 @@ def _interval(values: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def similarity(source: Source, reference: Source, windows: Windows, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """For models that predict no text: mean cosine and relative squared error of the output against a reference's."""
+def similarity(source: Source, reference: Source, windows: Material, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """For models that predict no text: mean cosine and relative squared error of the output against a reference's, over its last dimension."""
     batches = windows.batches(windows_at_once(source, windows))
     if not accepts(source.skeleton, "use_cache"):
         batches = [{key: value for key, value in batch.items() if key != "use_cache"} for batch in batches]
     cosine, left, total, count = 0.0, 0.0, 0.0, 0
     for own, other in zip(outputs(source, batches, dtype, device), outputs(reference, batches, dtype, device), strict=True):
-        y, z = own[0].double().flatten(0, -2), other[0].double().flatten(0, -2)
+        y, z = (main_output(output).double().flatten(0, -2) for output in (own, other))
         cosine += float(torch.cosine_similarity(y, z, dim=-1).sum())
         left, total, count = left + float((y - z).square().sum()), total + float(z.square().sum()), count + len(y)
     return {"cosine": cosine / count, "relative_error": left / total}
+
+
+def main_output(output: Any) -> Tensor:
+    """The logits of a model's output, or the first of its tensors that has rows."""
+    values = [getattr(output, "logits", None), *(output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output])]
+    found = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2), None)
+    if found is None:
+        raise DataError(f"the model's output, a {type(output).__name__}, has no tensor to compare")
+    return found
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -222,9 +235,9 @@ def evaluate_source(
     result: dict[str, Any] = {"source": str(source), "stored_bytes": stored_bytes(opened.path)}
     result["bits_per_weight"] = 8 * result["stored_bytes"] / count_parameters(opened.skeleton)
     if data is not None:
-        windows = _windows(opened, data, length, tokens, trust_remote_code)
+        windows = _material(opened, data, length, tokens, trust_remote_code)
         other = open_source(reference, trust_remote_code=trust_remote_code) if reference is not None else None
-        if is_language_model(opened.skeleton):
+        if predicts(opened.skeleton, windows):
             result |= perplexity(opened, windows, reference=other, dtype=pick_dtype(dtype), device=pick_device(device)).as_dict()
         elif other is not None:
             result |= similarity(opened, other, windows, pick_dtype(dtype), pick_device(device))
@@ -242,12 +255,11 @@ def evaluate_source(
     return result
 
 
-def _windows(source: Source, data: str, length: int, tokens: int | None, trust_remote_code: bool) -> Windows:
-    """Windows of a text that the model can be called with. Raises: DataError, CheckpointError."""
-    check_kind(source.skeleton, data)
-    check_length(source.skeleton, length)
-    tokenizer = load_tokenizer(source.path, trust_remote_code)
-    windows = replace(evaluation_windows(read_text(data), tokenizer, length, tokens, data), decoder=decoder_start(source.skeleton))
-    check_ids(source.skeleton, windows.tokens, data, tokenizer)
-    check_call(source, windows.first(1).batches(1)[0], data)
-    return windows
+def _material(source: Source, data: str, length: int, tokens: int | None, trust_remote_code: bool) -> Material:
+    """Data that the model can be called with. Raises: DataError, CheckpointError."""
+    if kind_of(source.skeleton) == "text" and conversations(data) is None:
+        check_length(source.skeleton, length)
+    reader = Reader(source.skeleton, source.path, cache(lambda: load_tokenizer(source.path, trust_remote_code)), length, seed=0)
+    material = reader.measured(data, tokens)
+    check_call(source, material.first(1).batches(1)[0], data)
+    return material

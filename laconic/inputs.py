@@ -1,6 +1,7 @@
 """What a model directory is calibrated and measured with: read, checked against the model before any work, and written by the model itself."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,22 +9,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from laconic.data import (
-    Vocabulary,
-    Windows,
-    calibration_windows,
-    evaluation_windows,
-    read_text,
-    sample_windows,
-    split_text,
-    vocabulary_of,
-)  # fmt: skip
+from laconic.chats import conversations
+from laconic.data import Vocabulary, Windows, sample_windows, vocabulary_of
 from laconic.errors import CheckpointError, DataError
-from laconic.evaluate import check_call, is_language_model
+from laconic.evaluate import check_call
 from laconic.files import atomically, disk_errors, seal
 from laconic.load import Checkpoint, load_tokenizer
-from laconic.modality import check_ids, check_kind, check_length, decoder_start, kind_of, way_out
+from laconic.modality import check_length, is_language_model, kind_of, way_out
 from laconic.progress import Progress
+from laconic.reading import Material, Reader
 from laconic.residence import Residence
 from laconic.run import Run
 
@@ -35,9 +29,9 @@ class Request(Protocol):
     """Which data is asked for: the data fields of a run's options."""
 
     @property
-    def data(self) -> str: ...
+    def data(self) -> Any: ...
     @property
-    def test(self) -> str | None: ...
+    def test(self) -> Any: ...
     @property
     def samples(self) -> int: ...
     @property
@@ -59,8 +53,8 @@ class Given:
     `digest` is equal for equal data. `tokenizer` is the directory's, None where it has none and none was needed.
     """
 
-    calibration: Windows | None
-    test: Windows | None
+    calibration: Material | None
+    test: Material | None
     vocabulary: Vocabulary | None
     tokenizer: Any | None
     digest: dict[str, Any]
@@ -69,13 +63,17 @@ class Given:
 
 def check_request(model: nn.Module, request: Request, calibrated: bool) -> None:
     """Raises: DataError for data that cannot be a model's, as far as that is known before it is read."""
-    told = [source for source in (request.data if request.data != OWN else None, request.test) if source is not None]
-    for source in told:
-        check_kind(model, source)
-    if calibrated and request.data == OWN and not is_language_model(model):
-        raise DataError(f"{type(model).__name__} writes no text, so it cannot calibrate itself; {way_out(kind_of(model))}")
-    if told or (is_language_model(model) and (calibrated or request.evaluate)):
+    kind, own = kind_of(model), _own(request.data)
+    if calibrated and own and not is_language_model(model):
+        raise DataError(f"{type(model).__name__} writes no text, so it cannot calibrate itself; {way_out(kind)}")
+    texts = [data for data in (None if own else request.data, request.test) if isinstance(data, str | Path) and conversations(str(data)) is None]
+    if (texts and kind == "text") or (own and is_language_model(model) and (calibrated or request.evaluate)):
         check_length(model, request.length)
+
+
+def _own(data: Any) -> bool:
+    """Whether the model is to write its own text."""
+    return isinstance(data, str) and data == OWN
 
 
 def read_inputs(checkpoint: Checkpoint, request: Request, calibrated: bool) -> Given:
@@ -83,31 +81,22 @@ def read_inputs(checkpoint: Checkpoint, request: Request, calibrated: bool) -> G
 
     Raises: DataError and CheckpointError (no tokenizer for a text), before anything is written.
     """
-    model, notes = checkpoint.skeleton, []
-    texts = _texts(request)
-    writes = is_language_model(model)
-    tokenizer = find_tokenizer(checkpoint.path, request.trust_remote_code, needed=bool(texts))
-    windows = test = None
-    if "calibration" in texts and calibrated:
-        windows = calibration_windows(texts["calibration"], tokenizer, request.samples, request.length, request.seed, request.data)
-    if "test" in texts and request.evaluate:
-        source = request.test or f"the last tenth of {request.data}"
-        test = evaluation_windows(texts["test"], tokenizer, request.length, request.test_tokens, source)
-    del texts  # it can be larger than the model
-    decoder = decoder_start(model)
-    windows, test = (replace(given, decoder=decoder) if given is not None else None for given in (windows, test))
-    for given in (windows, test):
-        if given is not None:
-            check_ids(model, given.tokens, given.source, tokenizer)
+    model, own = checkpoint.skeleton, _own(request.data)
+    tokenizer_of = cache(lambda: _tokenizer(checkpoint.path, request.trust_remote_code))
+    reader = Reader(model, checkpoint.path, tokenizer_of, request.length, request.seed)
+    data = None if own else request.data
+    windows, test = reader.both(data, request.samples, request.test, request.test_tokens, calibrated, request.evaluate)
     for given in (windows or test,):
         if given is not None:
             check_call(checkpoint, given.first(1).batches(1)[0], given.source)
+    writes, notes = is_language_model(model), reader.notes
+    tokenizer = find_tokenizer(checkpoint.path, request.trust_remote_code) if writes else None
     vocabulary = None
-    if writes and ((calibrated and windows is None) or (request.evaluate and test is None)):
+    if writes and ((calibrated and windows is None) or (request.evaluate and test is None and own)):
         vocabulary = vocabulary_of(model, tokenizer)
     if writes and request.evaluate and tokenizer is None:
         notes.append("no samples of text in the report: the directory has no tokenizer that can be loaded")
-    if request.evaluate and test is None and not writes:
+    if request.evaluate and own and test is None and not writes:
         notes.append(f"no figures of quality: {type(model).__name__} writes no text of its own; give data for them")
     digest: dict[str, Any] = {use: given.hash[:16] for use, given in (("calibration", windows), ("test", test)) if given is not None}
     if vocabulary is not None:
@@ -115,33 +104,26 @@ def read_inputs(checkpoint: Checkpoint, request: Request, calibrated: bool) -> G
     return Given(windows, test, vocabulary, tokenizer, digest, notes)
 
 
-def _texts(request: Request) -> dict[str, str]:
-    """The texts to calibrate and to report on; empty for a model that writes its own."""
-    texts = {}
-    if request.data != OWN:
-        texts["calibration"], texts["test"] = split_text(read_text(request.data))
-        if not texts["calibration"].strip():
-            raise DataError(f"{request.data}: the text is empty; {request.samples * request.length:,} tokens are needed")
-    if request.test is not None:
-        texts["test"] = read_text(request.test)
-    return texts
-
-
-def find_tokenizer(path: Path, trust_remote_code: bool, needed: bool) -> Any | None:
-    """The directory's tokenizer; where it is not `needed` and cannot be loaded, None. Raises: CheckpointError."""
+def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
     try:
         return load_tokenizer(path, trust_remote_code)
     except CheckpointError as error:
-        if not needed:
-            return None
         raise CheckpointError(
             f"{error}; a text is read with one: add the tokenizer's files to the directory, or let the model write (self)"
         ) from error
 
 
+def find_tokenizer(path: Path, trust_remote_code: bool) -> Any | None:
+    """The directory's tokenizer, None where it cannot be loaded."""
+    try:
+        return load_tokenizer(path, trust_remote_code)
+    except CheckpointError:
+        return None
+
+
 def complete_inputs(
     checkpoint: Checkpoint, request: Request, given: Given, run: Run, progress: Progress, device: torch.device, calibrated: bool
-) -> tuple[Windows | None, Windows | None]:
+) -> tuple[Material | None, Material | None]:
     """The calibration and test windows; what the model wrote itself is kept in the run, so that a resumed one goes on with the same."""
     windows, test = given.calibration, given.test
     if given.vocabulary is None:

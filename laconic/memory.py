@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import Batch, InMemory, call, examples_in, find_chain, in_evaluation, open_chain, to_device
+from laconic.blocks import Batch, InMemory, call, find_chain, in_evaluation, open_chain, to_device
 from laconic.calibrate import Loss, Shelf, default_loss, parameters_of
 from laconic.choice import Fit, resolve
 from laconic.coverage import coverage
 from laconic.errors import CheckpointError, DataError, SchemeError, VerificationError
 from laconic.files import atomically, disk_errors
+from laconic.loaders import taken, uncached, without_padding
 from laconic.lock import locked
 from laconic.methods.base import Keep
 from laconic.passes import (
@@ -67,15 +68,16 @@ def compress_module(
     """Compress a module in place: its matrices are replaced by installed Weights that decode on every read.
 
     `data`: batches the model can be called with (a tensor, a dict, or a tuple whose first entry is the input), as many as hold `samples`
-    examples. `keep`: patterns of sites that stay as they are; `group`: "fit" or "strict", where a group does not divide a matrix
-    (`choice.resolve`). `score(model)` is measured before and after. `loss(output, generator)` is the scalar whose gradients methods see that need
-    them: by default cross-entropy against sampled labels for outputs [batch, classes] or `.logits`, else a random projection.
+    examples; what an `attention_mask` leaves out is cut off. `keep`: patterns of sites that stay as they are; `group`: "fit" or "strict", where
+    a group does not divide a matrix (`choice.resolve`). `score(model)` is measured before and after. `loss(output, generator)` is the
+    scalar whose gradients methods see that need them: by default cross-entropy against sampled labels for outputs [batch, classes] or
+    `.logits`, else a random projection.
     Returns the module and a report. Raises: SchemeError, DataError, CheckpointError (a weight that is not finite); the module is then as
     it was, for which calibrated methods keep a copy of its matrices until the end.
     """
     progress, started = progress or Log(), time.time()
     check_values(model)
-    batches = _take(data, samples)
+    batches = [part for batch in taken(data, samples, seed) for part in without_padding(uncached(batch, model))] if data is not None else []
     uses, reasons = _uses(model, batches)
     slots = find_slots(model, uses)
     notes: list[str] = []
@@ -144,18 +146,6 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-
-
-def _take(data: Iterable[Batch] | None, samples: int) -> list[Batch]:
-    """Batches until `samples` examples are reached."""
-    batches: list[Batch] = []
-    seen = 0
-    for batch in data if data is not None else ():
-        batches.append(batch)
-        seen += examples_in(batch)
-        if seen >= samples:
-            break
-    return batches
 
 
 def _run(

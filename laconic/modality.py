@@ -21,17 +21,12 @@ def kind_of(model: nn.Module) -> str:
     return KINDS.get(main_input(model), main_input(model))
 
 
-def check_kind(model: nn.Module, source: str, kind: str = "text") -> None:
-    """Raises: DataError for data of a kind that the model does not read, naming the way out."""
-    wanted = kind_of(model)
-    if kind != wanted:
-        raise DataError(f"{source}: {type(model).__name__} reads {wanted} ({main_input(model)}), not {kind}; {way_out(wanted)}")
-
-
 def way_out(kind: str) -> str:
     """How data of a kind is given."""
     if kind == "text":
         return "give a text with --data"
+    if kind in KINDS.values():
+        return f"give a folder of {kind} with --data, batches it can be called with in Python, or use a method that needs no data (RTN)"
     return "give batches it can be called with: laconic.compress(directory, scheme, data=batches); or use a method that needs no data (RTN)"
 
 
@@ -58,6 +53,11 @@ def text_config(model: nn.Module) -> Any:
     """The part of a model's config that is about text, or an empty object of a module without one."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether the model predicts the next token of a text."""
+    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def most_positions(model: nn.Module) -> int | None:

@@ -17,15 +17,16 @@ from laconic.choice import Fit, resolve
 from laconic.companions import Companions, companions
 from laconic.conclude import conclude, known_of
 from laconic.coverage import coverage
-from laconic.data import Windows
-from laconic.errors import CheckpointError, DataError, SchemeError
-from laconic.evaluate import count_parameters, is_language_model, open_blocks, perplexity, similarity
+from laconic.errors import CheckpointError, SchemeError
+from laconic.evaluate import count_parameters, open_blocks, perplexity, predicts, similarity
 from laconic.inputs import OWN, Given, check_request, complete_inputs, read_inputs
 from laconic.load import Checkpoint, CompressedCheckpoint, open_source
+from laconic.loaders import checked_data
 from laconic.lock import locked
 from laconic.machine import machine, pick_device, pick_dtype, versions
 from laconic.memory import compress_module
 from laconic.methods.base import Keep
+from laconic.modality import is_language_model
 from laconic.passes import (
     Chosen,
     Extras,
@@ -45,6 +46,7 @@ from laconic.passes import (
 )  # fmt: skip
 from laconic.preflight import Load, preflight, room_for
 from laconic.progress import Log, Progress, peak_memory, resident_memory
+from laconic.reading import Material
 from laconic.report import Report, generation_samples, original_file_bytes, samples_fit
 from laconic.residence import Residence
 from laconic.run import Run, check_out
@@ -60,13 +62,14 @@ SURVEY_SAMPLES = 32  # windows of the backward pass: what it estimates per site 
 class Options:
     """How a model directory is compressed; what to do to it is the scheme's.
 
-    `data`: "self" (text sampled from the model), a file, a directory or "hub:name"; `test`: text for the report's figures, by default the
-    last tenth of `data`, which calibration never sees. `samples` windows of `length` tokens calibrate; `test_tokens` are evaluated.
+    `data`: "self" (text sampled from the model), a file or directory of what the model reads, "hub:name", or an iterable of batches that it
+    can be called with; `test`: data for the report's figures, by default the last tenth of `data`, which calibration never sees. `samples`
+    windows of `length` tokens (or examples) calibrate; `test_tokens` are evaluated.
     `keep`: patterns of sites that stay as they are; `group`: "fit" or "strict", where a group does not divide a matrix (`choice.resolve`).
     """
 
-    data: str = "self"
-    test: str | None = None
+    data: Any = "self"
+    test: Any = None
     samples: int = 128
     length: int = 256
     test_tokens: int = 32768
@@ -171,13 +174,14 @@ def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progr
         known = {"report": values, "samples": None}
         run.verified(known)
     measure = partial(_quality, run.out, checkpoint, test, options, device, progress) if options.evaluate and test is not None else None
-    writes = is_language_model(checkpoint.skeleton) and given.tokenizer is not None and samples_fit(checkpoint)
-    sample = partial(generation_samples, checkpoint, run.out, test.tokens, device) if test is not None and writes and options.evaluate else None
+    sample = None
+    if test is not None and predicts(checkpoint.skeleton, test) and given.tokenizer is not None and samples_fit(checkpoint):
+        sample = partial(generation_samples, checkpoint, run.out, next(test.sequences())[None], device)
     return conclude(run, known, measure, sample, progress)
 
 
 def _stored_model(
-    checkpoint: Checkpoint, chosen: Chosen, scheme: Scheme, source: str, windows: Windows | None, run: Run, beside: Companions,
+    checkpoint: Checkpoint, chosen: Chosen, scheme: Scheme, source: str, windows: Material | None, run: Run, beside: Companions,
     options: Options, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress, store and verify; returns what the report says of the model, but for its quality."""
@@ -207,7 +211,7 @@ def _stored_model(
 
 
 def _allocated(
-    checkpoint: Checkpoint, chosen: Chosen, windows: Windows | None, options: Options, run: Run, device: torch.device, progress: Progress
+    checkpoint: Checkpoint, chosen: Chosen, windows: Material | None, options: Options, run: Run, device: torch.device, progress: Progress
 ) -> Chosen:
     """Each site's own method, after the survey that methods spreading one number (or needing gradients) call for; kept in the run."""
     spread = allocations(chosen)
@@ -243,7 +247,7 @@ def _say_no_chain(run: Run, progress: Progress, why: str) -> None:
 
 
 def _compress(
-    checkpoint: Checkpoint, chosen: Chosen, windows: Windows | None, options: Options, run: Run, device: torch.device, progress: Progress
+    checkpoint: Checkpoint, chosen: Chosen, windows: Material | None, options: Options, run: Run, device: torch.device, progress: Progress
 ) -> None:
     needs = needs_of(chosen)
     slots = list(needs)
@@ -257,7 +261,7 @@ def _compress(
     if blocks is None:
         residence.chain = None
         _say_no_chain(run, progress, why)
-    batches = windows.batches(max(1, 4096 // windows.tokens.shape[1])) if windows is not None and calibrated else []
+    batches = windows.batches(max(1, 4096 // windows.length)) if windows is not None and calibrated else []
     done = list(run.parts())
     progress.start("compressing", sum(slot.entries * slot.columns for slot in slots))
     finished = {name for record in run.parts().values() for name in record["specs"]}
@@ -266,12 +270,12 @@ def _compress(
     compress_parts(stages, chosen, checkpoint.skeleton, run, Extras(run.work), options.seed, calibrated, progress)
 
 
-def _quality(out: Path, checkpoint: Checkpoint, test: Windows, options: Options, device: torch.device, progress: Progress) -> dict[str, Any]:
+def _quality(out: Path, checkpoint: Checkpoint, test: Material, options: Options, device: torch.device, progress: Progress) -> dict[str, Any]:
     """The stored model against the original on the test windows."""
     progress.start("evaluating what was stored", 1)
     stored = CompressedCheckpoint(out, trust_remote_code=options.trust_remote_code)
-    if not is_language_model(checkpoint.skeleton):
-        return similarity(stored, checkpoint, test, pick_dtype(options.dtype), device)
+    if not predicts(checkpoint.skeleton, test):
+        return {"data": test.source, **similarity(stored, checkpoint, test, pick_dtype(options.dtype), device)}
     return perplexity(stored, test, reference=checkpoint, dtype=pick_dtype(options.dtype), device=device).as_dict()
 
 
@@ -297,28 +301,25 @@ def compress(source: nn.Module, scheme: Scheme | str, data: Iterable[Batch] | No
 
 
 @overload
-def compress(source: str | Path, scheme: Scheme | str, data: str | None = None, **options: Any) -> Report: ...
+def compress(source: str | Path, scheme: Scheme | str, data: str | Path | Iterable[Batch] | None = None, **options: Any) -> Report: ...
 
 
 def compress(
-    source: nn.Module | str | Path, scheme: Scheme | str, data: Iterable[Batch] | str | None = None, **options: Any
+    source: nn.Module | str | Path, scheme: Scheme | str, data: Iterable[Batch] | str | Path | None = None, **options: Any
 ) -> tuple[nn.Module, Report] | Report:
     """Compress a module in memory (`memory.compress_module`) or a model directory (`compress_directory`) by a scheme or its text.
 
     For a module: `data` is a loader, `score` a function of the module; returns the module, its matrices replaced by installed Weights, and a
-    report. For a directory or hub id: `out` names the directory to write, `data` a text, other keywords are those of `Options`; returns the report.
+    report. For a directory or hub id: `out` names the directory to write, `data` a text, a folder of images or sound, or batches the model can be
+    called with (a DataLoader, a data set, a list); other keywords are those of `Options`; returns the report.
     """
     progress = options.pop("progress", None)
     chosen = parse(scheme) if isinstance(scheme, str) else scheme
     if isinstance(source, nn.Module):
-        if isinstance(data, str):
-            raise DataError(f"a module in memory is calibrated with batches it can be called with, not with {data!r}")
-        return compress_module(source, chosen, data, progress=progress, **options)
+        return compress_module(source, chosen, checked_data(data) if data is not None else None, progress=progress, **options)
     if "out" not in options:
         raise SchemeError(f"{source}: say where the compressed model goes: compress(source, scheme, out=...)")
     out = options.pop("out")
-    if data is not None and not isinstance(data, str):
-        raise DataError("a model directory is calibrated with text: a file, a directory, 'hub:name' or 'self'")
     if data is not None:
         options["data"] = data
     if isinstance(keep := options.get("keep", ()), str | list):

@@ -15,8 +15,9 @@ from laconic.blocks import Batch
 from laconic.memory import half_types
 from laconic.methods.free import methods_of
 from laconic.progress import Log, Progress
+from laconic.randomness import private_randomness
 from laconic.recover import lc
-from laconic.recover.batches import length_of, private_randomness, stream
+from laconic.recover.batches import length_of, stream
 from laconic.recover.checkpoint import Checkpoints, Listener, StopRecovery
 from laconic.recover.compressed import Bench, Best
 from laconic.recover.finetune import Direct, FineTune, run_direct, run_finetune

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from laconic.blocks import call, in_evaluation, to_device
 from laconic.errors import RecoveryError
-from laconic.recover.batches import private_randomness, stream
+from laconic.randomness import private_randomness
+from laconic.recover.batches import stream
 from laconic.recover.projection import Projection
 from laconic.recover.task import Judgement, Task
 from laconic.sites import Slot

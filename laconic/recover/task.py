@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from laconic.blocks import Batch, call, in_evaluation, to_device
 from laconic.errors import DataError
 from laconic.foreign import Foreign, run_file
-from laconic.recover.batches import digests, private_randomness, size_of, unlabelled
+from laconic.randomness import private_randomness
+from laconic.recover.batches import digests, size_of, unlabelled
 
 OutputLoss = Callable[[Any, Batch], Tensor]
 """The mean loss of a batch, a scalar, from the model's output and the batch."""

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from laconic.companions import Companions, companions
 from laconic.data import calibration_windows, evaluation_windows, read_text, split_text, vocabulary_of
 from laconic.errors import CheckpointError, DataError
-from laconic.evaluate import is_language_model
 from laconic.files import disk_errors, write_json
 from laconic.inputs import find_tokenizer
 from laconic.load import fetch, load_tokenizer
-from laconic.modality import check_ids, check_length
+from laconic.modality import check_ids, check_length, is_language_model
 from laconic.progress import Log, Progress
 from laconic.recover.own_text import own_text
 from laconic.recover.task import Task
@@ -97,7 +96,7 @@ def text_task(
     if data == "self":
         if ready is not None:
             ready(model)
-        tokenizer = find_tokenizer(folder, trust_remote_code, needed=test is not None)
+        tokenizer = find_tokenizer(folder, trust_remote_code) if test is None else load_tokenizer(folder, trust_remote_code)
         return model, _own_task(model, tokenizer, test, train_tokens, check_tokens, length, batch, seed, progress or Log(), out)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     text = read_text(data)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from laconic.blocks import Batch, call, to_device
 from laconic.errors import RecoveryError, SchemeError
-from laconic.recover.batches import private_randomness, stream
+from laconic.randomness import private_randomness
+from laconic.recover.batches import stream
 from laconic.recover.task import Task
 from laconic.tensors import is_finite
 
