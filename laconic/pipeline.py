@@ -17,11 +17,10 @@ from laconic.choice import Fit, resolve
 from laconic.companions import Companions, companions
 from laconic.conclude import conclude, known_of
 from laconic.coverage import coverage
-from laconic.errors import CheckpointError, SchemeError
+from laconic.errors import CheckpointError, DataError, SchemeError
 from laconic.evaluate import count_parameters, open_blocks, perplexity, predicts, similarity
 from laconic.inputs import OWN, Given, check_request, complete_inputs, read_inputs
 from laconic.load import Checkpoint, CompressedCheckpoint, open_source
-from laconic.loaders import checked_data
 from laconic.lock import locked
 from laconic.machine import machine, pick_device, pick_dtype, versions
 from laconic.memory import compress_module
@@ -316,7 +315,9 @@ def compress(
     progress = options.pop("progress", None)
     chosen = parse(scheme) if isinstance(scheme, str) else scheme
     if isinstance(source, nn.Module):
-        return compress_module(source, chosen, checked_data(data) if data is not None else None, progress=progress, **options)
+        if isinstance(data, str | Path):
+            raise DataError(f"a module in memory is calibrated with batches it can be called with, not with {str(data)!r}")
+        return compress_module(source, chosen, data, progress=progress, **options)
     if "out" not in options:
         raise SchemeError(f"{source}: say where the compressed model goes: compress(source, scheme, out=...)")
     out = options.pop("out")

@@ -82,7 +82,7 @@ def test_directories_and_modules_say_it_alike(vision: Path, tmp_path: Path) -> N
             options = {"out": tmp_path / "o"} if source is vision else {}
             with pytest.raises(lc.DataError, match="expected a"):
                 lc.compress(source, CHANNEL, data, **options)
-    with pytest.raises(lc.DataError, match="got a str"):
+    with pytest.raises(lc.DataError, match=r"calibrated with batches it can be called with, not with 'books\.txt'"):
         lc.compress(net, CHANNEL, "books.txt")
     with pytest.raises(lc.DataError, match="expected batches, got none"):
         lc.compress(vision, CHANNEL, [], out=tmp_path / "o")
