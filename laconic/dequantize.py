@@ -152,8 +152,9 @@ def block_of(quantization: Any) -> tuple[int, int] | None:
     """The block size that a quantization config names."""
     get = quantization.get if isinstance(quantization, dict) else lambda name: getattr(quantization, name, None)
     block = get("weight_block_size")
-    sound = isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    return (block[0], block[1]) if sound else None
+    if not isinstance(block, list | tuple) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        return None
+    return block[0], block[1]
 
 
 def way(path: Path) -> str:

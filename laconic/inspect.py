@@ -43,11 +43,12 @@ def inspect_directory(path: str | Path, *, verify: bool = False) -> dict[str, An
     model = {name: size for name, size in files.items() if name in ours}
     headers = sum(read_header(folder / name)[1] for name in model if name.endswith(".safetensors"))
     container = headers + sum(size for name, size in model.items() if not name.endswith(".safetensors"))
+    source = stored.manifest.get("source")
     return {
         "path": str(folder), "scheme": stored.manifest.get("scheme"), "metrics": stored.manifest.get("metrics", {}), "weights": rows,
         "plain": plain, "container_bytes": container, "bytes": sum(model.values()),
         "other_files": {name: size for name, size in files.items() if name not in model},
-        "verified": verified, "parameters": stored.manifest.get("source", {}).get("parameters"),
+        "verified": verified, "parameters": source.get("parameters") if isinstance(source, dict) else None,
     }  # fmt: skip
 
 

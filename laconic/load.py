@@ -1,6 +1,7 @@
 """Models on disk: what makes up each parameter of a configured model, and a skeleton of that model without its weights."""
 
 import copy
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ class Checkpoint:
     @cached_property
     def _configured(self) -> nn.Module:
         """The model with the ties that its config says."""
+        self._settled = settle_architecture(self.config, self.files.tensors)
         return build_skeleton(self.config, self.trust_remote_code)
 
     @cached_property
@@ -105,6 +107,8 @@ class Checkpoint:
         """What a user must hear of the checkpoint."""
         self.skeleton  # noqa: B018 # which finds out
         lines = [f"{name}: the config ties it to another tensor, but it is stored with values of its own; they are kept" for name in self.untied]
+        if self._settled is not None:
+            lines.append(f"config.json names no architecture; by its tensors it is a {self._settled}")
         if isinstance(self.files, Dequantized):
             kinds = sorted({pair.kind for pair in self.files.pairs.values()})
             name = str(self.files.dtype).removeprefix("torch.")
@@ -114,27 +118,7 @@ class Checkpoint:
     @cached_property
     def _routes(self) -> dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]]:
         """For every parameter name: its converter (merging experts, say) if it has one, and the (pattern, stored name) it is made of."""
-        model = self._configured
-        wanted = dict(model.state_dict(keep_vars=True))
-        mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        prefix = getattr(model, "base_model_prefix", "")
-        routes: dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]] = {}
-        for stored in sorted(self.files.tensors, key=_natural):
-            name, pattern = rename_source_key(stored, renamings, converters, prefix, wanted)
-            if name not in wanted and stored in wanted:
-                name, pattern = stored, None
-            converter = by_pattern[pattern] if pattern is not None else None
-            targets = [name]
-            if converter is not None:
-                first = converter.target_patterns[0]
-                targets = [name.replace(first, target) for target in converter.target_patterns]
-            for target in targets:
-                if target in wanted:
-                    routes.setdefault(target, (converter, []))[1].append((pattern or stored, stored))
-        return routes
+        return routes(self._configured, self.files.tensors)
 
     @cached_property
     def unused(self) -> list[str]:
@@ -154,8 +138,8 @@ class Checkpoint:
                 found = self.files.tensors[stored]
                 if found.dtype not in FLOATS:
                     raise CheckpointError(
-                        f"{found.file}: {stored} is stored as {found.dtype}; expected float32, float16 or bfloat16. "
-                        f"for fp8 with its scales beside it; {way(self.path)}"
+                        f"{found.file}: {stored} is stored as {found.dtype}; expected float32, float16 or bfloat16, "
+                        f"or fp8 with its scales beside it; {way(self.path)}"
                     )
             shape, expected = self.files.tensors[sources[0][1]].shape, tuple(parameters[name].shape)
             if converter is None and shape != expected:
@@ -202,6 +186,75 @@ class Checkpoint:
             if tensor is not None and tensor.is_floating_point() and not is_finite(tensor):
                 bad.append(name)
         return bad
+
+
+Routes = dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]]
+
+
+def routes(model: nn.Module, tensors: Iterable[str]) -> Routes:
+    """For every parameter of a model its converter, if it has one, and the (pattern, stored name) it is made of, as transformers names them."""
+    wanted = dict(model.state_dict(keep_vars=True))
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = getattr(model, "base_model_prefix", "")
+    found: Routes = {}
+    for stored in sorted(tensors, key=_natural):
+        name, pattern = rename_source_key(stored, renamings, converters, prefix, wanted)
+        if name not in wanted and stored in wanted:
+            name, pattern = stored, None
+        converter = by_pattern[pattern] if pattern is not None else None
+        targets = [name]
+        if converter is not None:
+            first = converter.target_patterns[0]
+            targets = [name.replace(first, target) for target in converter.target_patterns]
+        for target in targets:
+            if target in wanted:
+                found.setdefault(target, (converter, []))[1].append((pattern or stored, stored))
+    return found
+
+
+def settle_architecture(config: Any, tensors: Collection[str]) -> str | None:
+    """Let a config that names no class name the one whose parameters the stored tensors are; returns the name, None if nothing was to do.
+
+    Of the classes that transformers has for the config's type: the one that lacks fewest parameters, leaves fewest tensors over, and needs
+    fewest renamed; among equals a language model, then others with a head. Raises: CheckpointError where there is none.
+    """
+    if getattr(config, "architectures", None) or getattr(config, "auto_map", None):
+        return None
+    best: tuple[tuple[int, int, int, int], str] | None = None
+    for order, name in enumerate(_classes_of(config.model_type, masked=not getattr(config, "is_decoder", False))):
+        config.architectures = [name]
+        try:
+            model = build_skeleton(config)
+        except CheckpointError:
+            continue
+        made = routes(model, tensors)
+        used = {stored for _, sources in made.values() for _, stored in sources}
+        missing = sum(not any(one in made for one in names) for names in tied_names(model))
+        renamed = len(used - set(model.state_dict()))
+        score = (missing, len(tensors) - len(used), renamed, order)
+        best = min(best, (score, name)) if best is not None else (score, name)
+    config.architectures = [best[1]] if best is not None else None
+    if best is None:
+        raise CheckpointError(f"the config names no architecture, and transformers has no model of type {config.model_type!r}; name one in it")
+    return best[1]
+
+
+def _classes_of(model_type: str, masked: bool) -> list[str]:
+    """The model classes that transformers has for a type, those with the likeliest heads first; of two alike the masked one if `masked`."""
+    from transformers.models.auto import modeling_auto
+
+    tables = {name: table for name, table in vars(modeling_auto).items() if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")}
+    kinds = ("MASKED_LM", "CAUSAL_LM") if masked else ("CAUSAL_LM", "MASKED_LM")
+    first = (*kinds, "SEQ_TO_SEQ", "IMAGE_TEXT_TO_TEXT", "IMAGE_CLASSIFICATION", "SEQUENCE_CLASSIFICATION")
+    names = [name for kind in first for name in tables if kind in name] + sorted(tables)
+    found: dict[str, None] = {}
+    for name in names:
+        classes = tables[name].get(model_type, ())
+        found |= dict.fromkeys([classes] if isinstance(classes, str) else classes)
+    return [name for name in found if hasattr(transformers, name)]
 
 
 def _quantization(config: Any) -> Any:
@@ -271,6 +324,7 @@ class CompressedCheckpoint:
     @cached_property
     def skeleton(self) -> nn.Module:
         """The model without its weights. A tie is stored once, so what is stored under two of its names is none, whatever the config says."""
+        settle_architecture(self.config, self.stored.names)
         model = build_skeleton(self.config, self.trust_remote_code)
         separate(model, apart(model, self.stored.names, lambda one, other: False))
         return model

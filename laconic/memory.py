@@ -278,10 +278,9 @@ def load_into(model: nn.Module, path: str | Path, *, verify: bool = True) -> nn.
             for user, parameter in slots[name].users:
                 install(model.get_submodule(user), parameter, weight, slots[name].view)
         _set_plain(model, places, plain, reader, stored.path)
-    expected, found = stored.manifest.get("not_stored", {}), not_stored(model)
-    for name in sorted(expected.keys() & found.keys()):
-        (dtype, _), (here, _) = expected[name].split(":"), found[name].split(":")
-        if dtype == here and expected[name] != found[name]:
+    told, here = stored.manifest.get("not_stored", {}), not_stored(model)
+    for name in sorted(here.keys() & told.keys()) if isinstance(told, dict) else ():
+        if told[name] != here[name] and str(told[name]).split(":")[0] == here[name].split(":")[0]:
             _log.warning("%s: the buffer %s is not persistent, so it was not stored, and here it is another one than in the saved module", path, name)
     guard(model)
     return model

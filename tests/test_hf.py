@@ -11,7 +11,7 @@ import transformers
 
 import laconic as lc
 from laconic.errors import CheckpointError
-from laconic.store import MANIFEST, Compressed, write_manifest
+from laconic.store import MANIFEST, Compressed, stored_bytes, write_manifest
 from tests.conftest import tiny_config
 
 IDS = torch.tensor([[5, 99, 17, 300, 42, 7, 7, 256]])
@@ -175,3 +175,62 @@ def test_an_untied_head_stays_one_of_its_own(tokenizer: Any, text: Path, tmp_pat
     assert theirs.lm_head.weight is not theirs.model.embed_tokens.weight
     assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
     assert torch.equal(logits(theirs), logits(lc.load(out, dtype=torch.float32)))
+
+
+def saved(model: Any, folder: Path, tokenizer: Any, **config: Any) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps({key: value for key, value in (json.loads(file.read_text()) | config).items() if value is not None}))
+    return folder
+
+
+def test_other_classes_of_the_same_model_are_read(made: Path) -> None:
+    """The base model has other prefixes and no head, another head is new; the body is the stored one."""
+    whole = lc.load(made, dtype=torch.float32)
+    base = transformers.AutoModel.from_pretrained(made, dtype=torch.float32)
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(f"model.{name}")), name
+    other, info = transformers.AutoModelForSequenceClassification.from_pretrained(made, dtype=torch.float32, output_loading_info=True)
+    assert info["missing_keys"] == {"score.weight"}
+    for name, parameter in other.model.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(f"model.{name}")), name
+
+
+SMALL: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+CLASSES = [
+    (transformers.LlamaForCausalLM, tiny_config(num_hidden_layers=1)),
+    (transformers.LlamaModel, tiny_config(num_hidden_layers=1)),
+    (transformers.LlamaForCausalLM, tiny_config(num_hidden_layers=1, tie_word_embeddings=False)),
+    (transformers.BertModel, transformers.BertConfig(vocab_size=320, **SMALL)),
+    (transformers.BertForMaskedLM, transformers.BertConfig(vocab_size=320, **SMALL)),
+    (transformers.ViTForImageClassification, transformers.ViTConfig(**SMALL)),
+]
+
+
+@pytest.mark.parametrize(("cls", "config"), CLASSES)
+def test_a_config_that_names_no_class(cls: Any, config: Any, tokenizer: Any, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        source = saved(cls(config), tmp_path / "in", tokenizer, architectures=None)
+    report = lc.compress(source, "RTN(8, 'channel')", "self", out=tmp_path / "out", evaluate=False)
+    assert f"config.json names no architecture; by its tensors it is a {cls.__name__}" in report.notes
+    assert type(lc.load(tmp_path / "out")) is cls
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.pop("architectures") == [cls.__name__]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert type(lc.load(tmp_path / "out")) is cls
+
+
+def test_what_lies_beside_a_model_is_no_part_of_it(tiny: Path, tmp_path: Path) -> None:
+    """Another format's weights are not counted, and an index left behind is not read: as transformers does."""
+    source = shutil.copytree(tiny, tmp_path / "in")
+    size = (source / "model.safetensors").stat().st_size
+    shutil.copy(source / "model.safetensors", source / "consolidated.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
+    report = lc.compress(source, "RTN(4, 32)", "self", out=tmp_path / "out", evaluate=False)
+    assert report["original_bytes"] == size
+    shutil.copy(source / "model.safetensors", tmp_path / "out" / "consolidated.safetensors")
+    (tmp_path / "out" / "model.safetensors.index.json").write_text("{}")
+    assert stored_bytes(tmp_path / "out") == report.stored_bytes
+    assert lc.load(tmp_path / "out") is not None

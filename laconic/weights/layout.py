@@ -37,8 +37,8 @@ def stored_names(spec: Spec) -> set[str]:
         mask = spec.get("mask")
         own = _MASKS.get(str(mask.get("coding")) if isinstance(mask, dict) else "", ("mask",))
     elif kind == "rotated":
-        sides = spec.get("sides", ())
-        own = tuple(name for name in ("row_signs", "column_signs") if name in sides)
+        sides = spec.get("sides")
+        own = tuple(name for name in ("row_signs", "column_signs") if isinstance(sides, list) and name in sides)
     return {*own, *(f"{prefix}.{name}" for prefix, part in parts_of(spec) for name in stored_names(part))}
 
 
@@ -71,6 +71,7 @@ def _entries(part: Any, where: str, limit: float) -> int:
     shape = part.get("shape") if isinstance(part, dict) else None
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)):
         raise CheckpointError(f"{where}: shape must be two positive integers, got {str(shape)[:80]}")
-    if shape[0] * shape[1] > limit or not isinstance(part.get("kind"), str) or part.get("dtype", "float32") not in DTYPES:
+    sound = isinstance(part.get("kind"), str) and isinstance(part.get("sides", []), list) and str(part.get("dtype", "float32")) in DTYPES
+    if shape[0] * shape[1] > limit or not sound:
         raise CheckpointError(f"{where}: a part of kind {str(part.get('kind'))[:40]!r} and shape {shape}; the manifest is damaged")
     return shape[0] * shape[1]

@@ -174,6 +174,8 @@ def store_mask(mask: Tensor, pattern: Pattern) -> tuple[dict[str, Any], dict[str
 def restore_mask(spec: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern) -> Tensor:
     """The inverse of `store_mask`. Raises: CheckpointError when the stored bytes are not a mask of this shape and pattern."""
     check_pattern(pattern, shape)
+    if not isinstance(spec, dict):
+        raise CheckpointError(f"sparse: expected a mask's spec, found {type(spec).__name__}")
     coding, data, entries = spec.get("coding"), tensors.get("mask"), shape[0] * shape[1]
     group = n_of_m(pattern)
     if data is None or data.dtype != torch.uint8 or data.dim() != 1:
