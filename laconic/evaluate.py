@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.ambient import undisturbed
 from laconic.blocks import Batch, BlockModel, call, find_chain, open_chain, to_device
 from laconic.chats import conversations
 from laconic.errors import CheckpointError, DataError
@@ -115,6 +116,7 @@ def predicts(model: nn.Module, material: Material) -> bool:
     return is_language_model(model) and next(material.sequences(), None) is not None
 
 
+@undisturbed(0)
 def perplexity(
     source: Source, windows: Material, *, reference: Source | None = None, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> Quality:
@@ -185,6 +187,7 @@ def _interval(values: Tensor) -> tuple[float, float]:
     return low, high
 
 
+@undisturbed(0)
 def similarity(source: Source, reference: Source, windows: Material, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """For models that predict no text: mean cosine and relative squared error of the output against a reference's, over its last dimension."""
     batches = windows.batches(windows_at_once(source, windows))
@@ -212,6 +215,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+@undisturbed(0)
 def evaluate_source(
     source: str | Path,
     *,

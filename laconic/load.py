@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from laconic.ambient import undisturbed
 from laconic.companions import NOT_FETCHED
 from laconic.dequantize import METHODS, Dequantized, block_of, pairs_in, way
 from laconic.errors import CheckpointError
@@ -384,6 +385,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
+@undisturbed()
 def load(
     path: str | Path, *, dense: bool = True, dtype: torch.dtype | None = None, trust_remote_code: bool = False, verify: bool = True
 ) -> nn.Module:  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.ambient import refuse_inference, undisturbed, usable
 from laconic.blocks import Batch, InMemory, call, find_chain, in_evaluation, open_chain, to_device
 from laconic.calibrate import Loss, Shelf, default_loss, parameters_of
 from laconic.choice import Fit, resolve
@@ -51,6 +52,7 @@ Score = Callable[[nn.Module], float]
 _log = logging.getLogger("laconic")
 
 
+@undisturbed()
 def compress_module(
     model: nn.Module,
     scheme: Scheme,
@@ -77,7 +79,8 @@ def compress_module(
     """
     progress, started = progress or Log(), time.time()
     check_values(model)
-    batches = [part for batch in taken(data, samples, seed) for part in without_padding(uncached(batch, model))] if data is not None else []
+    refuse_inference(model)
+    batches = [usable(part) for batch in taken(data, samples, seed) for part in without_padding(uncached(batch, model))] if data is not None else []
     uses, reasons = _uses(model, batches)
     slots = find_slots(model, uses)
     notes: list[str] = []
@@ -94,7 +97,7 @@ def compress_module(
         raise DataError(f"{describe(scheme)}: needs calibration data; pass data=, an iterable of batches")
     with _at_rest(model):
         before = score(model) if score is not None else None
-        with naming_batches(batches), in_sight(model):
+        with naming_batches(batches), in_sight(model), undisturbed(seed):
             weights, records = _run(model, chosen, batches, loss, true_sequential, seed, progress, notes)
         for slot, weight in weights.items():
             for path, name in slot.users:
@@ -120,7 +123,7 @@ def _uses(model: nn.Module, batches: list[Batch]) -> tuple[dict[str, Use] | None
     """How the first batch shows the parameters to be used whose modules do not say it, and why some are no sites; None without data."""
     if not batches:
         return None, {}
-    with _at_rest(model), in_sight(model):
+    with _at_rest(model), in_sight(model), undisturbed(0):
         uses = uses_of(model, lambda: call(model, to_device(batches[0], next(model.parameters()).device)))
     return uses.found(), uses.why_not()
 
@@ -195,6 +198,7 @@ def half_types(model: nn.Module) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)}
 
 
+@undisturbed()
 def save(
     model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, types: Mapping[str, torch.dtype] | None = None, **fields: Any
 ) -> int:  # fmt: skip
@@ -249,6 +253,7 @@ def _in_type(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
+@undisturbed()
 def load_into(model: nn.Module, path: str | Path, *, verify: bool = True) -> nn.Module:
     """Install a saved directory's Weights and tensors into a freshly built module of the same architecture.
 
@@ -262,6 +267,7 @@ def load_into(model: nn.Module, path: str | Path, *, verify: bool = True) -> nn.
     if verify:
         stored.verify()
     check_values(model)
+    refuse_inference(model)
     rebuild(model, stored.manifest.get("shapes", {}))
     plain = stored.names - set(stored.weights)
     uses = stored_uses(model, stored.manifest.get("views", {}), stored.weights)

@@ -11,6 +11,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
+from laconic.ambient import undisturbed
 from laconic.blocks import Batch, find_chain, open_chain
 from laconic.calibrate import Shelf
 from laconic.choice import Fit, resolve
@@ -122,6 +123,7 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
     }  # fmt: skip
 
 
+@undisturbed(0)
 def compress_directory(
     source: str | Path, scheme: Scheme, out: str | Path, options: Options | None = None, progress: Progress | None = None
 ) -> Report:

@@ -10,6 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
+from laconic.ambient import undisturbed
 from laconic.errors import CheckpointError
 from laconic.sites import Slot, find_slots, stored_uses
 from laconic.store import MANIFEST, Compressed
@@ -62,6 +63,7 @@ class Filling:
             known = getattr(self.model, f"_keys_to_ignore_on_load_{kind}") or ()
             setattr(self.model, f"_keys_to_ignore_on_load_{kind}", {*known, *(pattern + end for pattern in patterns)})
 
+    @undisturbed()
     @torch.no_grad()
     def finish(self) -> None:
         """Decode every stored weight that the model has a place for. Raises: CheckpointError where one does not fit its place."""

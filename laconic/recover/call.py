@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.ambient import undisturbed
 from laconic.blocks import Batch
 from laconic.memory import half_types
 from laconic.methods.free import methods_of
@@ -83,6 +84,7 @@ def usual_recovery(scheme: Scheme, model: nn.Module) -> How:
     return dkm().how if any(method.soft for method in methods_of(scheme, find_slots(model))) else lc.LC()
 
 
+@undisturbed()
 def recover_task(
     model: nn.Module, scheme: Scheme | str, how: How, task: Task, *, start: dict[str, Tensor] | None = None, coupling: Any = None,
     statistics: Sequence[Batch] | None = None, folder: str | Path | None = None, resume: bool = False, listen: Listener | None = None,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.ambient import undisturbed
 from laconic.blocks import Batch, call, in_evaluation, to_device
 from laconic.calibrate import Loss, default_loss, parameters_of, survey_whole
 from laconic.choice import resolve
@@ -73,6 +74,7 @@ class Projection:
                 weight.right_inverse(slot.view.matrix(values[slot]))
 
 
+@undisturbed()
 def project_onto(
     model: nn.Module, scheme: Scheme, *, example: Batch | None = None, data: Sequence[Batch] = (), loss: Loss | None = None, seed: int = 0,
     coupling: Any = None,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from laconic.ambient import undisturbed
 from laconic.blocks import Batch
 from laconic.choice import resolve
 from laconic.errors import SearchError
@@ -120,6 +121,7 @@ def search(
     return search_task(model, scheme, task, goals, keep or within(0.02), recover or LC(), Path(out), SearchOptions(**options), progress or Log())
 
 
+@undisturbed()
 def search_task(
     model: nn.Module, scheme: Scheme | str, task: Task, goals: tuple[Goal, ...], keep: Floor, how: How, out: Path, options: SearchOptions,
     progress: Progress,

@@ -72,6 +72,10 @@ class Installed(nn.Module):
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self) -> Tensor:
+        kind = self.like.device.type
+        if torch.is_autocast_enabled(kind):  # which would round the factors of a weight before they are multiplied
+            with torch.autocast(kind, enabled=False):
+                return self.view.restore(self.weight()).to(self.like.dtype)
         return self.view.restore(self.weight()).to(self.like.dtype)
 
     def right_inverse(self, value: Tensor) -> tuple[()]:

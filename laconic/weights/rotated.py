@@ -21,7 +21,8 @@ def hadamard(x: Tensor) -> Tensor:
     odd = n // (n & -n)
     y = x.reshape(-1, n // odd, odd)
     if odd > 1:
-        angle = torch.outer(torch.arange(odd), torch.arange(odd)).remainder(odd).double() * (2 * math.pi / odd)
+        count = torch.arange(odd, device=y.device)
+        angle = torch.outer(count, count).remainder(odd).double() * (2 * math.pi / odd)
         y = y @ ((angle.cos() + angle.sin()) / math.sqrt(odd)).to(y)
     step = 1
     while step < n // odd:
