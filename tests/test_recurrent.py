@@ -89,10 +89,10 @@ def test_compressed_they_run_on_their_stored_weights(kind: str, scheme: str, tmp
         after = net(batches[0])
     assert torch.equal(after, expected)
     assert 0 < float((after - before).norm() / before.norm()) < 1
-    assert torch.allclose(net(batches[0]), expected, atol=1e-6), "with gradients"
+    assert torch.allclose(net(batches[0]), expected, atol=1e-5), "with gradients"
     for module in net.modules():
         module.training = not isinstance(module, nn.RNNBase | nn.Dropout)
-    assert torch.allclose(net(batches[0]), expected, atol=1e-6), "off the fast path"
+    assert torch.allclose(net(batches[0]), expected, atol=1e-5), "off the fast path"
     net.eval()
     lc.save(net, tmp_path)
     with torch.no_grad():
