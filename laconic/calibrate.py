@@ -19,6 +19,8 @@ from laconic.statistics import Statistics
 from laconic.tensors import is_finite
 
 Needs = dict[Slot, Stats]
+MANY = 1 << 24  # logits of a batch, above which the survey's loss is taken in parts
+PART = 1 << 22  # logits in a part
 
 
 @dataclass
@@ -243,12 +245,35 @@ def sampled_labels(output: Any, generator: torch.Generator) -> Tensor:
     if logits.dim() > 3:  # dense prediction: classes come second, then places
         logits = logits.movedim(1, -1)
     flat = logits.reshape(-1, logits.shape[-1]).float()
+    if flat.numel() > MANY:
+        return _InParts.apply(flat, generator)
     with torch.no_grad():
         probabilities = flat.softmax(-1).cpu()
         if not is_finite(probabilities):
             raise DataError("the model's output holds NaN or infinity")
         labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(flat.device)
     return F.cross_entropy(flat, labels, reduction="sum")
+
+
+class _InParts(torch.autograd.Function):
+    """`sampled_labels` of many logits [tokens, classes], a few tokens at a time: beside them there is only their gradient, softmax - label."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, generator: torch.Generator) -> Tensor:
+        gradient, total = torch.empty_like(logits), torch.zeros((), dtype=torch.float64, device=logits.device)
+        for rows, place in zip(*(t.split(max(1, PART // logits.shape[1])) for t in (logits, gradient)), strict=True):
+            torch.softmax(rows, -1, out=place)
+            if not is_finite(place):
+                raise DataError("the model's output holds NaN or infinity")
+            labels = torch.multinomial(place.cpu(), 1, generator=generator).to(logits.device)
+            total -= place.gather(-1, labels).log().sum(dtype=torch.float64)
+            place.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=place.dtype))
+        ctx.gradient = gradient
+        return total.to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.mul_(outer[0]), None
 
 
 def random_projection(output: Any, generator: torch.Generator) -> Tensor:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from laconic.clock import Clock
 from laconic.errors import LaconicError, OutputError, ReportError
 from laconic.foreign import last_line
-from laconic.progress import Progress, peak_memory
+from laconic.progress import peak_memory
 from laconic.report import Report, read_report, write_report
 from laconic.run import Run
 from laconic.store import Compressed, stored_bytes
@@ -32,7 +33,7 @@ def known_of(run: Run) -> dict[str, Any] | None:
     return known
 
 
-def conclude(run: Run, known: dict[str, Any], measure: Measure | None, sample: Sample | None, progress: Progress) -> Report:
+def conclude(run: Run, known: dict[str, Any], measure: Measure | None, sample: Sample | None, clock: Clock) -> Report:
     """Measure, sample and report a complete model, as far as `known` (`report`: its values; `samples`) does not hold that already, and close the run.
 
     Whatever fails is said and noted in the report; the rest is done all the same, and what was computed is kept. Raises: ReportError at the end
@@ -49,10 +50,14 @@ def conclude(run: Run, known: dict[str, Any], measure: Measure | None, sample: S
     samples = known["samples"]
     if sample is not None and samples is None:
         with _Survived(run, "samples of text", failures):
+            clock.start("writing samples of text", 1)
             samples = sample()
             run.know({"report": values, "samples": samples})
     notes += [f"{what} failed, {_words(error)}; the model is complete" for what, error in failures.items()]
     told = {"notes": notes, "stored_bytes": stored_bytes(run.out), "seconds": values["seconds"] + time.time() - began}
+    clock.finish()
+    told["stages"] = {**values.get("stages", {}), **clock.told()}
+    told["expected_seconds_later"] = clock.early if clock.early is not None else values.get("expected_seconds_later")
     told["peak_memory"] = values["peak_memory"] | {"actual": max(peak_memory(), values["peak_memory"]["actual"])}
     report = Report(values | told)
     if not (failures and run.closed):  # an earlier report is better than half of one
@@ -60,7 +65,7 @@ def conclude(run: Run, known: dict[str, Any], measure: Measure | None, sample: S
             write_report(run.out, report, samples or [])
     if failures:
         for what, error in failures.items():
-            progress.say(f"{what} failed, {_words(error)}")
+            clock.say(f"{what} failed, {_words(error)}")
         first = next(iter(failures.values()))
         raise ReportError(
             f"{run.out}: the model is complete and verified; what failed is {' and '.join(failures)} ({_words(first)}). The same command with "

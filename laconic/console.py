@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from laconic.shown import shown
-from laconic.units import human_bytes
+from laconic.units import duration, human_bytes
 
 
 def terminal_console(stderr: bool = False) -> Console:
@@ -125,12 +125,3 @@ def _grouped(sites: list[dict[str, Any]]) -> dict[tuple[str, str, float], list[d
         name += "".join(f" = {alias}" for alias in site["aliases"])
         groups.setdefault((name, site["method"], round(site["bits_per_weight"], 3)), []).append(site)
     return groups
-
-
-def duration(seconds: float) -> str:
-    """A length of time as people say it."""
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} minutes"
-    return f"{seconds / 3600:.1f} hours"

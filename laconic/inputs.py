@@ -121,6 +121,17 @@ def find_tokenizer(path: Path, trust_remote_code: bool) -> Any | None:
         return None
 
 
+def own_windows(request: Request, calibrated: bool) -> int:
+    """Windows that a language model writes itself: to calibrate, and for the report's figures, where no text is given."""
+    if not _own(request.data):
+        return 0
+    return request.samples * calibrated + _test_windows(request) * (request.evaluate and request.test is None)
+
+
+def _test_windows(request: Request) -> int:
+    return max(1, min(request.test_tokens, _OWN_TEST) // request.length)
+
+
 def complete_inputs(
     checkpoint: Checkpoint, request: Request, given: Given, run: Run, progress: Progress, device: torch.device, calibrated: bool
 ) -> tuple[Material | None, Material | None]:
@@ -132,7 +143,7 @@ def complete_inputs(
     if windows is None and calibrated:
         windows = own.text("calibration", request.samples, request.length, request.seed)
     if test is None and request.evaluate:
-        test = own.text("test", max(1, min(request.test_tokens, _OWN_TEST) // request.length), request.length, request.seed + 1)
+        test = own.text("test", _test_windows(request), request.length, request.seed + 1)
     return windows, test
 
 

@@ -15,12 +15,14 @@ from laconic.ambient import undisturbed
 from laconic.blocks import Batch, find_chain, open_chain
 from laconic.calibrate import Shelf
 from laconic.choice import Fit, resolve
+from laconic.clock import Clock
 from laconic.companions import Companions, companions
 from laconic.conclude import conclude, known_of
 from laconic.coverage import coverage
 from laconic.errors import CheckpointError, DataError, SchemeError
+from laconic.estimate import Load
 from laconic.evaluate import count_parameters, open_blocks, perplexity, predicts, similarity
-from laconic.inputs import OWN, Given, check_request, complete_inputs, read_inputs
+from laconic.inputs import OWN, Given, check_request, complete_inputs, own_windows, read_inputs
 from laconic.load import Checkpoint, CompressedCheckpoint, open_source
 from laconic.lock import locked
 from laconic.machine import machine, pick_device, pick_dtype, versions
@@ -44,7 +46,7 @@ from laconic.passes import (
     survey_stages,
     verify,
 )  # fmt: skip
-from laconic.preflight import Load, preflight, room_for
+from laconic.preflight import preflight, room_for
 from laconic.progress import Log, Progress, peak_memory, resident_memory
 from laconic.reading import Material
 from laconic.report import Report, generation_samples, original_file_bytes, samples_fit
@@ -107,14 +109,14 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
         if bad & {".".join(user) for user in slot.users}:
             chosen[slot] = Keep("not finite")
             progress.say(f"{slot.name}: left as it is, it holds NaN or infinity")
-    wants = [method.wants for method in chosen.values() if not isinstance(method, Keep)]
     spread = allocations(chosen)
-    passes = bool(any(w & INPUTS for w in wants)) * 2 + any(allocation.wants for allocation in spread.values()) * 3
     width = getattr(checkpoint.config.get_text_config(), "hidden_size", 0)
-    calibrated = bool(passes or any(wants))
+    calibrated = needs_data(chosen)
     language = is_language_model(checkpoint.skeleton)
+    written = own_windows(options, calibrated) if language else 0
     load = Load(
-        samples=options.samples if calibrated else 0, length=options.length, passes=passes, width=width,
+        samples=options.samples if calibrated else 0, length=options.length, width=width, written=written,
+        surveyed=min(options.samples, SURVEY_SAMPLES) if any(survey_needs(chosen, spread).values()) else 0,
         vocabulary=getattr(checkpoint.config.get_text_config(), "vocab_size", 0) if language else 0,
         test_tokens=options.test_tokens if options.evaluate else 0, generates=options.evaluate and language and samples_fit(checkpoint),
     )  # fmt: skip
@@ -163,6 +165,8 @@ def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progr
         progress.plan(plan)
     for line in notes:
         progress.say(line)
+    ahead = {name: cost["seconds"] for name, cost in plan["stages"].items() if known is None or name in ("own text", "evaluation", "samples")}
+    progress = clock = Clock(progress, ahead)
     windows, test = complete_inputs(checkpoint, options, given, run, progress, device, wanted and known is None)
     if known is None:
         values = _stored_model(checkpoint, chosen, scheme, Path(str(source)).name, windows, run, beside, options, progress)
@@ -172,13 +176,14 @@ def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progr
             "expected_bytes": plan["bytes"], "peak_memory": {"expected": plan["peak_memory"], "actual": peak_memory()},
             "expected_seconds": plan["seconds"], "seconds": time.time() - started, "asked": asked,
         }  # fmt: skip
-        known = {"report": values, "samples": None}
+        clock.finish()
+        known = {"report": values | {"stages": clock.told()}, "samples": None}
         run.verified(known)
     measure = partial(_quality, run.out, checkpoint, test, options, device, progress) if options.evaluate and test is not None else None
     sample = None
     if test is not None and predicts(checkpoint.skeleton, test) and given.tokenizer is not None and samples_fit(checkpoint):
         sample = partial(generation_samples, checkpoint, run.out, next(test.sequences())[None], device)
-    return conclude(run, known, measure, sample, progress)
+    return conclude(run, known, measure, sample, clock)
 
 
 def _stored_model(

@@ -1,4 +1,4 @@
-"""Sizes as people say them."""
+"""Sizes and times as people say them."""
 
 
 def human_bytes(n: float) -> str:
@@ -8,3 +8,12 @@ def human_bytes(n: float) -> str:
             return f"{n:,.0f} {unit}" if unit == "bytes" else f"{n:.2f} {unit}"
         n /= 1000
     return ""
+
+
+def duration(seconds: float) -> str:
+    """A length of time."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"

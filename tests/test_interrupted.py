@@ -404,3 +404,61 @@ def test_damaged_work_is_said_and_done_again(
     report = run(tiny, SCHEME, out, data=str(text), evaluate=False, resume=True)
     assert bytes_of(out) == bytes_of(cut[1])
     assert any(told in note for note in report.notes) if told is not None else not any("again" in note for note in report.notes)
+
+
+def test_many_logits_are_taken_in_parts_to_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient is softmax - label, whichever labels were drawn, and the loss is that of these labels."""
+    import laconic.calibrate as calibrate
+
+    logits = (3 * torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    monkeypatch.setattr(calibrate, "MANY", 100)
+    monkeypatch.setattr(calibrate, "PART", 160)
+    loss = calibrate.sampled_labels(logits, torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad(2 * loss, logits)
+    labels = gradient.argmin(-1)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    assert torch.allclose(gradient, 2 * torch.autograd.grad(expected, logits)[0], atol=1e-6)
+    assert len(labels.unique()) > 5
+    with pytest.raises(DataError, match="NaN or infinity"):
+        calibrate.sampled_labels(logits / 0, torch.Generator())
+
+
+class Heard:
+    """A progress that keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def plan(self, preflight: dict[str, Any]) -> None: ...
+    def start(self, task: str, total: float) -> None: ...
+    def site(self, record: dict[str, Any]) -> None: ...
+    def say(self, message: str) -> None: ...
+
+    def advance(self, units: float, note: str = "") -> None:
+        self.notes.append(note)
+
+
+def test_the_time_that_is_left_follows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    import laconic.clock as clock_module
+
+    now = 100.0
+    monkeypatch.setattr(clock_module.time, "monotonic", lambda: now)
+    heard = Heard()
+    clock = clock_module.Clock(heard, {"survey": 10.0, "compression": 20.0, "evaluation": 5.0})
+    assert clock.left() == 35
+    clock.start("surveying the original model", 4)
+    now += 30  # three times as long as expected
+    clock.advance(4, "a block")
+    assert clock.left() == pytest.approx(75)
+    clock.start("compressing", 10)
+    now += 4
+    clock.advance(2)  # twice as fast as expected: 20 s in all
+    assert clock.left() == pytest.approx(16 + 5 * 34 / 14)
+    assert clock.early == pytest.approx(34 + clock.left())
+    now += 16
+    clock.advance(8)
+    clock.start("evaluating what was stored", 1)
+    clock.finish()
+    assert clock.told()["survey"] == {"expected": 10.0, "actual": 30.0}
+    assert heard.notes[0] == "a block, 75 seconds left in all"
