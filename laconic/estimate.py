@@ -144,7 +144,7 @@ def _survey(sizes: Sizes, chosen: Mapping[Slot, Method], load: Load, speeds: Spe
     squares = sum(slot.columns**2 * slot.groups for slot in _distinct(chosen))
     block = _FLOAT * (3 * sizes.block + hidden + 40 * load.length * load.width + max((slot.columns**2 * slot.groups for slot in chosen), default=0))
     flops = 8.0 * tokens * sizes.body + 4.0 * tokens * sizes.head + 2.0 * tokens * squares
-    return Cost(max(memory, block), flops / speeds.flops + 6.0 * tokens * load.vocabulary / speeds.exponentials)
+    return Cost(max(memory, block), flops / speeds.flops + 10.0 * tokens * load.vocabulary / speeds.exponentials)
 
 
 def _distinct(chosen: Mapping[Slot, Method]) -> list[Slot]:
@@ -181,7 +181,7 @@ def _compression(
     for slot, method in chosen.items():
         if not isinstance(method, Keep):
             sweep = 6.0 * slot.entries * slot.columns / speeds.flops if method.wants & Stats.HESSIAN else 0.0
-            seconds += sweep + 30.0 * slot.entries / speeds.exponentials
+            seconds += sweep + 80.0 * slot.entries / speeds.exponentials
     if not load.samples:
         return Cost(largest, seconds)
     hidden = 2 * _FLOAT * tokens * load.width
@@ -200,7 +200,7 @@ def _workspace(slot: Slot, method: Method, wanted: Stats) -> int:
 def _verification(chosen: Mapping[Slot, Method], speeds: Speeds) -> Cost:
     """Every weight decoded once, alone."""
     entries = [slot.entries for slot, method in chosen.items() if not isinstance(method, Keep)]
-    return Cost(_FLOAT * 3 * max(entries, default=0), 8.0 * sum(entries) / speeds.exponentials)
+    return Cost(_FLOAT * 3 * max(entries, default=0), 16.0 * sum(entries) / speeds.exponentials)
 
 
 def _evaluation(sizes: Sizes, load: Load, speeds: Speeds) -> Cost:
