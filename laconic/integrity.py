@@ -47,7 +47,7 @@ def amend_checked(file: Path, fields: Mapping[str, Any]) -> None:
 
 def units(tensors: Mapping[str, Stored], weights: Iterable[str]) -> dict[str, list[str]]:
     """What has a checksum of its own: every weight with the names of its tensors, and every other tensor."""
-    weights = set(weights)
+    weights = dict.fromkeys(sorted(weights))  # in an order that every process has
     found: dict[str, list[str]] = {name: [] for name in weights}
     for name in sorted(tensors):
         parts = name.split(".")
