@@ -27,7 +27,12 @@ app = typer.Typer(
     cls=Commands, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-Data = Annotated[str, typer.Option(help="Calibration text: a file, a directory, hub:name[:config[:split]], or 'self': sampled from the model.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="What calibrates: text, conversations, a folder of images or sound, hub:name[:config[:split]], or self: sampled from the model."
+    ),
+]
 
 
 def _version(asked: bool) -> None:
