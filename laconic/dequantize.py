@@ -47,7 +47,7 @@ def pairs_in(tensors: dict[str, Stored]) -> dict[str, Pair]:
 
 
 class Dequantized(TensorFiles):
-    """The tensors of a directory, those of its pairs in `dtype` and by the name of what they stand for; `bytes` are the stored ones.
+    """The tensors of a directory, those of its pairs in `dtype`, by the name and with the bytes of what they stand for.
 
     `block` [rows, columns]: how many entries a scale of a two-dimensional grid is for, where the config says it.
     Raises: CheckpointError for matrices packed in other forms, and for scales that do not fit their values.
@@ -77,7 +77,11 @@ class Dequantized(TensorFiles):
         if not sound:
             shapes = f"{list(values.shape)} with scales {list(scales.shape)}"
             raise CheckpointError(f"{values.file}: {name} is stored as {pair.kind} {shapes}, which do not belong together; {way(self.directory)}")
-        return Stored(values.file, TYPES[self.dtype], shape, values.bytes + scales.bytes, values.start)
+        return Stored(values.file, TYPES[self.dtype], shape, self.dtype.itemsize * math.prod(shape), values.start)
+
+    def on_disk(self, name: str) -> int:
+        pair = self.pairs.get(name)
+        return self.stored[name].bytes if pair is None else self.stored[pair.values].bytes + self.stored[pair.scales].bytes
 
     @contextmanager
     def open(self) -> Iterator[Reader]:

@@ -175,6 +175,10 @@ class Checkpoint:
     def nbytes(self, name: str) -> int:
         return sum(self.files.tensors[stored].bytes for _, stored in self._routes[name][1]) if name in self._routes else 0
 
+    def on_disk(self, name: str) -> int:
+        """Bytes that a parameter takes in the checkpoint's files: fewer than `nbytes` where it is stored in fp8 or MXFP4."""
+        return sum(self.files.on_disk(stored) for _, stored in self._routes[name][1]) if name in self._routes else 0
+
     def dtype_of(self, name: str) -> str:
         """The stored float type of a parameter, as safetensors names it."""
         return self.files.tensors[self._routes[name][1][0][1]].dtype

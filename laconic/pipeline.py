@@ -195,7 +195,7 @@ def _stored_model(
     chosen = _allocated(checkpoint, chosen, windows, options, run, device, progress)
     _compress(checkpoint, chosen, windows, options, run, device, progress)
     kept = commit_rest(run, checkpoint, chosen)
-    records = [site | {"original_bytes": checkpoint.nbytes(site["parameter"])} for record in run.parts().values() for site in record["sites"]]
+    records = [site | {"original_bytes": checkpoint.on_disk(site["parameter"])} for record in run.parts().values() for site in record["sites"]]
     order = {slot.name: i for i, slot in enumerate(chosen)}
     records.sort(key=lambda site: order[site["name"]])
     parameters = count_parameters(checkpoint.skeleton)

@@ -116,6 +116,10 @@ class TensorFiles:
         hint = f"; {others[0]} is a pickle, which is never read: convert it to safetensors first" if others else ""
         raise CheckpointError(f"{self.directory}: expected model.safetensors or {INDEX}{hint}")
 
+    def on_disk(self, name: str) -> int:
+        """Bytes that a tensor takes in the files, scales included."""
+        return self.tensors[name].bytes
+
     @contextmanager
     def open(self) -> Iterator["Reader"]:
         reader = Reader(self.tensors)

@@ -13,6 +13,7 @@ import laconic as lc
 from laconic.dequantize import from_fp8, from_mxfp4
 from laconic.errors import CheckpointError
 from laconic.load import open_source
+from laconic.store import Compressed
 from tests.conftest import tiny_config
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -71,8 +72,13 @@ def test_fp8_is_read_by_its_scales(kind: str, tokenizer: Any, text: Path, tmp_pa
     assert any("7 tensors are stored as fp8" in note for note in report.notes)
     assert report["unused"] == []
     assert report.metrics["kl"] < 1e-3
+    site = next(site for site in report.sites if site["name"].endswith("up_proj"))
+    assert 96 * 64 < site["original_bytes"] <= 96 * 64 + 4 * 96, "a byte an entry, and scales"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "laconic"
+    kept = lc.compress(tmp_path / "in", "[('*up_proj', RTN(8, 32)), ('*', Keep())]", "self", out=tmp_path / "kept", evaluate=False)
+    down = next(row for row in kept["kept"] if row["name"].endswith("down_proj.weight"))
+    assert down["bytes"] == 2 * 96 * 64 == Compressed(tmp_path / "kept").nbytes(down["name"])
     plain = transformers.LlamaForCausalLM(tiny_config(num_hidden_layers=1)).bfloat16()
     plain.load_state_dict(meant, strict=False)
     plain.tie_weights()
