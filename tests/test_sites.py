@@ -330,8 +330,10 @@ def test_a_damaged_view_is_refused(damage: Any, tmp_path: Path) -> None:
     assert manifest["views"] == {"experts": {"lead": 2, "transposed": True}}
     manifest["views"]["experts"] = damage
     file.write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="view"):
+    with pytest.raises(CheckpointError, match="changed by hand"):
         lc.load_into(fresh, tmp_path / "model")
+    with pytest.raises(CheckpointError, match="experts: the manifest's view .* does not fit"):
+        lc.load_into(fresh, tmp_path / "model", verify=False)
 
 
 def test_heads_and_routers_stay_by_default_and_are_known_by_structure() -> None:
