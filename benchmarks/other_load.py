@@ -34,32 +34,37 @@ def main() -> None:
     options.add_argument("--demo", action="store_true", help="time `laconic demo` instead of one compression")
     options.add_argument("--runs", type=int, default=1, help="runs of each kind; the quickest counts")
     options.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1, 1], help="threads of PyTorch")
+    options.add_argument("--neighbours", nargs="+", default=list(NEIGHBOURS), choices=NEIGHBOURS, help="who else is busy")
     options.add_argument("--samples", type=int, default=16, help="calibration windows of 256 tokens")
     args = options.parse_args()
     rows = []
     with tempfile.TemporaryDirectory(prefix="laconic-other-load-") as folder:
         for threads in args.threads:
-            for waiting in WAITING:
-                rows += measure(args, Path(folder), waiting, threads)
+            rows += measure(args, Path(folder), threads)
     name = "other_load-demo" if args.demo else "other_load"
     columns = ["threads", "waiting", "neighbour", "seconds", "times alone", "load before"]
     show("laconic demo" if args.demo else "One compression", rows, columns)
     print(f"wrote {record(name, rows, args).name}", file=sys.stderr)
 
 
-def measure(args: Namespace, folder: Path, waiting: str, threads: int) -> Iterator[dict[str, Any]]:
-    """A row per neighbour: the quickest run, all runs, and the quickest in units of the quickest alone."""
-    alone = None
-    for neighbour, niceness in NEIGHBOURS.items():
-        loads, seconds = [], []
-        for _ in range(args.runs):
-            loads.append(os.getloadavg()[0])
-            with busy(niceness):
-                seconds.append(timed(args, folder, waiting, threads))
-        alone = alone or min(seconds)
+def measure(args: Namespace, folder: Path, threads: int) -> Iterator[dict[str, Any]]:
+    """A row per way to wait and neighbour: the quickest run, all runs, and the quickest in units of the quickest alone.
+
+    The runs of all rows take turns, so that a load that comes and goes falls on each.
+    """
+    kinds = [(waiting, neighbour) for waiting in WAITING for neighbour in args.neighbours]
+    seconds: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
+    loads: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
+    for _ in range(args.runs):
+        for waiting, neighbour in kinds:
+            loads[waiting, neighbour].append(round(os.getloadavg()[0], 1))
+            with busy(NEIGHBOURS[neighbour]):
+                seconds[waiting, neighbour].append(round(timed(args, folder, waiting, threads), 1))
+    for waiting, neighbour in kinds:
+        best, alone = min(seconds[waiting, neighbour]), min(seconds.get((waiting, "none"), [0.0]))
         yield {
-            "threads": threads, "waiting": waiting, "neighbour": neighbour, "seconds": round(min(seconds), 1),
-            "times alone": round(min(seconds) / alone, 2), "load before": round(max(loads), 1), "runs": [round(s, 1) for s in seconds],
+            "threads": threads, "waiting": waiting, "neighbour": neighbour, "seconds": best, "times alone": round(best / alone, 2) if alone else None,
+            "load before": max(loads[waiting, neighbour]), "runs": seconds[waiting, neighbour], "loads": loads[waiting, neighbour],
         }  # fmt: skip
 
 

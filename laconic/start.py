@@ -68,6 +68,10 @@ def _hold_signals() -> None:
 
 def _stop(number: int, _: "FrameType | None") -> None:
     """The system's wish that the process ends, as an exception."""
+    if (processes := sys.modules.get("multiprocessing.process")) is not None and processes.parent_process() is not None:
+        signal.signal(number, signal.SIG_DFL)  # a worker that inherited this: whoever started it ends it, and says so
+        os.kill(os.getpid(), number)
+        return
     from laconic.ends import Stopped
 
     raise Stopped(number)

@@ -139,6 +139,26 @@ def test_a_signal_while_a_plan_runs(numbers: list[signal.Signals], tmp_path: Pat
     assert json.loads(stdout)["error"]["exit_code"] == process.returncode
 
 
+WORKER = """
+import multiprocessing, signal, time
+from laconic.start import _hold_signals, release_signals
+
+_hold_signals()
+release_signals()
+worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+worker.start()
+worker.terminate()
+worker.join()
+print(worker.exitcode)
+"""
+
+
+def test_a_worker_is_ended_without_a_word() -> None:
+    done = run(program=WORKER, stdout=subprocess.PIPE)
+    assert done.stdout == f"{-signal.SIGTERM}\n"
+    assert done.stderr == ""
+
+
 WAITS = """
 import os, sys
 from laconic.threads import wait_asleep
