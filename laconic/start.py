@@ -64,14 +64,11 @@ def _hold_signals() -> None:
     for number in (signal.SIGINT, *_SIGNALS):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, leave_at_once)
+    os.register_at_fork(after_in_child=let_go)  # a worker is ended, and spoken for, by the process that started it
 
 
 def _stop(number: int, _: "FrameType | None") -> None:
     """The system's wish that the process ends, as an exception."""
-    if (processes := sys.modules.get("multiprocessing.process")) is not None and processes.parent_process() is not None:
-        signal.signal(number, signal.SIG_DFL)  # a worker that inherited this: whoever started it ends it, and says so
-        os.kill(os.getpid(), number)
-        return
     from laconic.ends import Stopped
 
     raise Stopped(number)
