@@ -143,10 +143,17 @@ WORKER = """
 import multiprocessing, signal, time
 from laconic.start import _hold_signals, release_signals
 
+def work(pipe):
+    pipe.send("here")
+    time.sleep(60)
+
 _hold_signals()
 release_signals()
-worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+context = multiprocessing.get_context("fork")
+ours, theirs = context.Pipe()
+worker = context.Process(target=work, args=(theirs,))
 worker.start()
+ours.recv()
 worker.terminate()
 worker.join()
 print(worker.exitcode)
