@@ -61,11 +61,16 @@ def resolve(
         chosen = {slot: _returned(_asked(scheme, slot), slot) for slot in slots}
     else:
         chosen = _first_matches(list(scheme), slots)
-    chosen |= {slot: Keep(f"keep {pattern!r}") for slot, pattern in _matched([keep] if isinstance(keep, str) else keep, slots).items()}
+    chosen |= {slot: Keep(f"keep {pattern!r}") for slot, pattern in _matched(patterns(keep), slots).items()}
     if keep and all(isinstance(method, Keep) for method in chosen.values()):
-        raise SchemeError(f"keep: nothing is left to compress; {', '.join(map(repr, [keep] if isinstance(keep, str) else keep))} match every site")
+        raise SchemeError(f"keep: nothing is left to compress; {', '.join(map(repr, patterns(keep)))} match every site")
     _check_shapes(chosen, group, notes if notes is not None else [])
     return chosen
+
+
+def patterns(keep: str | Sequence[str]) -> list[str]:
+    """The patterns of sites that stay: one may be given as a text."""
+    return [keep] if isinstance(keep, str) else list(keep)
 
 
 def _of_a_file(scheme: Method, slots: Sequence[Slot]) -> dict[Slot, Method]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from laconic.ambient import refuse_inference, undisturbed, usable
 from laconic.blocks import Batch, InMemory, call, find_chain, in_evaluation, open_chain, to_device
 from laconic.calibrate import Loss, Shelf, default_loss, parameters_of
-from laconic.choice import Fit, resolve
+from laconic.choice import Fit, patterns, resolve
 from laconic.coverage import coverage
 from laconic.errors import CheckpointError, DataError, SchemeError, VerificationError
 from laconic.files import atomically, disk_errors
@@ -110,7 +110,7 @@ def compress_module(
     kept = original - sum(record["original_bytes"] for record in records)
     report = Report(
         {
-            "scheme": describe(scheme), "keep": [keep] if isinstance(keep, str) else list(keep),
+            "scheme": describe(scheme), "keep": patterns(keep),
             "seed": seed, "sites": records, "parameters": count, "original_bytes": original,
             "expected_bytes": kept + stored, "metrics": {"score": after, "reference_score": before} if score is not None else {},
             "seconds": time.time() - started, "peak_memory": {"actual": peak_memory()}, "notes": notes, "coverage": covered,

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 from laconic.ambient import undisturbed
 from laconic.blocks import Batch, find_chain, open_chain
 from laconic.calibrate import Shelf
-from laconic.choice import Fit, resolve
+from laconic.choice import Fit, patterns, resolve
 from laconic.clock import Clock
 from laconic.companions import Companions, companions
 from laconic.conclude import conclude, known_of
@@ -84,7 +84,7 @@ class Options:
     skip_nonfinite: bool = False
     trust_remote_code: bool = False
     evaluate: bool = True
-    keep: tuple[str, ...] = ()
+    keep: str | Sequence[str] = ()
     group: Fit = "fit"
     command: str = field(default="", compare=False)
 
@@ -200,7 +200,7 @@ def _stored_model(
     records.sort(key=lambda site: order[site["name"]])
     parameters = count_parameters(checkpoint.skeleton)
     manifest = manifest_of(
-        list(run.parts().values()), scheme=describe(scheme), keep=list(options.keep), seed=options.seed, versions=versions(),
+        list(run.parts().values()), scheme=describe(scheme), keep=patterns(options.keep), seed=options.seed, versions=versions(),
         source={"name": source, "parameters": parameters}, data=windows.describe() if windows is not None else None,
         **views_of(checkpoint.skeleton, [slot for slot, method in chosen.items() if not isinstance(method, Keep)]),
     )  # fmt: skip
@@ -209,7 +209,7 @@ def _stored_model(
     verify(run.out, checkpoint, records, kept, progress)
     told = [*filter(None, [run.notes().get("chain")]), *run.notes().get("allocation", [])]
     return {
-        "scheme": describe(scheme), "keep": list(options.keep), "seed": options.seed, "data": manifest["data"], "sites": records, "metrics": {},
+        "scheme": describe(scheme), "keep": patterns(options.keep), "seed": options.seed, "data": manifest["data"], "sites": records, "metrics": {},
         "notes": told + unmeasured_notes(records, parameters, progress), "unused": checkpoint.unused,
         "original_bytes": original_file_bytes(checkpoint), "parameters": parameters, "kept": _kept(checkpoint, kept),
         "coverage": coverage(checkpoint.skeleton, chosen), "versions": versions(), "machine": machine(),
@@ -330,6 +330,4 @@ def compress(
     out = options.pop("out")
     if data is not None:
         options["data"] = data
-    if isinstance(keep := options.get("keep", ()), str | list):
-        options["keep"] = (keep,) if isinstance(keep, str) else tuple(keep)
     return compress_directory(source, chosen, out, Options(**options), progress)
