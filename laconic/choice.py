@@ -25,8 +25,8 @@ _SMALL_SHARE = 0.1  # of the body's entries; where small matrices hold more than
 _LEAST_BITS = 6
 """Bits of an embedding or head of which nothing is said: a step per row, entropy-coded.
 
-books-llama-7m in 4.52 MB (KL on dracula / WikiText-2, nats per token): .0011 / .0018 with a 6-bit embedding and matrices at 5.09 bits, .0048 /
-.0117 with the embedding in bfloat16 and matrices at 3.25 bits (`benchmarks/whole_file.py`).
+books-llama-7m in 3.79 MB (KL on dracula / WikiText-2, nats per token): .0022 / .0042 with a 6-bit embedding and matrices at 4.09 bits, .0226 /
+.0516 with the embedding in bfloat16 and matrices at 2.25 bits (`benchmarks/whole_file.py`).
 """
 _MOST_BITS = 8  # of a grid; a method that spends a bit more than this is not one of grids, and leaves embeddings and heads alone
 
