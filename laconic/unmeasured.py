@@ -110,10 +110,10 @@ def _which(site: Site, empty: Tensor, share: float) -> str:
     if site.groups == 1:
         return "its calibration inputs are all zero" if not unseen else site.unseen
     kind = "experts" if len(site.dims) == 3 and site.dims[0] == site.groups else "row groups"
-    return f"{kind} {_ranges(empty.nonzero().flatten().tolist())} of {site.groups} ({share:.0%} of the site) saw {saw}"
+    return f"{kind} {ranges(empty.nonzero().flatten().tolist())} of {site.groups} ({share:.0%} of the site) saw {saw}"
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """3, 7-12 for 3, 7, 8, ... 12."""
     parts: list[str] = []
     start = 0
@@ -134,7 +134,7 @@ def naming_batches(batches: Sequence[Any]) -> Iterator[None]:
         bad = [i for i, batch in enumerate(batches) if not all(bool(t.isfinite().all()) for t in _floats(batch))]
         if not bad:
             raise
-        raise DataError(f"{error}; NaN or infinity in batch {_ranges(bad)} of the calibration data") from error
+        raise DataError(f"{error}; NaN or infinity in batch {ranges(bad)} of the calibration data") from error
 
 
 def _floats(value: Any) -> Iterator[Tensor]:

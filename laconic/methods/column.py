@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from laconic.sites import Site
+from laconic.unmeasured import ranges
 
 Fit = Callable[[Tensor, int, Tensor], None]
 """Fits the side information of columns j : j + k to live values [rows, k], weighted by the importance [1 or rows, k] of their errors."""
@@ -60,19 +61,25 @@ def factor(H: Tensor, order: Tensor, damping: float, name: str, notes: list[str]
     mean of the diagonal, first in float32, then in float64; if that fails too, or no input was seen, L is diagonal, which is plain
     rounding, and `notes` says so.
     """
+    said: dict[str, list[int]] = {}
     if len(H) == 1:  # without another copy of what can be the largest tensor there is
-        return _factor_one(H[0], order, damping, name, notes).unsqueeze(0)
-    L = torch.empty_like(H)
-    for g in range(len(H)):
-        L[g] = _factor_one(H[g], order, damping, f"group {g} of {name}", notes)
+        L = _factor_one(H[0], order, damping, said, 0).unsqueeze(0)
+    else:
+        L = torch.empty_like(H)
+        for g in range(len(H)):
+            L[g] = _factor_one(H[g], order, damping, said, g)
+    for text, groups in said.items():
+        notes.append(f"{name}: {text}" if len(H) == 1 else f"{name}: row groups {ranges(groups)} of {len(H)}: {text}")
     return L
 
 
-def _factor_one(H: Tensor, order: Tensor, damping: float, where: str, notes: list[str]) -> Tensor:
+def _factor_one(H: Tensor, order: Tensor, damping: float, said: dict[str, list[int]], group: int) -> Tensor:
+    """The factor of one group; what there is to say is noted under its text, so that many groups make one line."""
     diagonal = H.diagonal()[order]
     mean = float(diagonal.mean())
     if not 0 < mean < float("inf"):
-        notes.append(f"{where}: {'no input was seen' if mean == 0 else 'input statistics are not finite'}; rounded to nearest")
+        text = f"{'no input was seen' if mean == 0 else 'input statistics are not finite'}; rounded to nearest"
+        said.setdefault(text, []).append(group)
         return torch.eye(len(H), dtype=H.dtype, device=H.device)
     steps = [damping, *(damping * 10**k for k in range(1, 40) if damping * 10 ** (k - 1) < 1)]
     for dtype in (torch.float32, torch.float64):
@@ -84,9 +91,9 @@ def _factor_one(H: Tensor, order: Tensor, damping: float, where: str, notes: lis
             torch.linalg.cholesky_ex(work, out=(work, info))
             if int(info) == 0 and bool((work.diagonal() > 0).all()) and bool(torch.isfinite(work[-1]).all()):
                 if step > damping or dtype == torch.float64:
-                    notes.append(f"{where}: Hessian not positive definite; solved with damping {step:g} in {dtype}")
+                    said.setdefault(f"Hessian not positive definite; solved with damping {step:g} in {dtype}", []).append(group)
                 return work.to(H.dtype)
-    notes.append(f"{where}: Hessian not positive definite at any damping; rounded to nearest, weighted by its diagonal")
+    said.setdefault("Hessian not positive definite at any damping; rounded to nearest, weighted by its diagonal", []).append(group)
     return torch.diag(diagonal.clamp(min=1e-3 * mean).sqrt())
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from laconic.methods.column import Sweep, solve
+from laconic.methods.column import Sweep, factor, solve
 from laconic.weights import Codebook, Dense, Sparse, Uniform
 from tests.conftest import make_site, output_loss, rows_agree
 
@@ -178,3 +178,13 @@ def test_a_hopeless_hessian_falls_back_to_rounding_and_is_listed(hessian: str, r
     assert reason in site.notes[0]
     assert "block.0.layer" in site.notes[0]
     assert torch.equal(grid.codes, rounded.codes)
+
+
+def test_groups_of_one_kind_are_one_line() -> None:
+    """Experts whose few tokens leave the Hessian indefinite, as rounding may: one note with their numbers."""
+    notes: list[str] = []
+    H = torch.eye(8).repeat(6, 1, 1)
+    H[[1, 2, 4], 0, 1] = H[[1, 2, 4], 1, 0] = 3.0
+    factor(H, torch.arange(8), 0.01, "experts", notes)
+    assert len(notes) == 1
+    assert notes[0].startswith("experts: row groups 1-2, 4 of 6: Hessian not positive definite")
