@@ -132,7 +132,7 @@ def test_a_signal_while_a_plan_runs(numbers: list[signal.Signals], tmp_path: Pat
     for number in numbers:
         process.send_signal(number)
         time.sleep(0.05)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 128 + numbers[0], stderr
     assert len(stderr.splitlines()) == 1, stderr
     assert "--resume" in stderr
