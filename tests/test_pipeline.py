@@ -517,9 +517,7 @@ def test_tensors_no_module_uses_are_carried_over(tiny: Path, text: Path, tmp_pat
 
 
 def test_large_models_are_sharded_and_read_back(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import laconic.run as run_module
-
-    monkeypatch.setattr(run_module, "_SHARD", 20_000)
+    monkeypatch.setattr("laconic.assemble._SHARD", 20_000)
     run(tiny, "RTN(bits=4, group=32)", tmp_path / "out", data=str(text), evaluate=False)
     shards = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 3
