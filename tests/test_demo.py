@@ -121,4 +121,4 @@ def test_peak_memory_is_predicted(tmp_path: Path) -> None:
     command += ["--samples", "32", "--test-tokens", "8192", "--out", str(tmp_path / "out"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak = json.loads(done.stdout)["peak_memory"]
-    assert 0.75 < peak["expected"] / peak["actual"] < 1.5
+    assert 1.0 <= peak["expected"] / peak["actual"] < 1.6, peak
