@@ -85,7 +85,7 @@ def main() -> None:
         times = row["expected_seconds"], row["expected_seconds_later"] or float("nan"), row["seconds"]
         print(f"{name:<18} {row['parameters']:>11,} {told:>9.0f} MB {used:>5.0f} MB {times[0]:>13.1f} {times[1]:>7.1f} {times[2]:>7.1f}")
         print("    " + ", ".join(f"{stage} {cost['expected']:.1f}/{cost['actual']:.1f}" for stage, cost in row["stages"].items()), flush=True)
-    given.out.write_text(json.dumps(rows, indent=1) + "\n")
+    given.out.write_text(json.dumps({"command": "python benchmarks/estimates.py" + " --quick" * given.quick, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
