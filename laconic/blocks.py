@@ -54,12 +54,17 @@ def examples_in(batch: Batch) -> int:
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; every module's mode is put back."""
+    """The model in evaluation mode and without caches of its own, in which one call would leave what the next one sees; all is put back."""
     training, modes = model.training, {module: module.training for module in model.modules()}
+    configs = {id(config): config for module in modes if getattr(config := getattr(module, "config", None), "use_cache", None) is True}
     model.eval()
+    for config in configs.values():
+        config.use_cache = False
     try:
         yield
     finally:
+        for config in configs.values():
+            config.use_cache = True
         for module in model.modules():
             module.training = modes.get(module, training)  # a module that came inside (an installed weight) takes the model's
 

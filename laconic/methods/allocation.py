@@ -71,7 +71,6 @@ class Measured(Allocation):
         self.method, self.inner, self.wants = method, inner, inner.wants
         self.seen = False
         self.alone: dict[str, Method] = {}
-        self._told: list[str] = []
 
     def observe(self, site: Site) -> None:
         site = completed(site.having(notes=[]), self.wants)  # whoever solves the site says what is missing
@@ -83,9 +82,8 @@ class Measured(Allocation):
         assert own is not None
         own.observe(site)
         self.alone |= own.resolve()
-        self._told += own.notes
 
     def resolve(self) -> dict[str, Method]:
         found = self.inner.resolve() if self.seen or not self.alone else {}
-        self.notes = [*self.inner.notes, *self._told]
+        self.notes = list(self.inner.notes)
         return found | self.alone

@@ -253,7 +253,8 @@ class WaterFilling(Allocation):
         self.notes = []
         if self.small:
             names = ", ".join(list(self.small)[:3]) + (" ..." if len(self.small) > 3 else "")
-            self.notes.append(f"{len(self.small)} matrices are too small for an entropy-coded grid at {self.rate} bits and have 8 ({names})")
+            count = "1 matrix is" if len(self.small) == 1 else f"{len(self.small)} matrices are"
+            self.notes.append(f"{count} too small for an entropy-coded grid at {self.rate} bits, and stored with 8 ({names})")
         if spent > 1.01 * left:
             mean = self.rate + (spent - left) / max(entries, 1)
             self.notes.append(f"{self.method!r}: {mean:.3f} bits on average is the least that the format can hold of these matrices")
