@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -56,14 +57,15 @@ def examples_in(batch: Batch) -> int:
 def in_evaluation(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode and without caches of its own, in which one call would leave what the next one sees; all is put back."""
     training, modes = model.training, {module: module.training for module in model.modules()}
-    configs = {id(config): config for module in modes if getattr(config := getattr(module, "config", None), "use_cache", None) is True}
+    every: dict[int, Any] = {id(config): config for module in modes if (config := getattr(module, "config", None)) is not None}
+    configs = [config for config in every.values() if getattr(config, "use_cache", None) is True]
     model.eval()
-    for config in configs.values():
+    for config in configs:
         config.use_cache = False
     try:
         yield
     finally:
-        for config in configs.values():
+        for config in configs:
             config.use_cache = True
         for module in model.modules():
             module.training = modes.get(module, training)  # a module that came inside (an installed weight) takes the model's
@@ -150,26 +152,6 @@ class _Seen:
     version: int  # of the hidden state: a tensor that is changed in place counts up
 
 
-class _Stand(nn.Module):
-    """Stands in a block's place: notes how it is called, and gives `answer(hidden)` instead of computing."""
-
-    def __init__(self, number: int, block: nn.Module, notes: list[_Seen], answer: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.number = number
-        object.__setattr__(self, "block", block)  # not a submodule: its tensors must stay where they are
-        self.notes, self.answer = notes, answer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.notes.append(_split(self.number, args, kwargs))
-        return self.answer(self.notes[-1].hidden)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "block"), name)  # models read flags such as attention_type off their blocks
-
-
 def _split(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
     """The hidden state among a block's arguments: the first positional one, or the first float tensor among the named ones."""
     if args:
@@ -226,14 +208,26 @@ class BlockModel:
 
     @contextmanager
     def _stands(self, notes: list[_Seen], answer: Callable[[Tensor], Any]) -> Iterator[None]:
-        originals = list(self.blocks)
+        """Inside, a block notes how it is called and gives `answer(hidden)` instead of computing.
+
+        Only its `forward` is another: a model may know its blocks by their type, read flags off them, or hang hooks on them when it is first
+        called (as transformers does for models that read hidden states on the way).
+        """
+
+        def stand(number: int, *args: Any, **kwargs: Any) -> Any:
+            notes.append(_split(number, args, kwargs))
+            return answer(notes[-1].hidden)
+
+        own = [vars(block).get("forward") for block in self.blocks]
         try:
-            for i, block in enumerate(originals):
-                self.blocks[i] = _Stand(i, block, notes, answer)
+            for i, block in enumerate(self.blocks):
+                vars(block)["forward"] = partial(stand, i)
             yield
         finally:
-            for i, block in enumerate(originals):
-                self.blocks[i] = block
+            for block, forward in zip(self.blocks, own, strict=True):
+                vars(block).pop("forward", None)
+                if forward is not None:
+                    vars(block)["forward"] = forward
 
     def _watch(self, batch: Batch, until: int, answers: list[Tensor] | None = None) -> list[_Seen]:
         """How the first `until` blocks are called for a batch, each answering with a copy of its hidden state, which goes to `answers`."""
