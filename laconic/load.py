@@ -386,7 +386,11 @@ def open_source(source: str | Path, *, trust_remote_code: bool = False) -> Check
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     """The directory's tokenizer. Raises: CheckpointError when there is none."""
     with Foreign(CheckpointError, f"{path}: no tokenizer that can be loaded"):
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        empty = len(tokenizer) <= len(set(tokenizer.all_special_ids))
+    if empty:  # transformers makes one up for some model types, with special tokens only, where the files are missing
+        raise CheckpointError(f"{path}: no tokenizer that can be loaded: it has special tokens only")
+    return tokenizer
 
 
 @undisturbed()

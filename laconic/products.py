@@ -73,8 +73,9 @@ def _reversed_matmul(other: Tensor, input: Tensor) -> list[Product]:
     return _matmul(input, other)
 
 
-def _addmm(_: Tensor, mat1: Tensor, mat2: Tensor, **__: Any) -> list[Product]:
-    return _matmul(mat1, mat2)
+def _addmm(_: Tensor, mat1: Tensor | None = None, mat2: Tensor | None = None, **named: Any) -> list[Product]:
+    a, b = (given if given is not None else named.get(name) for given, name in ((mat1, "batch1"), (mat2, "batch2")))  # as `baddbmm` names them
+    return _matmul(a, b) if isinstance(a, Tensor) else []
 
 
 def _inner(input: Tensor, other: Tensor) -> list[Product]:

@@ -28,8 +28,9 @@ class Filling:
         self.places = _places(model, self.stored)
         for slot in self._slots():
             if slot.parameter in self.places:
-                for layer in slot.layers(model):
-                    layer._is_hf_initialized = True  # type: ignore[assignment] # no random values, which would also move the user's generator
+                for layer in slot.layers(model):  # no random values, which would also move the user's generator
+                    if next(layer.buffers(recurse=False), None) is None:  # but a buffer that is not stored (Gemma's scale) is made only then
+                        layer._is_hf_initialized = True  # type: ignore[assignment]
         self._settle_ties()
         self._ignore({*self.places, *self.stored.weights})
 

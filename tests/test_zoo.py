@@ -44,7 +44,7 @@ def test_in_memory(name: str, tmp_path: Path) -> None:
     assert any("do not form a chain" in note for note in report.notes) == bool(why)
     assert report.sites
     assert all(site["bits_per_weight"] <= 16 for site in report.sites)
-    assert 0 < error(after, before) < 0.5
+    assert 0 < error(after, before) < 1
     lc.save(model, tmp_path)
     other = row.build()
     for parameter in other.parameters():
@@ -64,7 +64,7 @@ def test_as_a_directory(name: str, tmp_path: Path) -> None:
     report = lc.compress(str(tmp_path / "original"), SCHEME, out=str(tmp_path / "out"), samples=4, length=16, evaluate=False)
     assert report.sites
     loaded = answer(lc.load(tmp_path / "out"), row)
-    assert 0 < error(loaded, before) < 0.5
+    assert 0 < error(loaded, before) < 1
     theirs = answer(getattr(transformers, row.model).from_pretrained(tmp_path / "out"), row)
     apart = next(iter(outputs(CompressedCheckpoint(tmp_path / "out"), row.batches()[:1], torch.float32, torch.device("cpu"))))
     for y, z, w in zip(loaded, theirs, answers(apart), strict=False):
