@@ -56,7 +56,7 @@ def test_in_memory(name: str, tmp_path: Path) -> None:
     after = answer(model, row)
     assert any("do not form a chain" in note for note in report.notes) == bool(why)
     assert report.sites
-    assert all(site["bits_per_weight"] <= 16 for site in report.sites)
+    assert all(site["bits_per_weight"] <= 16 for site in report.sites if site["shape"][0] * site["shape"][1] >= 1024)
     assert 0 < error(after, before) < 1
     lc.save(model, tmp_path)
     other = row.build()
