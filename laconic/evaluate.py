@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from laconic.ambient import undisturbed
-from laconic.blocks import Batch, BlockModel, call, find_chain, open_chain, to_device
+from laconic.blocks import Batch, BlockModel, ChainError, call, find_chain, open_chain, to_device
+from laconic.calling import called_with
 from laconic.chats import conversations
-from laconic.errors import CheckpointError, DataError
+from laconic.errors import DataError
 from laconic.harness import refuse_code, run_tasks
 from laconic.load import Checkpoint, CompressedCheckpoint, load, load_tokenizer, open_source
 from laconic.machine import pick_device, pick_dtype
@@ -91,24 +93,12 @@ def check_call(source: Source, batch: Batch, name: str) -> None:
     """
     device = torch.device("cpu")
     blocks, residence, _ = open_blocks(source, torch.float32, device)
-    try:
+    with called_with(source.skeleton, batch, name), suppress(ChainError):  # no chain after all: whoever runs the blocks says so
         if blocks is not None:
             blocks.capture([batch])
         else:
             with residence.hold(""), torch.no_grad():
                 call(source.skeleton, to_device(batch, device))
-    except CheckpointError:
-        return  # no chain after all: whoever runs the blocks says so
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, NotImplementedError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{name}: {type(source.skeleton).__name__} cannot be called with {_shape(batch)}: {reason}") from error
-
-
-def _shape(batch: Batch) -> str:
-    if isinstance(batch, dict):
-        return ", ".join(f"{key} {list(value.shape)}" for key, value in batch.items() if hasattr(value, "shape"))
-    first = batch[0] if isinstance(batch, list | tuple) else batch
-    return f"a tensor {list(first.shape)}"
 
 
 def predicts(model: nn.Module, material: Material) -> bool:

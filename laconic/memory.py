@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from laconic.ambient import refuse_inference, undisturbed, usable
 from laconic.blocks import Batch, InMemory, call, find_chain, in_evaluation, open_chain, to_device
 from laconic.calibrate import Loss, Shelf, default_loss, parameters_of
+from laconic.calling import called_with
 from laconic.choice import Fit, patterns, resolve
 from laconic.coverage import coverage
 from laconic.errors import CheckpointError, DataError, SchemeError, VerificationError
@@ -120,11 +121,17 @@ def compress_module(
 
 
 def _uses(model: nn.Module, batches: list[Batch]) -> tuple[dict[str, Use] | None, dict[str, str]]:
-    """How the first batch shows the parameters to be used whose modules do not say it, and why some are no sites; None without data."""
+    """How the first batch shows the parameters to be used whose modules do not say it, and why some are no sites; None without data.
+
+    Raises: DataError when the model cannot be called with it.
+    """
     if not batches:
         return None, {}
-    with _at_rest(model), in_sight(model), undisturbed(0):
-        uses = uses_of(model, lambda: call(model, to_device(batches[0], next(model.parameters()).device)))
+    first = to_device(batches[0], next(model.parameters()).device)
+    with _at_rest(model), in_sight(model), undisturbed(0), called_with(model, first, "batch 0 of the calibration data"):
+        with torch.no_grad():
+            call(model, first)
+        uses = uses_of(model, lambda: call(model, first))
     return uses.found(), uses.why_not()
 
 
@@ -134,8 +141,9 @@ def _is_number(score: float | None) -> bool:
 
 
 def plain_bytes(model: nn.Module) -> int:
-    """Bytes of a plain module's state, every tie once."""
-    return sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())
+    """Bytes of the tensors of a plain module's state, every tie once."""
+    tensors = [value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]  # extra state can be anything
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 @contextmanager

@@ -283,3 +283,38 @@ def test_a_module_of_another_architecture_is_refused(net: Net, tmp_path: Path) -
             lc.load_into(model, tmp_path)
     with pytest.raises(CheckpointError, match=MANIFEST):
         lc.load_into(Net(), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("batch", [torch.randn(8, 3), torch.zeros(8, 64, dtype=torch.int64), {"x": torch.randn(8, 64)}])
+def test_data_that_the_module_does_not_take(batch: object) -> None:
+    """One error that names the batch, before anything is changed; the module's own error is its cause."""
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(lc.DataError, match=r"batch 0 of the calibration data: Sequential cannot be called with"):
+        lc.compress(net, "GPTQ(bits=4)", [batch])
+    assert net.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_extra_state_of_any_kind_is_no_obstacle_to_compressing(tmp_path: Path) -> None:
+    """It is refused where it would have to be stored, by name, and nothing is written."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.factor = nn.Linear(64, 64), 3.0
+
+        def get_extra_state(self) -> dict[str, float]:
+            return {"factor": self.factor}
+
+        def set_extra_state(self, state: dict[str, float]) -> None:
+            self.factor = state["factor"]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) * self.factor
+
+    net, report = lc.compress(Scaled(), "RTN(bits=4)")
+    assert len(report.sites) == 1
+    with pytest.raises(lc.SchemeError, match="_extra_state"):
+        lc.save(net, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
