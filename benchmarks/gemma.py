@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> None:
     for windows in (bare, begun):
         found = perplexity(source, windows)
         rows.append({"what": "original", "windows begin with": str(list(windows.start)), "dracula ppl": found.perplexity, "tokens": found.tokens})
-        show(rows, COLUMNS)
+        show("Gemma 3 270M on dracula", rows, COLUMNS)
     del source
     with tempfile.TemporaryDirectory() as folder:
         report = lc.compress(
@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace) -> None:
             "GB told": peak["expected"] / 1e9, "KL interval": m["kl_interval"], "top1": m["top1"],
         }
     )  # fmt: skip
-    show(rows, COLUMNS)
+    show("Gemma 3 270M on dracula", rows, COLUMNS)
     print(record("gemma", rows, args))
 
 

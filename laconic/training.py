@@ -82,7 +82,7 @@ def search(
         from laconic.objectives import parse_objective
         from laconic.recover import parse_recovery, usual_recovery
         from laconic.search.checks import check_first
-        from laconic.search.report import search_summary
+        from laconic.search.report import search_summary, with_sizes, write_search_report
         from laconic.search.run import SearchOptions, search_task
 
         chosen = _scheme(scheme, plan)
@@ -103,13 +103,17 @@ def search(
             terminal = stack.enter_context(Terminal(quiet=as_json, brief=True))
             model, problem = _problem(source, task, data, test, train_tokens, *windows, seed, device, trust_remote_code, terminal, out, ready)
             found = search_task(model, chosen, problem, goals, within(keep), asked or usual_recovery(chosen, model), out, options, terminal)
-            notes = _complete(out, found.model, model, source, problem.sample(), trust_remote_code) if source is not None else []
+            result, notes = found.result, []
+            if source is not None:
+                notes = _complete(out, found.model, model, source, problem.sample(), trust_remote_code)
+                result = with_sizes(result, found.path)
+                write_search_report(out, result)
         for text in notes:
             note(text)
         if as_json:
-            emit(found.result)
+            emit(result)
             return
-        print_rows(search_summary(found.result))
+        print_rows(search_summary(result))
         err.print(f"model: {shown(found.path)}, report: {shown(found.report)}", markup=False)
 
     guard(work, "; finished trials are kept: run the same command with --resume")

@@ -244,7 +244,7 @@ def test_the_loss_of_the_user_decides_which_outputs_matter(net: Net) -> None:
         ("SparseGPT(pattern='2:4')", [images(8)], SchemeError, "stem.0: pattern '2:4' does not tile"),
         ("[('*.conv', RTN(4, 'channel')), ('*', Keep())]", None, SchemeError, "matches no site"),
         ("LowRank(0.5, weighted=True)", [images(8)], SchemeError, "grouped: weighted low rank needs one Hessian"),
-        ("GPTQ(bits=4, group='channel')", [images(8)[:, :1]], RuntimeError, "channels"),
+        ("GPTQ(bits=4, group='channel')", [images(8)[:, :1]], DataError, "channels"),
         ("RTM(4)", None, SchemeError, "did you mean 'RTN'"),
         ("Magnitude(Free(0, 1))", None, SchemeError, "stem.0: .*sparsity is still free"),
         ("Magnitude(0.5, criterion='taylor')", None, DataError, "needs calibration data"),

@@ -24,7 +24,7 @@ from laconic.recover.text import companions_of, complete_directory
 from laconic.run import below, copied_names, finite, remove
 from laconic.scheme import Scheme, describe
 from laconic.sites import find_slots
-from laconic.store import MANIFEST, Compressed
+from laconic.store import MANIFEST, Compressed, stored_bytes
 from laconic.tensors import checksum_of
 from laconic.weights import installed
 
@@ -91,8 +91,7 @@ def _recovered(
             _clear(out)
         unseen = replace(task, test=None)
         compressed, found = recover_task(model, scheme, how, unseen, folder=out, resume=resume, seed=seed, progress=progress, keep=True, types=types)
-        size = save(compressed, out, types=types, scheme=found.scheme, recovery=repr(how), seed=seed, versions=versions(), copied=copied)
-        size -= sum(file.stat().st_size for file in _temporary(out) if file.suffix == ".safetensors")  # still there, and no part of the model
+        save(compressed, out, types=types, scheme=found.scheme, recovery=repr(how), seed=seed, versions=versions(), copied=copied)
     stored = load_into(copy.deepcopy(model), out).to(next(model.parameters()).device).eval()
     theirs = installed(stored)
     for name, weight in installed(compressed).items():
@@ -102,14 +101,14 @@ def _recovered(
     if task.test is not None:
         test = {"reference_test_score": task.judge(model, task.test).score, "test_score": task.judge(stored, task.test).score}
     result = {
-        **found.as_dict(), "recovery": repr(how), "reference_score": reference.score, "direct_score": found.direct, "stored_bytes": size,
-        "original_bytes": original_bytes,
-        "seed": seed, "command": command, "versions": versions(), "machine": machine(), "run": about, **test,
+        **found.as_dict(), "recovery": repr(how), "reference_score": reference.score, "direct_score": found.direct,
+        "original_bytes": original_bytes, "seed": seed, "command": command, "versions": versions(), "machine": machine(), "run": about, **test,
     }  # fmt: skip
     result = finite(result)
     with disk_errors(out):
         if source is not None:
             result["notes"] = [*result["notes"], *complete_directory(out, model, source, trust_remote_code)]
+        result["stored_bytes"] = stored_bytes(out)
         write_json(out / RESULT, result, indent=1)
     for file in _temporary(out):  # only now is nothing lost by a kill
         file.unlink()

@@ -61,6 +61,7 @@ def check_first(
     model: nn.Module, scheme: Scheme, goals: Sequence[Goal], keep: Floor, how: LC | FineTune | Direct, out: Path, options: "SearchOptions"
 ) -> dict[str, Free]:  # fmt: skip
     """What costs nothing to check, before anything that takes time; returns the scheme's variables. Raises: SearchError, SchemeError, OutputError."""
+    _need_optuna()
     from laconic.search.samplers import Settings, chosen_sampler
     from laconic.search.storage import check_new
 
@@ -73,6 +74,14 @@ def check_first(
         check_new(options.storage or out / STUDY, options.name)
     chosen_sampler(free, len(goals), Settings(options.sampler, options.trials))  # type: ignore[arg-type]
     return free
+
+
+def _need_optuna() -> None:
+    """Raises SearchError saying what to install, before anything that is written with it is imported."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise SearchError("a search needs Optuna 5 or newer; pip install 'laconic[search]'") from error
 
 
 def check_arguments(goals: Sequence[Any], keep: Any, how: Any) -> None:

@@ -8,6 +8,7 @@ from laconic.files import write_json, write_text
 from laconic.report import fill_page
 from laconic.search import pictures, profiles
 from laconic.search.pictures import Values, goals_of, is_measured, is_number, objectives_of
+from laconic.store import stored_bytes
 from laconic.units import human_bytes
 
 SEARCH_JSON, SEARCH_HTML = "search.json", "search.html"
@@ -19,6 +20,12 @@ def write_search_report(out: Path, result: Values) -> None:
     own = f".{os.getpid()}.tmp"
     write_json(out / SEARCH_JSON, result, indent=1, suffix=own)
     write_text(out / SEARCH_HTML, render_search(result), own)
+
+
+def with_sizes(result: Values, folder: Path) -> dict[str, Any]:
+    """A result whose best trial's size is that of the folder it was delivered in, which a config may have joined."""
+    size = stored_bytes(folder)
+    return {**result, "best": {**result["best"], "stored_bytes": size, "ratio": result["reference"]["stored_bytes"] / size}}
 
 
 def render_search(result: Values) -> str:

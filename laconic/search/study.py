@@ -8,18 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from laconic.errors import OutputError, SearchError
-from laconic.methods.free import Free
-
-try:
-    import optuna
-except ImportError as error:
-    raise SearchError("a search needs Optuna 5 or newer; pip install 'laconic[search]'") from error
+import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from laconic.errors import OutputError, SearchError
+from laconic.methods.free import Free
 from laconic.search.retries import again, attempts, reclaim, reclaim_all
 from laconic.search.samplers import MEASURED, Settings, SharedSampler, chosen_sampler, distribution_of, plan, sampler_of
 from laconic.search.storage import address, answering, beat, beating, check_fingerprint, connect, exists_already, quiet

@@ -172,7 +172,7 @@ def test_search_does_not_write_it_twice(tiny: Path, tmp_path: Path, monkeypatch:
             (8, ["--resume", "--scheme", "RTN(4, 32)"]),
             (4, ["--resume", "--test", "/nowhere/test.txt"]),
             (8, ["--storage", tmp_path / "s" / "study.db"]),
-            (2, ["--overwrite", "--scheme", "RTN(4, Free(choices=(5,)))"]),
+            (2, ["--overwrite", "--scheme", "RTN(4, Free(choices=(-5,)))"]),
         ):
             refused = laconic(*search, *wrong, "--out", tmp_path / "s")
             assert (refused.exit_code, refused.exception.__class__) == (code, SystemExit), refused.stderr

@@ -23,6 +23,7 @@ from laconic.objectives import Candidate, flops, stored_bytes
 from laconic.progress import Log
 from laconic.recover import Direct, FineTune
 from laconic.search import Found, SearchOptions, search_task
+from laconic.store import amend_manifest
 from laconic.weights import installed
 from tests.recover.nets import seeded, trained
 from tests.search.digits import Branching, Problem, run
@@ -124,8 +125,7 @@ def test_folder_and_storage_belong_together(problem: Problem, tmp_path: Path) ->
         run(problem, tmp_path / "two", storage=tmp_path / "shared.db", resume=True, **options)
     with pytest.raises(OutputError, match="one: holds the trials of another search"):
         run(problem, tmp_path / "one", storage=tmp_path / "other.db", **options)
-    manifest = tmp_path / "one" / "trials" / "000" / "model" / "laconic.json"
-    manifest.write_text(manifest.read_text().replace('"scheme":"Magnitude', '"scheme":"Wanda'))
+    amend_manifest(tmp_path / "one" / "trials" / "000" / "model", {"scheme": "Wanda(Free(0.1, 0.9))"})
     with pytest.raises(SearchError, match="this is not trial 1 of this search"):
         run(problem, tmp_path / "one", storage=tmp_path / "shared.db", resume=True, **options)
 
