@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from laconic.calibrate import MANY, PART
+from laconic.calibrate import MANY, PART, units
 from laconic.evaluate import COMPARED, LOGITS
 from laconic.load import Checkpoint
 from laconic.methods.base import Keep, Method
@@ -142,6 +142,8 @@ def _survey(sizes: Sizes, chosen: Mapping[Slot, Method], load: Load, speeds: Spe
     hidden = 3 * tokens * load.width
     memory = _FLOAT * (sizes.outside + copies + hidden + 12 * load.length * load.width)
     squares = sum(slot.columns**2 * slot.groups for slot in _distinct(chosen))
+    if not sizes.block:  # a model that is run whole: all statistics at once, the graph of a window, and the gradients of its tables
+        memory += _FLOAT * (squares + 2 * load.length * sum(slot.rows + slot.columns for slot in chosen) + 2 * sizes.largest)
     block = _FLOAT * (3 * sizes.block + hidden + 40 * load.length * load.width + max((slot.columns**2 * slot.groups for slot in chosen), default=0))
     flops = 8.0 * tokens * sizes.body + 4.0 * tokens * sizes.head + 2.0 * tokens * squares
     return Cost(max(memory, block), flops / speeds.flops + 10.0 * tokens * load.vocabulary / speeds.exponentials)
@@ -160,8 +162,8 @@ def _compression(
     source: Checkpoint, sizes: Sizes, chosen: Mapping[Slot, Method], load: Load, chain: str | None, speeds: Speeds
 ) -> Cost:  # fmt: skip
     """The hidden states, and the largest part with its statistics and its solver's workspace; two forward passes and a sweep per site."""
-    parts: dict[str, list[Slot]] = {}
-    for slot in chosen:
+    parts: dict[str, list[Slot]] = dict(units(source.skeleton, list(chosen))) if chain is None else {}
+    for slot in chosen if chain is not None else ():
         parts.setdefault(block_of(slot.users[0][0], chain) or slot.name, []).append(slot)
     largest = 0
     for slots in parts.values():

@@ -253,7 +253,9 @@ def _material(source: Source, data: str, length: int, tokens: int | None, trust_
     """Data that the model can be called with. Raises: DataError, CheckpointError."""
     if kind_of(source.skeleton) == "text" and conversations(data) is None:
         check_length(source.skeleton, length)
-    reader = Reader(source.skeleton, source.path, cache(lambda: load_tokenizer(source.path, trust_remote_code)), length, seed=0)
+    reader = Reader(
+        source.skeleton, source.path, cache(lambda: load_tokenizer(source.path, trust_remote_code)), length, seed=0, trusted=trust_remote_code
+    )
     material = reader.measured(data, tokens)
     check_call(source, material.first(1).batches(1)[0], data)
     return material

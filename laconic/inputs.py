@@ -83,7 +83,7 @@ def read_inputs(checkpoint: Checkpoint, request: Request, calibrated: bool) -> G
     """
     model, own = checkpoint.skeleton, _own(request.data)
     tokenizer_of = cache(lambda: _tokenizer(checkpoint.path, request.trust_remote_code))
-    reader = Reader(model, checkpoint.path, tokenizer_of, request.length, request.seed)
+    reader = Reader(model, checkpoint.path, tokenizer_of, request.length, request.seed, trusted=request.trust_remote_code)
     data = None if own else request.data
     windows, test = reader.both(data, request.samples, request.test, request.test_tokens, calibrated, request.evaluate)
     for given in (windows or test,):

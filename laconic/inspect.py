@@ -1,14 +1,13 @@
 """What a compressed directory holds, byte for byte, without decoding it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from laconic.report import REPORT_HTML, REPORT_JSON
+from laconic.errors import CheckpointError
+from laconic.foreign import read_object
+from laconic.report import REPORT_JSON
 from laconic.store import MANIFEST, Compressed
 from laconic.tensors import INDEX, read_header
-
-_SIDE = (REPORT_JSON, REPORT_HTML)
 
 
 def inspect_directory(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
@@ -65,6 +64,6 @@ def _errors(folder: Path) -> dict[str, float]:
     if not file.is_file():
         return {}
     try:
-        return {site["parameter"]: site["error"] for site in json.loads(file.read_text())["sites"]}
-    except (ValueError, KeyError, TypeError):  # the report is for people; a damaged one hides no bytes
+        return {site["parameter"]: float(site["error"]) for site in read_object(file, CheckpointError)["sites"]}
+    except (CheckpointError, ValueError, KeyError, TypeError):  # the report is for people; a damaged one hides no bytes
         return {}

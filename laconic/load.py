@@ -294,8 +294,16 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
     if raw.get("auto_map") and not trust_remote_code:
         code = sorted(map(str, raw["auto_map"].values())) if isinstance(raw["auto_map"], dict) else [str(raw["auto_map"])]
         raise CheckpointError(f"{file}: the model wants to run code that came with it ({code[0]}); pass --trust-remote-code to allow that")
+    if (told := raw.get("transformers_weights")) not in (None, "model.safetensors"):
+        raise CheckpointError(
+            f"{file}: says that the weights are in {told!r} (transformers_weights); model.safetensors or its index are read: rename the file to that "
+            "and take the field out"
+        )
     with Foreign(CheckpointError, file):
-        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if hasattr(config, "transformers_weights"):
+        del config.transformers_weights  # it is about these files, not about what is made of them
+    return config
 
 
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:

@@ -34,7 +34,7 @@ def files_below(source: str, suffixes: tuple[str, ...], why: str) -> list[Path]:
     return found
 
 
-def image_calls(model: nn.Module, folder: Path, files: Iterable[Path], notes: list[str]) -> Iterator[Batch]:
+def image_calls(model: nn.Module, folder: Path, files: Iterable[Path], notes: list[str], trusted: bool = False) -> Iterator[Batch]:
     """Each image as the model is called with it: through the directory's image processor, else scaled to its config's size and to [-1, 1].
 
     Raises: DataError for a file that is no image, or without Pillow; CheckpointError for a processor that cannot be loaded.
@@ -43,7 +43,7 @@ def image_calls(model: nn.Module, folder: Path, files: Iterable[Path], notes: li
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise DataError("images are read with Pillow: pip install pillow") from error
-    processor = _loaded(transformers.AutoImageProcessor, folder) if (folder / _PREPARATION).is_file() else None
+    processor = _loaded(transformers.AutoImageProcessor, folder, trusted) if (folder / _PREPARATION).is_file() else None
     if processor is None:
         notes.append(f"images were scaled to {_size(model)} and their values to [-1, 1]: the directory has no {_PREPARATION}")
     for file in files:
@@ -61,12 +61,12 @@ def image_calls(model: nn.Module, folder: Path, files: Iterable[Path], notes: li
             yield {main_input(model): (pixels[None] / 127.5 - 1).contiguous()}
 
 
-def sound_calls(model: nn.Module, folder: Path, files: Iterable[Path], notes: list[str]) -> Iterator[Batch]:
+def sound_calls(model: nn.Module, folder: Path, files: Iterable[Path], notes: list[str], trusted: bool = False) -> Iterator[Batch]:
     """Each recording as the model is called with it: through the directory's feature extractor; a waveform without one with mean 0, variance 1.
 
     The decoder of a model that also writes is given its start token alone. Raises: DataError, CheckpointError.
     """
-    extractor = _loaded(transformers.AutoFeatureExtractor, folder) if (folder / _PREPARATION).is_file() else None
+    extractor = _loaded(transformers.AutoFeatureExtractor, folder, trusted) if (folder / _PREPARATION).is_file() else None
     if extractor is None and main_input(model) != "input_values":
         raise CheckpointError(f"{folder}: {main_input(model)} are made from sound by a feature extractor; the directory has no {_PREPARATION}")
     if extractor is None:
@@ -109,9 +109,9 @@ def _size(model: nn.Module) -> tuple[int, int]:
     return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else (int(size), int(size))
 
 
-def _loaded(kind: Any, folder: Path) -> Any:
+def _loaded(kind: Any, folder: Path, trusted: bool) -> Any:
     try:
-        return kind.from_pretrained(folder)
+        return kind.from_pretrained(folder, trust_remote_code=trusted)
     except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise CheckpointError(f"{folder / _PREPARATION}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 

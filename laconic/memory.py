@@ -31,6 +31,7 @@ from laconic.passes import (
     data_free_stages,
     needs_data,
     needs_of,
+    refuse_rounding,
     refuse_structures,
     survey_needs,
     survey_stages,
@@ -87,6 +88,7 @@ def compress_module(
     notes: list[str] = []
     chosen = resolve(scheme, slots, whole_file=True, keep=keep, group=group, notes=notes)
     refuse_structures(chosen)
+    refuse_rounding(model, chosen)
     for note in notes:
         progress.say(note)
     for name, parameter in model.named_parameters():

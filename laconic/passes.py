@@ -37,7 +37,7 @@ from laconic.statistics import Statistics
 from laconic.store import pack_weights, same_tensor
 from laconic.weights import Weight, unpack
 from laconic.weights.base import asks_its_layer
-from laconic.weights.inputs import Rounding
+from laconic.weights.inputs import Rounding, why_not
 
 Chosen = dict[Slot, Method]
 _PART = 1 << 27  # bytes compared at a time
@@ -99,6 +99,24 @@ def refuse_structures(chosen: Chosen) -> None:
         allocation = method.allocation()
         if (method.wants | (allocation.wants if allocation is not None else NONE)) & Stats.CHANNELS:
             raise SchemeError(f"{slot.name}: {method!r} has to know which rows are one channel; {MODULES_ONLY}")
+
+
+def refuse_rounding(model: nn.Module, chosen: Chosen) -> None:
+    """Raises SchemeError, naming the way out, if a method rounds the inputs of layers that cannot do so (convolutions, look-ups)."""
+    refused: dict[Slot, str] = {}
+    for slot, method in chosen.items():
+        reasons = [why_not(layer) for layer in slot.layers(model)] if method.rounds else []
+        if reason := next(filter(None, reasons), None):
+            refused[slot] = reason
+    if not refused:
+        return
+    slot, reason = next(iter(refused.items()))
+    starred = [".".join("*" if part.isdigit() and "." in found.name else part for part in found.name.split(".")) for found in refused]
+    names = list(dict.fromkeys(starred))
+    more = f" (and of {len(refused) - 1} more sites)" if len(refused) > 1 else ""
+    rules = ", ".join(f"({name!r}, Keep())" for name in names)
+    keep = " ".join(f"--keep {name!r}" for name in names)
+    raise SchemeError(f"{slot.name}{more}: {reason}; leave them out with {keep}, or in a plan: [{rules}, ('*', {chosen[slot]!r})]")
 
 
 def survey_needs(chosen: Chosen, spread: dict[Method, Allocation]) -> Needs:

@@ -41,6 +41,7 @@ from laconic.passes import (
     data_free_stages,
     needs_data,
     needs_of,
+    refuse_rounding,
     refuse_structures,
     survey_needs,
     survey_stages,
@@ -99,6 +100,7 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
     notes: list[str] = []
     chosen = resolve(scheme, find_slots(checkpoint.skeleton), whole_file=True, keep=options.keep, group=options.group, notes=notes)
     refuse_structures(chosen)
+    refuse_rounding(checkpoint.skeleton, chosen)
     check_request(checkpoint.skeleton, options, needs_data(chosen))
     progress.start("checking that all weights are finite", 1)
     bad = set(checkpoint.non_finite())
@@ -109,20 +111,31 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
         if bad & {".".join(user) for user in slot.users}:
             chosen[slot] = Keep("not finite")
             progress.say(f"{slot.name}: left as it is, it holds NaN or infinity")
-    spread = allocations(chosen)
-    width = getattr(checkpoint.config.get_text_config(), "hidden_size", 0)
-    calibrated = needs_data(chosen)
-    language = is_language_model(checkpoint.skeleton)
-    written = own_windows(options, calibrated) if language else 0
-    load = Load(
-        samples=options.samples if calibrated else 0, length=options.length, width=width, written=written,
-        surveyed=min(options.samples, SURVEY_SAMPLES) if any(survey_needs(chosen, spread).values()) else 0,
-        vocabulary=getattr(checkpoint.config.get_text_config(), "vocab_size", 0) if language else 0,
+    plan = preflight(checkpoint, chosen, _load_of(checkpoint, chosen, options), find_chain(checkpoint.skeleton))
+    return checkpoint, chosen, plan | {"notes": notes, "coverage": coverage(checkpoint.skeleton, chosen)}
+
+
+def _load_of(checkpoint: Checkpoint, chosen: Chosen, options: Options) -> Load:
+    """What is run through the model."""
+    calibrated, language = needs_data(chosen), is_language_model(checkpoint.skeleton)
+    text = checkpoint.config.get_text_config()
+    return Load(
+        samples=options.samples if calibrated else 0, length=options.length, width=getattr(text, "hidden_size", 0),
+        written=own_windows(options, calibrated) if language else 0,
+        surveyed=min(options.samples, SURVEY_SAMPLES) if any(survey_needs(chosen, allocations(chosen)).values()) else 0,
+        vocabulary=getattr(text, "vocab_size", 0) if language else 0,
         test_tokens=options.test_tokens if options.evaluate else 0, generates=options.evaluate and language and samples_fit(checkpoint),
     )  # fmt: skip
-    return checkpoint, chosen, preflight(checkpoint, chosen, load, find_chain(checkpoint.skeleton)) | {
-        "notes": notes, "coverage": coverage(checkpoint.skeleton, chosen),
-    }  # fmt: skip
+
+
+def _is_run_whole(checkpoint: Checkpoint, given: Given, options: Options) -> bool:
+    """Whether a run on the data shows that the model's list of blocks is no chain, so that all of it will be in memory."""
+    material = given.calibration or given.test
+    if find_chain(checkpoint.skeleton) is None or (material is None and given.vocabulary is None):
+        return False
+    start = list(given.vocabulary.start) if given.vocabulary is not None else []
+    batch = material.first(1).batches(1)[0] if material is not None else {"input_ids": torch.tensor([[*start, 0, 0]]), "use_cache": False}
+    return open_blocks(checkpoint, pick_dtype(options.dtype), pick_device(options.device), batch)[0] is None
 
 
 @undisturbed(0)
@@ -151,6 +164,8 @@ def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progr
     given = read_inputs(checkpoint, options, wanted)
     files = {stored.file for stored in checkpoint.files.tensors.values()}
     beside = companions(checkpoint.path, trusted=options.trust_remote_code, model=files, out=out)
+    if _is_run_whole(checkpoint, given, options):
+        plan |= preflight(checkpoint, chosen, _load_of(checkpoint, chosen, options), None)
     plan["peak_memory"] = max(plan["peak_memory"] + max(resident_memory() - before, 0), peak_memory())
     notes = [*given.notes, *beside.notes, *room_for(out, plan["bytes"])]
     run = Run(out, _fingerprint(checkpoint, chosen, options, given, wanted), resume=options.resume, overwrite=options.overwrite)

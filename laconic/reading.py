@@ -43,7 +43,7 @@ class Material(Protocol):
 class Reader:
     """Reads data for one model: its skeleton, its directory, its tokenizer where text is read, tokens per window, and the seed of every draw.
 
-    `notes` are what a user must hear of how it was read.
+    `notes` are what a user must hear of how it was read; `trusted`: code of the directory's own may prepare images and sound.
     """
 
     model: nn.Module
@@ -52,6 +52,7 @@ class Reader:
     length: int
     seed: int
     notes: list[str] = field(default_factory=list)
+    trusted: bool = False
 
     def both(self, data: Any, samples: int, test: Any, test_tokens: int, calibrated: bool, measured: bool) -> tuple[Material | None, Material | None]:
         """`samples` windows or examples to calibrate with, and what the report's figures are of: `test`, or the last tenth of `data`.
@@ -154,7 +155,7 @@ class Reader:
         files = files_below(name, suffixes, f"{type(self.model).__name__} reads {kind} ({main_input(self.model)})")
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(self.seed)).tolist()
         drawn = islice((files[i] for i in order), self._wanted(samples))
-        return [for_model(call, self.model) for call in calls(self.model, self.folder, drawn, self.notes)]
+        return [for_model(call, self.model) for call in calls(self.model, self.folder, drawn, self.notes, self.trusted)]
 
     @staticmethod
     def _wanted(samples: int | None) -> int:

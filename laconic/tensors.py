@@ -40,9 +40,9 @@ def read_header(file: Path) -> tuple[dict[str, Stored], int]:
 
     Raises: CheckpointError when the file is missing, truncated or not a safetensors file.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; the checkpoint is incomplete")
     try:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file; the checkpoint is incomplete")
         size = file.stat().st_size
         with file.open("rb") as stream:
             prefix = stream.read(8)
@@ -84,7 +84,10 @@ class TensorFiles:
         self.directory = directory
         self.tensors: dict[str, Stored] = {}
         self.index: dict[str, str] | None = None
-        self.files = self._files()
+        try:
+            self.files = self._files()
+        except OSError as error:
+            raise CheckpointError(f"{directory}: cannot be read: {error}") from error
         for file in self.files:
             found = read_header(file)[0]
             if twice := found.keys() & self.tensors.keys():

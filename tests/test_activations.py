@@ -587,3 +587,32 @@ def test_a_rounding_is_made_of_a_weight() -> None:
     assert made.bits == 4
     assert torch.equal(made.column_scale, torch.linspace(1, 2, 8))  # type: ignore[arg-type]
     assert not made.column_scale.requires_grad  # type: ignore[union-attr]
+
+
+def test_what_cannot_round_its_inputs_is_refused_before_work_with_the_way_out() -> None:
+    """A vision model begins with a convolution: the message is a plan, and both ways out that it names work."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(32, 64), nn.Linear(64, 64))
+    batches = [random(2, 3, 8, 8)]
+    with pytest.raises(
+        SchemeError, match=r"0: the inputs of Conv2d cannot be rounded.*--keep '0', or in a plan: \[\('0', Keep\(\)\), \('\*', Smooth"
+    ):
+        lc.compress(net, [("*", lc.SmoothQuant())], batches)
+    assert installed(net) == {}
+    assert set(installed(lc.compress(copy.deepcopy(net), [("*", lc.SmoothQuant())], batches, keep="0")[0])) == {"2.weight", "3.weight"}
+    assert "0.weight" in installed(lc.compress(net, [("0", lc.SmoothQuant(activations=None)), ("*", lc.SmoothQuant())], batches)[0])
+
+
+def test_a_weight_replaces_one_that_is_installed() -> None:
+    first, second = stored(random(4, 8)), stored(random(4, 8, seed=5))
+    second.input_bits = None
+    net = linear(first)
+    install(net, "weight", second, View((4, 8)))
+    assert list(installed(net).values()) == [second]
+    assert rounding_of(net) is None
+    assert torch.equal(net.weight, second.forward())
+    bake(net)
+    assert torch.equal(net.weight, second.forward())
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 4))
+    with pytest.raises(SchemeError, match="has a parametrization of its own"):
+        install(normed, "weight", second, View((4, 8)))
+    assert normed(torch.ones(1, 8)).shape == (1, 4)

@@ -2,6 +2,7 @@
 
 from collections import UserDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ import laconic as lc
 from laconic.blocks import BlockModel, InMemory, call, examples_in, find_chain, open_chain
 from laconic.calibrate import Shelf, parameters_of, survey, survey_whole
 from laconic.load import build_skeleton
+from laconic.pipeline import Options, _load_of, compress_directory, plan_directory
+from laconic.preflight import preflight
+from laconic.progress import Log
 from laconic.recover.projection import project_onto
 from laconic.sites import Site, Slot, Stats, find_slots
 from tests.conftest import tiny_config
@@ -288,3 +292,29 @@ def test_gradient_statistics_of_a_language_model_under_any_kind_of_batch(way: st
     assert set(weights) == set(projection.slots)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
+
+
+class Planned(Log):
+    """Keeps the plan that is told."""
+
+    def plan(self, preflight: dict[str, Any]) -> None:
+        self.told = preflight
+
+
+def test_a_model_that_is_run_whole_is_told_with_the_memory_of_that(tmp_path: Path) -> None:
+    """The list of blocks of an encoder-decoder is no chain, which the data shows before the plan is told."""
+    size = dict(vocab_size=64, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_attention_heads=2, decoder_attention_heads=2)
+    config = transformers.BartConfig(**size, encoder_layers=1, decoder_layers=6, max_position_embeddings=64)
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    ids = torch.arange(32).reshape(2, 16)
+    options = Options(data=[{"input_ids": ids, "decoder_input_ids": ids + 1}] * 4, samples=4, length=16)
+    source, scheme = tmp_path / "model", lc.parse("GPTQ(4, 'channel')")
+    checkpoint, chosen, plan = plan_directory(source, scheme, options, Log())
+    assert find_chain(checkpoint.skeleton) == "model.decoder.layers"
+    progress = Planned()
+    compress_directory(source, scheme, tmp_path / "out", options, progress)
+    expected = preflight(checkpoint, chosen, _load_of(checkpoint, chosen, options), None)["stages"]
+    told = {name: stage["bytes"] for name, stage in progress.told["stages"].items()}
+    assert told == {name: stage["bytes"] for name, stage in expected.items()}
+    assert told["compression"] > plan["stages"]["compression"]["bytes"]
+    assert told["evaluation"] > plan["stages"]["evaluation"]["bytes"]

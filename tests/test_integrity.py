@@ -19,7 +19,7 @@ from laconic.errors import CheckpointError
 from laconic.evaluate import evaluate_source
 from laconic.inspect import inspect_directory
 from laconic.store import MANIFEST, Compressed, read_manifest, write_manifest
-from laconic.tensors import INDEX
+from laconic.tensors import INDEX, TensorFiles
 from laconic.weights.layout import DEPTH, check_spec, stored_names
 from tests.weights.laws_weights import EXAMPLES
 
@@ -237,3 +237,38 @@ def test_every_writer_seals(tmp_path: Path) -> None:
     before = (tmp_path / MANIFEST).read_bytes()
     write_manifest(tmp_path, manifest)
     assert (tmp_path / MANIFEST).read_bytes() == before
+
+
+def test_what_the_system_does_not_read_is_named(tiny: Path, tmp_path: Path) -> None:
+    """An error of the system while a model is read is one of the model, with the file's name."""
+    shutil.copytree(tiny, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.unlink()
+    file.symlink_to("/proc/self/mem")  # a file whose reading fails
+    with pytest.raises(CheckpointError, match="model.safetensors: cannot be read"):
+        TensorFiles(tmp_path / "model")
+    file.unlink()
+    (tmp_path / "model" / INDEX).write_text(json.dumps({"weight_map": {"a": "x" * 300}}))
+    with pytest.raises(CheckpointError, match="cannot be read: .*name too long"):
+        TensorFiles(tmp_path / "model")
+
+
+@pytest.mark.parametrize("report", ["[" * 100_000, "{}", '{"sites": [{"parameter": "a", "error": "much"}]}', '{"sites": 3}', "\ud800"])
+def test_a_damaged_report_hides_no_bytes(report: str, copy: Path) -> None:
+    (copy / "report.json").write_text(report, errors="surrogatepass")
+    assert inspect_directory(copy)["weights"]
+    assert CliRunner().invoke(app, ["inspect", str(copy)]).exit_code == 0
+
+
+def test_weights_that_the_config_says_are_elsewhere_are_refused(tiny: Path, tmp_path: Path) -> None:
+    """transformers would read that other file."""
+    shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for name, taken in (("other.safetensors", False), (["a"], False), ("model.safetensors", True)):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+        if taken:
+            lc.compress(tmp_path / "model", "RTN(4, 32)", out=tmp_path / "out", evaluate=False)
+            assert "transformers_weights" not in json.loads((tmp_path / "out" / "config.json").read_text())
+            continue
+        with pytest.raises(CheckpointError, match="transformers_weights.*rename"):
+            lc.compress(tmp_path / "model", "RTN(4, 32)", out=tmp_path / "out", evaluate=False)

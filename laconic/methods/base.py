@@ -97,6 +97,11 @@ class Method(ABC):
         return False
 
     @property
+    def rounds(self) -> bool:
+        """Whether its weights ask the layer to round its inputs, which linear layers alone can do."""
+        return False
+
+    @property
     def soft(self) -> bool:
         """Whether training is what the method is for, through a soft form of its weight (`relax`)."""
         return False
@@ -227,6 +232,10 @@ class Then(Method):
     @property
     def biased(self) -> bool:
         return self.second.biased
+
+    @property
+    def rounds(self) -> bool:
+        return self.second.rounds
 
     def relax(self, weight: Weight, W: Tensor) -> Relaxation:
         return self.second.relax(weight, W)

@@ -46,6 +46,10 @@ class SmoothQuant(Method):
     def joint(self) -> bool:
         return True
 
+    @property
+    def rounds(self) -> bool:
+        return self.activations is not None
+
     def expected_bits(self, shape: tuple[int, int]) -> float:
         return uniform_bits(shape, self.bits, self.group, symmetric=True) + 16 * shape[1]
 

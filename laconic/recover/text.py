@@ -13,8 +13,9 @@ from laconic.companions import Companions, companions
 from laconic.data import calibration_windows, evaluation_windows, read_text, split_text, vocabulary_of
 from laconic.errors import CheckpointError, DataError
 from laconic.files import disk_errors, write_json
+from laconic.foreign import Foreign
 from laconic.inputs import find_tokenizer
-from laconic.load import fetch, load_tokenizer
+from laconic.load import fetch, load_tokenizer, read_config
 from laconic.modality import check_ids, check_length, is_language_model
 from laconic.progress import Log, Progress
 from laconic.recover.own_text import own_text
@@ -86,9 +87,11 @@ def text_task(
     if (folder / MANIFEST).is_file():
         raise CheckpointError(f"{source}: is compressed already; give the original")
     TensorFiles(folder)  # pickles, which transformers would read, are refused here
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-    ).eval()  # fmt: skip
+    read_config(folder, trust_remote_code)  # which refuses code that nobody trusts
+    with Foreign(CheckpointError, folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        ).eval()  # fmt: skip
     model = model.to(device)
     if not is_language_model(model):
         raise DataError(f"{source}: text needs a model that predicts the next token; describe another task in a file (--task)")

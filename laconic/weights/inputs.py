@@ -170,6 +170,6 @@ def check_rounding(module: nn.Module, weight: Weight, name: str) -> None:
     except SchemeError as error:
         raise SchemeError(f"{name}: {error}") from error
     if weight.input_bits is not None and (reason := why_not(module)) is not None:
-        raise SchemeError(f"{name}: {reason}; leave input_bits out there")
+        raise SchemeError(f"{name}: {reason}; give it a rule of its own in the plan, with a method that rounds no inputs, or Keep()")
     if weight.output_bias() is not None and (reason := why_no_bias(module)) is not None:
         raise SchemeError(f"{name}: {reason}; give it a rule of its own in the plan, with a method without one")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from laconic.errors import SchemeError
 from laconic.weights.base import Weight
 from laconic.weights.inputs import Rounding, check_rounding, set_rounding
 
@@ -86,10 +87,18 @@ def install(module: nn.Module, name: str, weight: Weight, view: View) -> None:
     """Let `weight` take the place of `module.name`: reading decodes it, assigning projects onto its set. Its codes are not touched.
 
     With `input_bits` the module rounds its inputs from now on, with an `output_bias` it adds that; without, it does not any more. A tie is
-    installed by calling this once per user with the same Weight object. Raises: SchemeError where the module can do no such thing.
+    installed by calling this once per user with the same Weight object. A Weight that is installed already is replaced.
+    Raises: SchemeError where the module can do no such thing, or the parameter has another parametrization.
     """
     check_rounding(module, weight, f"{type(module).__name__}.{name}")
     installed = Installed(weight, view, getattr(module, name).dtype)
+    chain = module.parametrizations[name] if parametrize.is_parametrized(module, name) else None  # type: ignore[index]
+    if isinstance(chain, parametrize.ParametrizationList):
+        if len(chain) > 1 or not isinstance(chain[0], Installed):
+            raise SchemeError(f"{type(module).__name__}.{name}: has a parametrization of its own; remove it before a Weight takes its place")
+        chain[0] = installed
+        set_rounding(module, weight)
+        return
     # torch projects the present value at registration; the codes are solved already, so that one call must do nothing
     installed.right_inverse = lambda value: ()  # type: ignore[method-assign]
     parametrize.register_parametrization(module, name, installed, unsafe=True)
