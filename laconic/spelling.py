@@ -18,7 +18,8 @@ _NAMES: tuple[tuple[str, str], ...] = (
     (r"vptq|vq|vector(quantization)?|aqlm", "GPTVQ(bits=8, dimension=4)"),
     (r"(?P<n>\d+):(?P<m>\d+)(sparse|sparsity)?", "SparseGPT(pattern='{n}:{m}')"),
     (r"prun(e|ing)|spars(e|ity)|unstructured|(?P<p>[1-9]\d?)%", "Magnitude(sparsity=0.5) >> RTN(bits=4)"),
-    (r"svd|lora|lord|afm", "LowRank(rank=0.5, weighted=True)"),
+    (r"svd|lora|lord", "LowRank(rank=0.5, weighted=True)"),
+    (r"afm|atomicfeaturemimicking", "AFM(rank=0.5)"),
 )
 
 

@@ -164,7 +164,7 @@ def test_a_function_or_predicate_that_raises_is_named_with_its_line() -> None:
         ("W4A16", "GPTQ(bits=4, group=128)"), ("w8a8", "SmoothQuant(bits=8, activations=8)"), ("gptq", "GPTQ(bits=4, group=64)"),
         ("int4", "GPTQ(bits=4, group=64)"), ("INT8", "RTN(bits=8)"), ("nf4", "KMeans(bits=4)"), ("Awq", "AWQ(bits=4, group=64)"),
         ("2:4", "SparseGPT(pattern='2:4')"), ("q4_k_m", "GPTQ(rate=4.25)"), ("3.5bpw", "GPTQ(rate=3.5)"), ("4-bit", "GPTQ(bits=4, group=64)"),
-        ("bf16", "Cast('bfloat16')"), ("squeezellm", "KMeans(bits=4, weights='fisher')"), ("gptq(bits=3)", "GPTQ(bits=3)"),
+        ("bf16", "Cast('bfloat16')"), ("afm", "AFM(rank=0.5)"), ("squeezellm", "KMeans(bits=4, weights='fisher')"), ("gptq(bits=3)", "GPTQ(bits=3)"),
     ],
 )  # fmt: skip
 def test_names_of_elsewhere_are_answered_with_the_nearest_scheme(text: str, meant: str) -> None:
