@@ -55,7 +55,7 @@ def compress(
     scheme: Annotated[str | None, typer.Option(help=f"The scheme as an expression; without one, {DEFAULT_SCHEME}.")] = None,
     plan: Annotated[Path | None, typer.Option(help="A Python file whose variable `scheme` is the scheme.")] = None,
     data: Data = "self",
-    test: Annotated[str | None, typer.Option(help="Text for the report's figures; without it, the last tenth of --data.")] = None,
+    test: Annotated[str | None, typer.Option(help="What the report's figures are measured on; without it, the last tenth of --data.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     test_tokens: Annotated[int, typer.Option(min=2, help="Tokens the report's figures are measured on.")] = 32768,
@@ -133,7 +133,7 @@ def summarize(report: dict[str, Any]) -> None:
 def evaluate(
     source: Annotated[str, typer.Argument(help="A compressed directory, a model directory or a hub id.")],
     reference: Annotated[str | None, typer.Option(help="The original, for KL and agreement.")] = None,
-    data: Annotated[str | None, typer.Option(help="Text to measure perplexity on.")] = None,
+    data: Annotated[str | None, typer.Option(help="What to measure on: text for perplexity, or what else the model reads.")] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     tokens: Annotated[int | None, typer.Option(min=2, help="Use only this many tokens of the text.")] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas (needs the 'eval' extra).")] = None,
