@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from laconic.blocks import mapped
 from laconic.errors import CheckpointError
 
 _AUTOCAST = ("cpu", "cuda", "xpu", "hpu", "mps")
@@ -70,8 +71,4 @@ def refuse_inference(model: nn.Module) -> None:
 
 def usable(value: Any) -> Any:
     """A batch in which tensors made under `torch.inference_mode` are copies that gradients can pass through."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if type(value) is dict:
-        return {key: usable(item) for key, item in value.items()}
-    return type(value)(usable(item) for item in value) if type(value) in (list, tuple) else value
+    return mapped(value, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)

@@ -20,7 +20,7 @@ from laconic.foreign import Foreign
 from laconic.modality import input_table, text_config
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
-_TEST_SHARE = 0.1  # of a text given for calibration, at its end, is kept for the report's figures and never calibrated on
+TEST_SHARE = 0.1  # of a text given for calibration, at its end, is kept for the report's figures and never calibrated on
 _CHARACTERS = 16  # read per token wanted, at first: even code in a small vocabulary takes fewer
 
 
@@ -145,7 +145,7 @@ def _hub_text(name: str) -> str:
 
 def split_text(text: str) -> tuple[str, str]:
     """(for calibration, for the report): the last tenth, from a line's start, belongs to the report alone."""
-    cut = text.find("\n", int(len(text) * (1 - _TEST_SHARE))) + 1
+    cut = text.find("\n", int(len(text) * (1 - TEST_SHARE))) + 1
     return (text[:cut], text[cut:]) if cut > 0 else (text, "")
 
 

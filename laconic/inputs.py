@@ -86,7 +86,7 @@ def read_inputs(checkpoint: Checkpoint, request: Request, calibrated: bool) -> G
     reader = Reader(model, checkpoint.path, tokenizer_of, request.length, request.seed, trusted=request.trust_remote_code)
     data = None if own else request.data
     windows, test = reader.both(data, request.samples, request.test, request.test_tokens, calibrated, request.evaluate)
-    for given in (windows or test,):
+    for given in (windows, test if request.test is not None or windows is None else None):
         if given is not None:
             check_call(checkpoint, given.first(1).batches(1)[0], given.source)
     writes, notes = is_language_model(model), reader.notes

@@ -40,9 +40,9 @@ def write_checked(folder: Path, name: str, manifest: Mapping[str, Any], *, confi
 def amend_checked(file: Path, fields: Mapping[str, Any]) -> None:
     """Add fields to a manifest that was written so. The tensors have not changed since, so they need not be read. Raises: CheckpointError."""
     manifest = read_object(file, CheckpointError)
-    check_manifest(file, manifest)
+    checked = check_manifest(file, manifest)
     manifest |= {key: value for key, value in fields.items() if key not in SEALS}
-    write_json(file, manifest | {"digest": digest(manifest)})
+    write_json(file, manifest | {"digest": digest(manifest)} if checked else manifest)
 
 
 def units(tensors: Mapping[str, Stored], weights: Iterable[str]) -> dict[str, list[str]]:

@@ -346,7 +346,7 @@ class CompressedCheckpoint:
     def slots(self) -> dict[str, Slot]:
         """The compressed sites of the skeleton by parameter name. Raises: CheckpointError unless shapes and names are the manifest's."""
         uses = stored_uses(self.skeleton, self.stored.manifest.get("views", {}), self.stored.weights)
-        by_parameter = {".".join(user): slot for slot in find_slots(self.skeleton, uses) for user in slot.users}
+        by_parameter = {name: slot for slot in find_slots(self.skeleton, uses) for name in slot.parameters}
         for name, spec in self.stored.weights.items():
             if name not in by_parameter:
                 raise CheckpointError(f"{self.path}: the manifest stores {name}, which the configured model does not have")

@@ -199,7 +199,7 @@ def _shifted(labels: Tensor, start: int) -> dict[str, Tensor]:
 
 def uncached(batch: Batch, model: nn.Module) -> Batch:
     """The batch for a model that keeps no cache: what is run twice, block by block, would see its own past."""
-    if not accepts(model, "use_cache"):
+    if not accepts(model, "use_cache") or not (isinstance(batch, dict) or accepts(model, main_input(model))):
         return batch
     named = batch if isinstance(batch, dict) else {main_input(model): batch[0] if isinstance(batch, tuple) else batch}
     return {**named, "use_cache": named.get("use_cache", False)}

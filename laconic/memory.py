@@ -281,7 +281,7 @@ def load_into(model: nn.Module, path: str | Path, *, verify: bool = True) -> nn.
     rebuild(model, stored.manifest.get("shapes", {}))
     plain = stored.names - set(stored.weights)
     uses = stored_uses(model, stored.manifest.get("views", {}), stored.weights)
-    slots = {".".join(part for part in user if part): slot for slot in find_slots(model, uses) for user in slot.users}
+    slots = {name: slot for slot in find_slots(model, uses) for name in slot.parameters}
     for name, spec in stored.weights.items():
         if name not in slots or tuple(spec["shape"]) != slots[name].shape:
             raise CheckpointError(

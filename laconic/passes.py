@@ -48,7 +48,7 @@ class Overlay:
 
     def __init__(self, checkpoint: Checkpoint, run: Run, slots: Sequence[Slot]) -> None:
         self.checkpoint, self.run = checkpoint, run
-        self.views = {".".join(user): slot.view for slot in slots for user in slot.users}
+        self.views = {name: slot.view for slot in slots for name in slot.parameters}
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         finished = self.run.weight_files()
@@ -219,7 +219,7 @@ def compression_stages(
 
 def commit_rest(run: Run, checkpoint: Checkpoint, chosen: Chosen) -> list[str]:
     """Write every tensor that is kept as it is: norms, biases, `Keep` sites, and stored tensors no parameter uses. Returns their names."""
-    compressed = {".".join(user) for slot, method in chosen.items() if not isinstance(method, Keep) for user in slot.users}
+    compressed = {name for slot, method in chosen.items() if not isinstance(method, Keep) for name in slot.parameters}
     seen: set[int] = set()
     names = []
     for name, tensor in checkpoint.skeleton.state_dict(keep_vars=True).items():

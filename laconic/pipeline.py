@@ -108,7 +108,7 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
     if bad and not options.skip_nonfinite:
         raise CheckpointError(f"{source}: NaN or infinity in {', '.join(named[:5])}; pass --skip-nonfinite to leave such tensors as they are")
     for slot in chosen:
-        if bad & {".".join(user) for user in slot.users}:
+        if bad.intersection(slot.parameters):
             chosen[slot] = Keep("not finite")
             progress.say(f"{slot.name}: left as it is, it holds NaN or infinity")
     plan = preflight(checkpoint, chosen, _load_of(checkpoint, chosen, options), find_chain(checkpoint.skeleton))

@@ -83,7 +83,7 @@ def _inner(input: Tensor, other: Tensor) -> list[Product]:
 
 
 def _turned(product: Product) -> Product:
-    return Product(product.w, (), product.rows, product.columns, product.inputs, lambda y: _flat(y.mT))
+    return Product(product.w, (), product.rows, product.columns, product.inputs, lambda y: y.reshape(len(product.w), -1).mT.unsqueeze(0))
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> list[Product]:

@@ -70,7 +70,7 @@ class Filling:
         """Decode every stored weight that the model has a place for. Raises: CheckpointError where one does not fit its place."""
         model, stored = self.model, self.stored
         del model.tie_weights
-        slots = {".".join(part for part in user if part): slot for slot in self._slots() for user in slot.users}
+        slots = {name: slot for slot in self._slots() for name in slot.parameters}
         for place, name in self.places.items():
             spec = stored.weights[name]
             if place not in slots or tuple(spec["shape"]) != slots[place].shape:

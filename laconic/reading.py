@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from laconic.blocks import Batch
 from laconic.chats import conversations, sequence
-from laconic.data import Windows, calibration_windows, evaluation_windows, read_text, split_text
+from laconic.data import TEST_SHARE, Windows, calibration_windows, evaluation_windows, read_text, split_text
 from laconic.errors import DataError
 from laconic.loaders import Examples, for_model, joined, taken, without_padding
 from laconic.media import IMAGES, SOUND, files_below, image_calls, sound_calls
 from laconic.modality import check_ids, decoder_start, kind_of, main_input, most_positions, way_out
 
-_TEST_SHARE = 0.1  # of what is given, at its end, is kept for the report's figures and never calibrated on
 _GIVEN = "batches given in Python"
 
 
@@ -115,7 +114,7 @@ class Reader:
                 return None, whole
             self.notes.append(f"no figures of quality: {name} holds one example, which calibrated; give another as test")
             return whole, None
-        kept = whole.count - max(1, round(whole.count * _TEST_SHARE))
+        kept = whole.count - max(1, round(whole.count * TEST_SHARE))
         before, after = whole.split(kept)
         if not after:  # one batch that cannot be divided
             self.notes.append(f"no figures of quality: {name} holds one batch whose tensors differ in their number of examples; give another as test")
@@ -160,11 +159,11 @@ class Reader:
     @staticmethod
     def _wanted(samples: int | None) -> int:
         """Examples to read so that nine tenths of them are as many as calibrate; practically all where nobody says."""
-        return 1 << 40 if samples is None else max(samples + 1, math.ceil(samples / (1 - _TEST_SHARE)))
+        return 1 << 40 if samples is None else max(samples + 1, math.ceil(samples / (1 - TEST_SHARE)))
 
     def _rows(self, name: str, rows: list[tuple[int, Any]], samples: int, calibrated: bool, measured: bool) -> tuple[Any, Any]:
         """Conversations: `samples` drawn from the first nine tenths of the file, and the last tenth."""
-        cut = len(rows) - max(1, round(len(rows) * _TEST_SHARE)) if len(rows) > 1 else 1
+        cut = len(rows) - max(1, round(len(rows) * TEST_SHARE)) if len(rows) > 1 else 1
         if calibrated and cut < samples:
             raise DataError(f"{name}: {samples} conversations are needed, there are {cut} to calibrate with; ask for --samples {cut}")
         order = torch.randperm(cut, generator=torch.Generator().manual_seed(self.seed))[:samples].sort().values.tolist()

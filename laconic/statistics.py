@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from laconic.products import Product, products
 from laconic.sites import INPUTS, Site, Slot, Stats
-from laconic.usage import Place, place_of
+from laconic.usage import Owners, Place, place_of
 
 _STRIPS = 4  # more of them save little more (1/2 at most) and make the products thinner
 
@@ -107,8 +107,8 @@ class Tap(TorchFunctionMode):
 
     def __init__(self, watched: dict[Slot, nn.Parameter], seen: Seen, fused: Fused) -> None:
         super().__init__()
-        self._slots = {tensor.untyped_storage()._cdata: (slot, tensor) for slot, tensor in watched.items()}
-        self._places = {tensor.data_ptr(): slot for slot, tensor in watched.items()}  # a recurrent layer's weights may share one storage
+        self._slots = Owners(watched.items())
+        self._places = {tensor.data_ptr(): slot for slot, tensor in watched.items()}
         self._seen, self._fused = seen, fused
 
     def _replaced(self, value: Any) -> Any:
@@ -126,8 +126,9 @@ class Tap(TorchFunctionMode):
                 return func(*self._replaced(args), **named)
         output = func(*args, **(kwargs or {}))
         for product in products(func, args, kwargs or {}):
-            slot, tensor = self._slots.get(product.w.untyped_storage()._cdata, (None, None))
-            if slot is not None and tensor is not None and not tensor.is_meta:
+            owner = self._slots.of(product.w)
+            if owner is not None and not owner[1].is_meta:
+                slot, tensor = owner
                 place = place_of(product, slot.view, slot.groups, tensor)
                 if place is not None:
                     self._seen(slot, product, place, output)
@@ -138,6 +139,11 @@ _FUSED = {
     torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
     F.multi_head_attention_forward,
 }  # fmt: skip
+
+
+def _identity(x: Tensor) -> tuple[Any, ...]:
+    """What is equal for two looks at one tensor between which nothing was written to it."""
+    return x.data_ptr(), x.shape, x.stride(), 0 if x.is_inference() else x._version
 
 
 class Statistics:
@@ -156,7 +162,7 @@ class Statistics:
         self.order: list[Slot] = []
         self.fused: set[Slot] = set()
         self.turned: set[Slot] = set()
-        self._last: tuple[Tensor, list[Gram]] | None = None
+        self._last: tuple[Tensor, Any, list[Gram]] | None = None  # the input, kept so that its memory is not another's; what it was then
         self._numbers = count()
 
     @contextmanager
@@ -176,7 +182,10 @@ class Statistics:
         x = self._inputs(slot, product, place) if needs & INPUTS or needs & Stats.FISHER else None
         if x is not None and needs & INPUTS:
             self._sum_inputs(slot, self._by_group(slot, x, place), place.group)
-        if needs & (Stats.FISHER | Stats.OUTPUT) and output.requires_grad:
+        if needs & (Stats.FISHER | Stats.OUTPUT) and output.requires_grad and product.kind == "lookup":
+            ids = product.inputs().flatten()
+            output.register_hook(lambda g: self._sum_of_rows(slot, ids, product.outputs(g.detach())[0]))
+        elif needs & (Stats.FISHER | Stats.OUTPUT) and output.requires_grad:
             output.register_hook(lambda g: self._sum_gradients(slot, x, place, product.outputs(g.detach())))
 
     def _inputs(self, slot: Slot, product: Product, place: Place) -> Tensor:
@@ -211,8 +220,8 @@ class Statistics:
                 counts = torch.bincount(x.flatten(), minlength=slot.shape[0]).float()
                 self.uses[slot] = self.uses[slot] + counts if slot in self.uses else counts
             return
-        same = self._last is not None and self._last[0].data_ptr() == x.data_ptr() and self._last[0].shape == x.shape and group is None
-        summed = self._last[1] if same and self._last is not None else []
+        now = _identity(x)
+        summed = self._last[2] if self._last is not None and self._last[1] == now and group is None else []
         gram = self.grams.get(slot) or next((gram for gram in summed if gram.covers(self.needs[slot])), None)
         if gram is not None and gram in summed:
             self.grams[slot] = gram
@@ -222,7 +231,7 @@ class Statistics:
             self.grams[slot] = self.grams[slot].split(next(self._numbers))  # it was fed what another slot was fed, and now is not
         gram = self._gram(slot, x.device)
         gram.add(x, group)
-        self._last = (x, [*summed, gram]) if group is None else None
+        self._last = (x, now, [*summed, gram]) if group is None else None
 
     def _gram(self, slot: Slot, device: torch.device) -> Gram:
         if slot not in self.grams:
@@ -241,6 +250,15 @@ class Statistics:
         total[rows] += per_row
         if self.needs[slot] & Stats.FISHER and x is not None and x.is_floating_point():
             self._fisher(slot)[rows] += (g.mT.to(x.dtype) @ x).flatten(0, 1).square()
+
+    def _sum_of_rows(self, slot: Slot, ids: Tensor, g: Tensor) -> None:
+        """Add the gradients g [look-ups, in] to the rows of a table they are of: its entries are outputs, so a row counts by their mean square.
+
+        Rows that are summed or averaged before they are put out (EmbeddingBag) are left out: nothing tells whose a gradient is.
+        """
+        if len(ids) == len(g):
+            total = self.output.setdefault(slot, torch.zeros(slot.shape[0], device=g.device))
+            total.index_add_(0, ids, g.float().square().mean(1))
 
     def forget(self, slot: Slot) -> None:
         """Drop what was summed for a slot (what it shares with another stays for that one)."""

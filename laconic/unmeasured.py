@@ -1,12 +1,13 @@
 """One rule for every method: what nobody measured counts alike, and is said; what is measured is finite."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from laconic.blocks import tensors_in
 from laconic.errors import DataError
 from laconic.progress import Progress
 from laconic.sites import INPUTS, MEASURED, Site, Stats
@@ -131,22 +132,10 @@ def naming_batches(batches: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        bad = [i for i, batch in enumerate(batches) if not all(bool(t.isfinite().all()) for t in _floats(batch))]
+        bad = [i for i, batch in enumerate(batches) if not all(bool(t.isfinite().all()) for t in tensors_in(batch))]
         if not bad:
             raise
         raise DataError(f"{error}; NaN or infinity in batch {ranges(bad)} of the calibration data") from error
-
-
-def _floats(value: Any) -> Iterator[Tensor]:
-    """The float tensors of a batch."""
-    if isinstance(value, Tensor):
-        yield from (value,) if value.is_floating_point() else ()
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _floats(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _floats(item)
 
 
 def unmeasured_share(records: Sequence[dict[str, Any]], parameters: int) -> float:

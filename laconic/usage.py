@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,32 @@ from torch.overrides import TorchFunctionMode
 
 from laconic.products import Dims, Product, products
 from laconic.weights import View
+
+T = TypeVar("T")
+
+
+class Owners(dict[int, list[tuple[T, Tensor]]]):
+    """Parameters by their storage: which of them the operand of a product is a part of. Several may share one storage (flattened ones)."""
+
+    def __init__(self, parameters: Iterable[tuple[T, Tensor]]) -> None:
+        super().__init__()
+        for key, tensor in parameters:
+            self.setdefault(tensor.untyped_storage()._cdata, []).append((key, tensor))
+
+    def of(self, w: Tensor) -> tuple[T, Tensor] | None:
+        """The parameter that holds every entry of w, or None."""
+        start, stop = _extent(w)
+        for key, tensor in self.get(w.untyped_storage()._cdata, ()):
+            first, last = _extent(tensor)
+            if first <= start and stop <= last:
+                return key, tensor
+        return None
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first entry of its storage that a tensor has, and the one behind its last."""
+    start = int(tensor.storage_offset())
+    return start, start + 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n)
 
 
 @dataclass(frozen=True)
@@ -108,7 +134,7 @@ class Uses(TorchFunctionMode):
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._known = {tensor.untyped_storage()._cdata: (name, tensor) for name, tensor in parameters.items()}
+        self._known = Owners(parameters.items())
         self._seen: dict[str, set[Use | None]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -122,8 +148,9 @@ class Uses(TorchFunctionMode):
                 args = (args[0], [whole, *[0] * (len(args[1]) - 1)])
         output = func(*args, **kwargs)
         for product in products(func, args, kwargs):
-            name, tensor = self._known.get(product.w.untyped_storage()._cdata, ("", None))
-            if tensor is not None:
+            owner = self._known.of(product.w)
+            if owner is not None:
+                name, tensor = owner
                 self._seen.setdefault(name, set()).add(use_of(product, tensor))
         return output
 
@@ -186,20 +213,16 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def in_sight(model: nn.Module) -> Iterator[None]:
-    """A transformers model whose products can be seen, and that can be run twice, inside this context.
-
-    Packed experts run as one product per expert, and no keys and values are cached, which a second run of a block would find there.
-    """
+    """A transformers model whose products can be seen inside this context: packed experts run as one product per expert."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
-    settings = {"_experts_implementation": "eager", "use_cache": False}
-    before = [(config, name, getattr(config, name)) for config in configs.values() for name in settings if hasattr(config, name)]
+    before = [(config, config._experts_implementation) for config in configs.values() if hasattr(config, "_experts_implementation")]
     try:
-        for config, name, _ in before:
-            setattr(config, name, settings[name])
+        for config, _ in before:
+            config._experts_implementation = "eager"
         yield
     finally:
-        for config, name, value in before:
-            setattr(config, name, value)
+        for config, implementation in before:
+            config._experts_implementation = implementation
 
 
 def is_marked(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from laconic.cli import app
 from laconic.errors import CheckpointError
 from laconic.evaluate import evaluate_source
 from laconic.inspect import inspect_directory
-from laconic.store import MANIFEST, Compressed, read_manifest, write_manifest
+from laconic.store import MANIFEST, Compressed, amend_manifest, read_manifest, write_manifest
 from laconic.tensors import INDEX, TensorFiles
 from laconic.weights.layout import DEPTH, check_spec, stored_names
 from tests.weights.laws_weights import EXAMPLES
@@ -96,6 +96,8 @@ def test_directories_of_earlier_versions_are_read_with_a_word(copy: Path, caplog
     with caplog.at_level(logging.WARNING, "laconic"):
         lc.load(copy)
     assert sum("earlier version" in record.message for record in caplog.records) == 1
+    amend_manifest(copy, {"metrics": {"perplexity": 2.0}})  # which makes no seal for what has none
+    assert read_manifest(copy)["metrics"] == {"perplexity": 2.0}
     assert inspect_directory(copy, verify=True)["verified"] == 0
     assert "not verified" in CliRunner().invoke(app, ["inspect", str(copy), "--verify"]).stdout
 

@@ -88,7 +88,22 @@ def test_directories_and_modules_say_it_alike(vision: Path, tmp_path: Path) -> N
         lc.compress(vision, CHANNEL, [], out=tmp_path / "o")
     with pytest.raises(lc.DataError, match=r"cannot be called with pixel_values \[1, 3, 17, 16\]"):
         lc.compress(vision, CHANNEL, [numbers(2, 3, 17, 16)], out=tmp_path / "o")
+    with pytest.raises(lc.DataError, match=r"cannot be called with pixel_values \[1, 3, 15, 16\]"):
+        lc.compress(vision, CHANNEL, [numbers(8, 3, 16, 16)], test=[numbers(2, 3, 15, 16)], samples=4, out=tmp_path / "o")
     assert not (tmp_path / "o").exists()
+
+
+def test_an_option_called_use_cache_makes_no_model_one_of_token_ids() -> None:
+    class Cached(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+            return self.layer(x)
+
+    _, report = lc.compress(Cached(), CHANNEL, [numbers(8, 64)])
+    assert not report.sites[0].get("unmeasured")
 
 
 def test_batches_come_in_many_forms(vision: Path, tmp_path: Path) -> None:

@@ -345,6 +345,25 @@ def test_the_output_statistic_predicts_the_loss() -> None:
     assert float(torch.stack(found).mean()) == pytest.approx(predicted, rel=0.3)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(16, 48), (200, 8)])
+def test_gradients_of_look_ups_count_for_the_rows_that_were_looked_up(rows: int, columns: int) -> None:
+    """Mean over tokens of the mean square of a row's gradients; of rows of either length, more or fewer than there are."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(rows, columns), nn.Linear(columns, 4)).requires_grad_(False)
+        weights = torch.randn(6, 4)
+    ids = torch.tensor([[0, 3, 3, 7, 9, 15]])
+    slots = find_slots(model)
+    needs = dict.fromkeys(slots, Stats.OUTPUT)
+    loss = lambda output, _: (output[0] * weights).sum()  # noqa: E731
+    stage = survey_whole(model, [ids], slots, needs, torch.device("cpu"), seed=0, loss=loss)
+    assert stage.statistics is not None
+    found = stage.statistics.describe(slots[0], torch.empty(rows, columns), 0).output
+    assert found is not None
+    expected = torch.zeros(rows).index_add_(0, ids[0], (weights @ model[1].weight).square().mean(1)) / 6
+    assert torch.allclose(found, expected, rtol=1e-4)
+
+
 def test_a_whole_model_that_is_no_chain_is_seen_unit_by_unit() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)), nn.Flatten(), nn.Linear(4 * 16, 10))
     slots = find_slots(model)

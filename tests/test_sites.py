@@ -203,6 +203,49 @@ def test_inputs_are_seen_whichever_way_a_weight_is_multiplied(way: str) -> None:
     assert torch.allclose(H[0], expected, rtol=1e-4, atol=1e-6)
 
 
+class Flattened(nn.Module):
+    """Two layers whose weights are views of one buffer, as optimizers and sharding make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        flat = torch.randn(2, 8, 8, generator=generator())
+        self.first.weight, self.second.weight = nn.Parameter(flat[0]), nn.Parameter(flat[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def test_parameters_in_one_storage_are_told_apart() -> None:
+    net, x = Flattened(), torch.randn(20, 8, generator=generator(1))
+    first, second = find_slots(net)
+    statistics = Statistics({first: net.first.weight, second: net.second.weight}, dict.fromkeys((first, second), Stats.HESSIAN))
+    with torch.no_grad(), statistics.watch():
+        net(x)
+        hidden = torch.relu(net.first(x))
+    for slot, fed, times in ((first, x, 2), (second, hidden, 1)):
+        site = statistics.describe(slot, torch.empty(8, 8), 0)
+        assert site.tokens is not None
+        assert site.hessian is not None
+        assert site.tokens.tolist() == [20 * times]
+        assert torch.allclose(site.hessian[0], fed.T @ fed / 20, rtol=1e-4, atol=1e-6)
+
+
+def test_a_tensor_that_is_written_to_between_two_layers_is_two_inputs() -> None:
+    net, x = Flattened(), torch.randn(20, 8, generator=generator(1))
+    first, second = find_slots(net)
+    statistics = Statistics({first: net.first.weight, second: net.second.weight}, dict.fromkeys((first, second), Stats.HESSIAN))
+    before = x.clone()
+    with torch.no_grad(), statistics.watch():
+        net.first(x)
+        net.second(x.relu_())
+    for slot, fed in ((first, before), (second, before.relu())):
+        hessian = statistics.describe(slot, torch.empty(8, 8), 0).hessian
+        assert hessian is not None
+        assert torch.allclose(hessian[0], fed.T @ fed / 20, rtol=1e-4, atol=1e-6)
+    assert statistics.input_of(first) != statistics.input_of(second)
+
+
 class Autoencoder(nn.Module):
     """One weight, W x on the way in and x W on the way out."""
 
