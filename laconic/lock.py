@@ -83,7 +83,7 @@ def check_place(folder: Path) -> None:
             return
         if part.is_symlink():
             raise OutputError(f"{folder}: {part} is a link to {os.readlink(part)}, which is not there; remove the link or choose another place")
-        if os.path.lexists(part):
+        if os.path.lexists(part) and not part.is_dir():  # another process may have made it by now
             raise OutputError(f"{folder}: expected a directory, found a file at {part}; choose another place")
 
 
