@@ -113,7 +113,8 @@ def _loaded(kind: Any, folder: Path, trusted: bool) -> Any:
     try:
         return kind.from_pretrained(folder, trust_remote_code=trusted)
     except (ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise CheckpointError(f"{folder / _PREPARATION}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        way = "; code that came with it runs with --trust-remote-code only" if not trusted and "trust_remote_code" in str(error) else ""
+        raise CheckpointError(f"{folder / _PREPARATION}: cannot be loaded: {str(error).strip().splitlines()[0]}{way}") from error
 
 
 def _numbers(value: Any) -> bool:

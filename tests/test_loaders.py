@@ -1,6 +1,7 @@
 """Data of every kind: what comes as batches, how padding leaves no trace, what is held out, and one sentence for what is no data."""
 
 import json
+import shutil
 import wave
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import BatchEncoding, BatchFeature
 
 import laconic as lc
 from laconic.blocks import BlockModel, InMemory
+from laconic.errors import CheckpointError
 from laconic.evaluate import evaluate_source
 from laconic.loaders import Examples, as_batch, checked_data, for_model, joined, taken, without_padding
 from laconic.media import read_wave
@@ -344,3 +346,17 @@ def _pairs(language: Path, file: Path) -> list[list[int]]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(language)
     rows = [json.loads(line) for line in file.read_text().split("\n")]
     return [tokenizer(row["prompt"] + row["completion"], add_special_tokens=False)["input_ids"][:32] for row in rows]
+
+
+def test_a_processor_that_is_code_runs_if_it_is_trusted(vision: Path, tmp_path: Path) -> None:
+    """Nobody is asked, and nothing runs, without the word for it."""
+    image = pytest.importorskip("PIL.Image")
+    folder = shutil.copytree(vision, tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    image.fromarray(np.zeros((16, 16, 3), dtype=np.uint8)).save(tmp_path / "images" / "a.png")
+    told = {"image_processor_type": "Mine", "auto_map": {"AutoImageProcessor": "mine.Mine"}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(CheckpointError, match="preprocessor_config.json: cannot be loaded.*--trust-remote-code"):
+        lc.compress(folder, CHANNEL, str(tmp_path / "images"), out=tmp_path / "out", evaluate=False, samples=1)
+    assert not (tmp_path / "ran").exists()

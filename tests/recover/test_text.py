@@ -1,7 +1,9 @@
 """The task a language model and a text make."""
 
 import copy
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,13 @@ def test_models_that_will_not_do(tiny: Path, text: Path, tmp_path: Path) -> None
     lc.compress(str(tiny), "RTN(4, 32)", out=str(tmp_path / "small"), evaluate=False)
     with pytest.raises(CheckpointError, match="compressed already"):
         text_task(tmp_path / "small", text)
+
+
+def test_code_of_the_model_runs_only_if_it_is_trusted(tiny: Path, text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "mine.Mine", "AutoConfig": "mine.Config"}}))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(CheckpointError, match="mine.Mine.*--trust-remote-code|mine.Config.*--trust-remote-code"):
+        text_task(folder, text, length=32, batch=4)
+    assert not (tmp_path / "ran").exists()
