@@ -406,7 +406,7 @@ def load(
     path: str | Path, *, dense: bool = True, dtype: torch.dtype | None = None, trust_remote_code: bool = False, verify: bool = True
 ) -> nn.Module:  # fmt: skip
     """The model of a compressed directory, ready to run: decoded once into dense parameters, or with `dense=False` with its Weights
-    installed (they decode on every read and can be trained). Layers whose weights ask for it round their inputs, in either form.
+    installed (they decode on every read and can be trained). Layers whose weights ask for it round their inputs or add a bias, in either form.
 
     `dtype` is that of the dense parameters, by default the config's. What is stored is compared with its checksums first, about a second per
     GB, unless `verify` is False. Raises: CheckpointError when the directory is damaged or incomplete.

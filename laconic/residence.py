@@ -21,13 +21,13 @@ class Provider(Protocol):
         """Bytes the parameter takes on disk."""
 
     def rounding(self, name: str) -> Rounding | None:
-        """How the layer of a parameter is to round its inputs, made anew; None if it takes them as they are."""
+        """What the layer of a parameter is to do with its inputs and outputs, made anew; None for nothing."""
 
 
 class Residence:
     """Brings parts of a skeleton into memory from a provider, in one dtype on one device, and drops them again.
 
-    A layer rounds its inputs, if its weight asks for it, as long as the weight is held.
+    A layer rounds its inputs and adds an output bias, if its weight asks for it, as long as the weight is held.
     With dtype None tensors keep their stored type and stay on the disk's pages: right for methods that only read them.
     """
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,10 +127,11 @@ def bake(module: nn.Module) -> None:
     """Replace every installed Weight below `module` by the dense parameter it decodes to; ties stay one parameter.
 
     What is computed stays the same: a layer that rounds its inputs goes on doing so, and an output bias goes into the layer's own bias where it
-    has one (up to the rounding of that sum) and is added as before where not. The parameters require a gradient, as those of any module
+    has one to itself (up to the rounding of that sum) and is added as before where not. The parameters require a gradient, as those of any module
     do: torch chooses products by that flag even where no gradient is taken, and a frozen LSTM's decoder ran at 3/4 of its speed.
     """
     dense: dict[int, nn.Parameter] = {}
+    biases = Counter(id(child._parameters["bias"]) for child in module.modules() if child._parameters.get("bias") is not None)
     for child in list(module.modules()):
         if not isinstance(getattr(child, "parametrizations", None), nn.ModuleDict):
             continue
@@ -144,7 +146,8 @@ def bake(module: nn.Module) -> None:
                     rounding = Rounding.of(chain[0].weight)
                 parametrize.remove_parametrizations(child, name)
                 setattr(child, name, dense[key])
-                set_rounding(child, _into_own_bias(child, rounding))
+                alone = biases[id(child._parameters.get("bias"))] == 1  # what two layers share would take up both their biases
+                set_rounding(child, _into_own_bias(child, rounding) if alone else rounding)
 
 
 def _into_own_bias(layer: nn.Module, rounding: Rounding | None) -> Rounding | None:

@@ -177,6 +177,18 @@ def test_every_layer_adds_it_and_every_way_back_gives_the_same(tmp_path: Path) -
         lc.load_into(net(1), tmp_path)
 
 
+def test_a_bias_that_two_layers_share_takes_up_neither_of_theirs() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24))
+    model[2].bias = model[0].bias
+    x = inputs()
+    lc.compress(model, AFM(6), [x])
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(baked(model)(x), expected)
+
+
 def test_a_layer_behind_others_is_measured_behind_them() -> None:
     """The mean that reaches the second layer is the one after the first one's bias: the network's mean output comes out right."""
     model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 12, bias=False))
