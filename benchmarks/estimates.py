@@ -1,16 +1,21 @@
 """Told against used: peak memory and seconds of `laconic compress`, on models whose weight lies in different places.
 
 Each model is random and compressed in a process of its own, whose peak nothing else has raised. Prints a table and writes
-`results/estimates.json`. `--quick` takes a tenth of the sizes.
+`results/estimates.json`, with the load of the machine before every run: seconds told before the work are those of an idle one. `--quick`
+takes a quarter of the sizes.
 """
 
-import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from common import parser, record, show
+
+COLUMNS = ("model", "scheme", "parameters", "MB told", "MB", "seconds told", "told after a tenth", "seconds", "load before")
 
 RUN = """
 import json, sys
@@ -58,34 +63,34 @@ def models(quick: bool) -> dict[str, tuple[str, dict[str, Any], str]]:
 
 
 def measure(name: str, kind: str, config: dict[str, Any], scheme: str, threads: int) -> dict[str, Any]:
+    """The row of one model: what was told before the work and after the first tenth of its compression, and what was used."""
+    load = round(os.getloadavg()[0], 1)
     with tempfile.TemporaryDirectory() as folder:
         source, out = str(Path(folder) / "model"), str(Path(folder) / "out")
         subprocess.run([sys.executable, "-c", RUN, json.dumps([kind, config]), source, "", str(threads)], check=True, capture_output=True)
         done = subprocess.run([sys.executable, "-c", COMPRESS, source, out, scheme, str(threads)], check=False, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return {"model": name, "scheme": scheme, **json.loads(done.stdout.splitlines()[-1])}
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "model": name, "scheme": scheme, "parameters": found["parameters"], "MB told": found["peak_memory"]["expected"] / 1e6,
+        "MB": found["peak_memory"]["actual"] / 1e6, "seconds told": found["expected_seconds"], "told after a tenth": found["expected_seconds_later"],
+        "seconds": found["seconds"], "load before": load, "stages": found["stages"], "stored_bytes": found["stored_bytes"],
+    }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", help="one of the models")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "estimates.json")
-    given = parser.parse_args()
-    rows = []
-    print(f"{'model':<18} {'parameters':>11} {'memory told':>12} {'used':>8} {'seconds told':>13} {'later':>7} {'used':>7}")
-    for name, (kind, config, scheme) in models(given.quick).items():
-        if given.only not in (None, name):
-            continue
-        row = measure(name, kind, config, scheme, given.threads)
-        rows.append(row)
-        told, used = row["peak_memory"]["expected"] / 1e6, row["peak_memory"]["actual"] / 1e6
-        times = row["expected_seconds"], row["expected_seconds_later"] or float("nan"), row["seconds"]
-        print(f"{name:<18} {row['parameters']:>11,} {told:>9.0f} MB {used:>5.0f} MB {times[0]:>13.1f} {times[1]:>7.1f} {times[2]:>7.1f}")
-        print("    " + ", ".join(f"{stage} {cost['expected']:.1f}/{cost['actual']:.1f}" for stage, cost in row["stages"].items()), flush=True)
-    given.out.write_text(json.dumps({"command": "python benchmarks/estimates.py" + " --quick" * given.quick, "rows": rows}, indent=1) + "\n")
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true")
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--only", help="one of the models")
+    args = options.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name, (kind, config, scheme) in models(args.quick).items():
+        if args.only in (None, name):
+            rows.append(measure(name, kind, config, scheme, args.threads))
+            show("Told and used", rows, COLUMNS)
+    print(record("estimates", rows, args))
 
 
 if __name__ == "__main__":

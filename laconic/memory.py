@@ -77,7 +77,7 @@ def compress_module(
     scalar whose gradients methods see that need them: by default cross-entropy against sampled labels for outputs [batch, classes] or
     `.logits`, else a random projection.
     Returns the module and a report. Raises: SchemeError, DataError, CheckpointError (a weight that is not finite); the module is then as
-    it was, for which calibrated methods keep a copy of its matrices until the end.
+    it was, for which calibrated methods keep a copy of its matrices until the end. A `score` that raises leaves the module as it measured it.
     """
     progress, started = progress or Log(), time.time()
     check_values(model)
