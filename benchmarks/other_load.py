@@ -35,6 +35,7 @@ def main() -> None:
     options.add_argument("--runs", type=int, default=1, help="runs of each kind; the quickest counts")
     options.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1, 1], help="threads of PyTorch")
     options.add_argument("--neighbours", nargs="+", default=list(NEIGHBOURS), choices=NEIGHBOURS, help="who else is busy")
+    options.add_argument("--waiting", nargs="+", default=list(WAITING), choices=WAITING, help="how threads wait for each other")
     options.add_argument("--samples", type=int, default=16, help="calibration windows of 256 tokens")
     args = options.parse_args()
     rows = []
@@ -52,7 +53,7 @@ def measure(args: Namespace, folder: Path, threads: int) -> Iterator[dict[str, A
 
     The runs of all rows take turns, so that a load that comes and goes falls on each.
     """
-    kinds = [(waiting, neighbour) for waiting in WAITING for neighbour in args.neighbours]
+    kinds = [(waiting, neighbour) for waiting in args.waiting for neighbour in args.neighbours]
     seconds: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
     loads: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
     for _ in range(args.runs):
