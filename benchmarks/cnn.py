@@ -26,7 +26,10 @@ from torch.nn import functional as F
 
 import laconic as lc
 
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # what the pretrained weights expect
+MEAN, STD = (
+    torch.tensor([0.485, 0.456, 0.406]),
+    torch.tensor([0.229, 0.224, 0.225]),
+)  # what the pretrained weights expect
 KINDS = ("bits", "sparsity")
 BATCH, CHECKED = 250, 100  # images at a time; images on which the module in memory and the reloaded file must agree
 
@@ -73,7 +76,9 @@ def pixels(file: Path, count: int | None) -> tuple[np.ndarray, np.ndarray]:
     """The first images as decoded, uint8 [n, 32, 32, 3], and their labels [n]."""
     stored = np.load(file)
     data, offsets, labels = stored["jpeg"].tobytes(), stored["offsets"], stored["labels"][:count]
-    decoded = [np.asarray(Image.open(io.BytesIO(data[offsets[i] : offsets[i + 1]])).convert("RGB")) for i in range(len(labels))]
+    decoded = [
+        np.asarray(Image.open(io.BytesIO(data[offsets[i] : offsets[i + 1]])).convert("RGB")) for i in range(len(labels))
+    ]
     return np.stack(decoded), labels
 
 
@@ -115,7 +120,9 @@ def measure(model: ResNet, scheme: str, args: Namespace, data: dict[str, Tensor]
     def score(candidate: nn.Module) -> float:
         return float((classes(candidate, data["x"][:CHECKED]) == data["reference"][:CHECKED]).float().mean())
 
-    compressed, report = lc.compress(copy.deepcopy(model), f"[('*', {scheme})]", data=calibration, score=score, seed=args.seed)
+    compressed, report = lc.compress(
+        copy.deepcopy(model), f"[('*', {scheme})]", data=calibration, score=score, seed=args.seed
+    )
     seconds = time.time() - started
     with tempfile.TemporaryDirectory() as folder:
         stored = lc.save(compressed, folder, scheme=scheme)
@@ -164,8 +171,21 @@ def main() -> None:
         model = resnet(layers)
         model.load_state_dict(load_file(file))
         reference, size = classes(model, x), file.stat().st_size
-        data = {"x": x, "labels": labels, "calibration": calibration, "reference": reference, "bytes": torch.tensor(size)}
-        original = {"level": "original", "scheme": "float32", "stored bytes": size, "ratio": 1.0, "matrix bits": 32.0, **judged(reference, data)}
+        data = {
+            "x": x,
+            "labels": labels,
+            "calibration": calibration,
+            "reference": reference,
+            "bytes": torch.tensor(size),
+        }
+        original = {
+            "level": "original",
+            "scheme": "float32",
+            "stored bytes": size,
+            "ratio": 1.0,
+            "matrix bits": 32.0,
+            **judged(reference, data),
+        }
         for kind in KINDS if args.kind == "both" else (args.kind,):
             rows: list[dict[str, Any]] = [original]
             for level, scheme in schemes(kind):

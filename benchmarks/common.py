@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from laconic.threads import wait_asleep
+from laconic.host.threads import wait_asleep
 
 wait_asleep()
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +34,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options every benchmark has: `--shared` (the team's models and data) and `--seed`."""
     made = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     made.add_argument(
-        "--shared", type=Path, default=Path(os.environ.get("LACONIC_SHARED", ROOT.parent / "shared")), help="folder of models/ and data/"
+        "--shared",
+        type=Path,
+        default=Path(os.environ.get("LACONIC_SHARED", ROOT.parent / "shared")),
+        help="folder of models/ and data/",
     )
     made.add_argument("--seed", type=int, default=0)
     return made
@@ -44,7 +47,10 @@ def shared(args: argparse.Namespace, relative: str) -> Path:
     """A file of the shared folder. Exits with a message, and 0, where it is absent: nobody is required to have it."""
     path = args.shared / relative
     if not path.exists():
-        print(f"skipped: {relative} is not in the shared folder; say where that is with --shared or LACONIC_SHARED", file=sys.stderr)
+        print(
+            f"skipped: {relative} is not in the shared folder; say where that is with --shared or LACONIC_SHARED",
+            file=sys.stderr,
+        )
         raise SystemExit(0)
     return path
 
@@ -89,8 +95,17 @@ def _portable(value: Any) -> Any:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and system; the threads PyTorch may use when it is loaded."""
-    system = platform.freedesktop_os_release().get("PRETTY_NAME", platform.system()) if platform.system() == "Linux" else platform.platform()
-    found: dict[str, Any] = {"cpu": _cpu(), "cores": os.cpu_count(), "ram_gb": None, "os": f"{system}, {platform.machine()}"}
+    system = (
+        platform.freedesktop_os_release().get("PRETTY_NAME", platform.system())
+        if platform.system() == "Linux"
+        else platform.platform()
+    )
+    found: dict[str, Any] = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "ram_gb": None,
+        "os": f"{system}, {platform.machine()}",
+    }
     if hasattr(os, "sysconf"):
         found["ram_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     torch = sys.modules.get("torch")
@@ -105,7 +120,9 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def versions() -> dict[str, str]:
@@ -116,7 +133,10 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "absent"
-    return found | {"commit": _git("rev-parse", "--short", "HEAD") + ("-modified" if _git("status", "--porcelain", "laconic") else "")}
+    return found | {
+        "commit": _git("rev-parse", "--short", "HEAD")
+        + ("-modified" if _git("status", "--porcelain", "laconic") else "")
+    }
 
 
 def _git(*arguments: str) -> str:
@@ -199,5 +219,7 @@ def _resident(pid: int) -> tuple[int, int] | None:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return None
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssFile:"))}
+    found = {
+        line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssFile:"))
+    }
     return (found["RssAnon"], found["RssFile"]) if len(found) == 2 else None

@@ -27,14 +27,14 @@ import torch
 from torch import nn
 
 import laconic as lc
-from laconic.goals import Goal
-from laconic.machine import pick_device
-from laconic.objectives import Throughput, flops, stored_bytes
-from laconic.progress import Log
+from laconic.host.machine import pick_device
+from laconic.host.progress import Log
+from laconic.measure.goals import Goal
+from laconic.measure.objectives import Throughput, flops, stored_bytes
+from laconic.measure.timing import side_by_side
 from laconic.recover.text import text_task
 from laconic.search import SearchOptions, search_task
 from laconic.search.profiles import profile_picture
-from laconic.timing import side_by_side
 from laconic.weights import baked
 
 WORK = tasks.WORK / "condensa"
@@ -60,7 +60,9 @@ class Row:
 P_Q = "Magnitude(sparsity=Free(0.5, 1), scope='model') >> Cast('float16')"
 P_Q_HIGH = P_Q.replace("Free(0.5, 1)", "Free(0.8, 1)")
 P_Q4 = P_Q.replace("Cast('float16')", "RTN(bits=4, group='channel', symmetric=True)")
-P_Q_SCALED = P_Q.replace("scope='model'", "scope='model', scale='layer'")  # an embedding's entries are ten times as large as a matrix's
+P_Q_SCALED = P_Q.replace(
+    "scope='model'", "scope='model', scale='layer'"
+)  # an embedding's entries are ten times as large as a matrix's
 FILTER = f"FilterPrune({FREE}, scale='layer')"
 SMALL, FAST = lc.Minimize(stored_bytes), lc.Maximize(Throughput(batch=128))
 ROWS = [
@@ -72,10 +74,22 @@ ROWS = [
     Row("vgg", "P+Q", P_Q, SMALL),
     Row("vgg", "Filter", FILTER, FAST),
     Row("lstm", "P+Q", f"[('*', {P_Q_SCALED})]", SMALL, margin=0.05),
-    Row("lstm", "Block(5)", f"[('embedding', Keep()), ('*', BlockPrune({FREE}, block=5))]", lc.Minimize(flops), margin=0.05),
+    Row(
+        "lstm",
+        "Block(5)",
+        f"[('embedding', Keep()), ('*', BlockPrune({FREE}, block=5))]",
+        lc.Minimize(flops),
+        margin=0.05,
+    ),
     Row("vgg16", "P+Q", P_Q_HIGH, SMALL),
     Row("vgg16", "Filter", FILTER, FAST),
-    Row("books-llama-7m", "prune + 4 bits", f"Magnitude({FREE}, scope='model') >> RTN(bits=4, group=64)", SMALL, margin=0.05),
+    Row(
+        "books-llama-7m",
+        "prune + 4 bits",
+        f"Magnitude({FREE}, scope='model') >> RTN(bits=4, group=64)",
+        SMALL,
+        margin=0.05,
+    ),
 ]
 
 
@@ -90,9 +104,13 @@ def recovery(row: Row, paper: bool) -> lc.LC:
             steps=4, minibatches=int(25 * row.effort), a=1.6, learn=learn, norm_batches=8,
             then=lc.FineTune(int(240 * row.effort), tail, checks=2, norm_batches=8),
         )  # fmt: skip
-    known = row.network == "books-llama-7m"  # it was trained on these books: their labels have nothing more to say to it
+    known = (
+        row.network == "books-llama-7m"
+    )  # it was trained on these books: their labels have nothing more to say to it
     lr, share = (3e-4, 1.0) if known else (1e-3, 0.0)
-    learn, tail = (lc.Steps(optimizer="adam", lr=lr, lr_end=lr * part, distill=share, temperature=1.0) for part in (0.3, 0.05))
+    learn, tail = (
+        lc.Steps(optimizer="adam", lr=lr, lr_end=lr * part, distill=share, temperature=1.0) for part in (0.3, 0.05)
+    )
     return lc.LC(
         steps=4, minibatches=int(25 * row.effort), mu=0.05, a=2.0, learn=learn, then=lc.FineTune(int(150 * row.effort), tail, checks=2),
     )  # fmt: skip
@@ -115,7 +133,11 @@ def scheme_of(row: Row, paper: bool) -> str:
     """The row's scheme; the paper's searches all sparsities, and scales no layer."""
     if not paper:
         return row.scheme
-    return row.scheme.replace("Free(0.5, 1)", "Free(0, 1)").replace("Free(0.8, 1)", "Free(0, 1)").replace(", scale='layer'", "")
+    return (
+        row.scheme.replace("Free(0.5, 1)", "Free(0, 1)")
+        .replace("Free(0.8, 1)", "Free(0, 1)")
+        .replace(", scale='layer'", "")
+    )
 
 
 def problem(row: Row, args: Namespace) -> tuple[nn.Module, lc.Task]:
@@ -139,7 +161,15 @@ def run(row: Row, args: Namespace) -> dict[str, Any]:
         ours = {} if not args.paper else {"sampler": "drucb", "warm_share": None, "early_stop": False}
         options = SearchOptions(trials=args.trials, minutes=args.minutes, resume=True, seed=args.seed, **ours)  # type: ignore[arg-type]
         found = search_task(
-            model, scheme_of(row, args.paper), task, (row.goal,), lc.within(row.margin), recovery(row, args.paper), out, options, Said()
+            model,
+            scheme_of(row, args.paper),
+            task,
+            (row.goal,),
+            lc.within(row.margin),
+            recovery(row, args.paper),
+            out,
+            options,
+            Said(),
         )
         original = copy.deepcopy(model).float()  # both compute in float32
         timed = side_by_side({"reference": original, "compressed": baked(found.model)}, task.sample(), repeats=20)
@@ -187,7 +217,12 @@ def main() -> None:
     options = parser(__doc__)
     usual = [row.name for row in ROWS if row.network != "vgg16"]
     options.add_argument("--rows", nargs="+", default=usual, choices=[row.name for row in ROWS])
-    options.add_argument("--imagenet", type=Path, default=None, help="folder of ILSVRC2012: train/CLASS/*.JPEG and val/CLASS/*.JPEG (rows of vgg16)")
+    options.add_argument(
+        "--imagenet",
+        type=Path,
+        default=None,
+        help="folder of ILSVRC2012: train/CLASS/*.JPEG and val/CLASS/*.JPEG (rows of vgg16)",
+    )
     options.add_argument("--trials", type=int, default=10)
     options.add_argument("--minutes", type=float, default=None, help="wall-clock time of each row's search")
     options.add_argument("--device", default="cpu")

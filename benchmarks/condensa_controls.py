@@ -28,7 +28,12 @@ from laconic.recover import recover_task
 WORK = tasks.WORK / "condensa_controls"
 NETWORK = "resnet20"
 PRUNED = "Magnitude(0.9, scope='model') >> Cast('float16')"
-RESTARTS = {"one schedule": (False, False), "rate anew": (True, False), "optimizer anew": (False, True), "both": (True, True)}
+RESTARTS = {
+    "one schedule": (False, False),
+    "rate anew": (True, False),
+    "optimizer anew": (False, True),
+    "both": (True, True),
+}
 
 
 def problem(args: Namespace) -> tuple[nn.Module, lc.Task]:
@@ -83,7 +88,9 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=2)
     options.add_argument("--steps", type=int, default=4, help="L-steps of the rows with restarts")
     options.add_argument("--minibatches", type=int, default=20, help="of an L-step there")
-    options.add_argument("--pretrained", action="store_true", help="from the pretrained network, not the table's reference")
+    options.add_argument(
+        "--pretrained", action="store_true", help="from the pretrained network, not the table's reference"
+    )
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = options.parse_args()
     torch.set_num_threads(args.threads)

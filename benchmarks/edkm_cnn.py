@@ -18,12 +18,23 @@ import tasks
 import torch
 
 import laconic as lc
+from laconic.disk.store import stored_bytes
 from laconic.recover import LC, Direct, FineTune, Steps, recover_task
-from laconic.store import stored_bytes
 
 WORK = tasks.WORK / "edkm_cnn"
 METHODS = ("after training", "straight through", "L-C", "DKM")
-COLUMNS = ("network", "bits", "method", "test", "validation", "reference", "file bytes", "ratio", "minibatches", "minutes")
+COLUMNS = (
+    "network",
+    "bits",
+    "method",
+    "test",
+    "validation",
+    "reference",
+    "file bytes",
+    "ratio",
+    "minibatches",
+    "minutes",
+)
 
 
 def way(method: str, bits: int, args: Namespace) -> tuple[str, Any]:

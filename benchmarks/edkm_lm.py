@@ -25,14 +25,25 @@ from language import ODD, TEXTS, Judge
 from torch import nn
 
 import laconic as lc
-from laconic.progress import Log
+from laconic.disk.store import stored_bytes
+from laconic.host.progress import Log
 from laconic.recover import FineTune, Steps
 from laconic.recover.deliver import recover_directory
 from laconic.recover.text import text_task
-from laconic.store import stored_bytes
 
 WORK = tasks.WORK / "edkm_lm"
-COLUMNS = ("bits", "method", "learns from", "file bytes", "bits per weight", "dracula ppl", "wikitext2 ppl", "dracula KL", "wikitext2 KL", "seconds")
+COLUMNS = (
+    "bits",
+    "method",
+    "learns from",
+    "file bytes",
+    "bits per weight",
+    "dracula ppl",
+    "wikitext2 ppl",
+    "dracula KL",
+    "wikitext2 KL",
+    "seconds",
+)
 EMBEDDING = "('*embed*', RTN(8, 'channel'))"
 CODED = "GPTQ, entropy-coded"
 BEFORE = ("RTN", "SmoothQuant", "AWQ", "GPTQ", "KMeans", "KMeans, Fisher", CODED)
@@ -70,7 +81,9 @@ def training(method: str, bits: int, args: Namespace) -> tuple[str, FineTune]:
 @cache
 def problem(model: str, data: str, tokens: int, batch: int, seed: int) -> tuple[nn.Module, lc.Task]:
     """The original and what it is trained on; it writes its own text once for all bits."""
-    return text_task(model, data, train_tokens=tokens, check_tokens=16_384, length=256, batch=batch, seed=seed, dtype="auto")
+    return text_task(
+        model, data, train_tokens=tokens, check_tokens=16_384, length=256, batch=batch, seed=seed, dtype="auto"
+    )
 
 
 def make(method: str, bits: int, out: Path, args: Namespace) -> dict[str, Any]:
@@ -79,15 +92,24 @@ def make(method: str, bits: int, out: Path, args: Namespace) -> dict[str, Any]:
     books = shared(args, "data/books-train.txt")
     if method in BEFORE:
         scheme = after_training(method, bits)
-        report = lc.compress(model, scheme, str(books), out=out, samples=128, length=256, seed=args.seed, evaluate=False, overwrite=True)
+        report = lc.compress(
+            model, scheme, str(books), out=out, samples=128, length=256, seed=args.seed, evaluate=False, overwrite=True
+        )
         return {"scheme": scheme, "seconds": report["seconds"]}
     scheme, how = training(method, bits, args)
-    module, task = problem(str(model), "self" if method == "LLM-QAT" else str(books), args.tokens, args.batch, args.seed)
+    module, task = problem(
+        str(model), "self" if method == "LLM-QAT" else str(books), args.tokens, args.batch, args.seed
+    )
     result = recover_directory(
         module, lc.parse(scheme), how, task, out, source=str(model), resume=(out / "recovery.safetensors").is_file(), overwrite=False,
         seed=args.seed, command="", progress=Log(),
     )  # fmt: skip
-    return {"scheme": scheme, "recovery": result["recovery"], "minibatches": result["minibatches"], "seconds": result["seconds"]}
+    return {
+        "scheme": scheme,
+        "recovery": result["recovery"],
+        "minibatches": result["minibatches"],
+        "seconds": result["seconds"],
+    }
 
 
 def run(method: str, bits: int, args: Namespace, judge: Judge) -> dict[str, Any]:
@@ -117,7 +139,14 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for rival in best + [of[method] for method in (CODED, "LLM-QAT") if method in of]:
             if (ours := of.get("DKM, distilled")) is not None:
                 ratios = {key: ours[key] / rival[key] for key in ("file bytes", "dracula KL", "wikitext2 KL")}
-                found.append({"bits": bits, "DKM, distilled, against": rival["method"], **ratios, "met": all(r < 1 for r in ratios.values())})
+                found.append(
+                    {
+                        "bits": bits,
+                        "DKM, distilled, against": rival["method"],
+                        **ratios,
+                        "met": all(r < 1 for r in ratios.values()),
+                    }
+                )
     return found
 
 
@@ -126,7 +155,9 @@ def main() -> None:
     made.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     usual = [*BEFORE, *DISTILLED]  # learning the books once more helps nothing here, as "fine-tuned" shows
     made.add_argument("--methods", nargs="+", default=usual, choices=[*BEFORE, *TRAINED])
-    made.add_argument("--tokens", type=int, default=512_000, help="training tokens, the same for every method that trains")
+    made.add_argument(
+        "--tokens", type=int, default=512_000, help="training tokens, the same for every method that trains"
+    )
     made.add_argument("--epochs", type=int, default=1)
     made.add_argument("--batch", type=int, default=8, help="windows of 256 tokens a step")
     made.add_argument("--lr", type=float, default=3e-4, help="where the original's answers are learnt")

@@ -44,9 +44,27 @@ from laconic.offload import offload_saved
 ROWS = ("plain", "none", "M", "M+S", "M+U", "M+U+S", "ours", "blocks", "coremltools")
 EXACT = "float64"  # not a row: what the rows' gradients are compared with
 WITHOUT_HOOKS = ("plain", "ours", "blocks", "coremltools", EXACT)
-DENSE = {"plain": 2, "none": 3, "M": 2, "coremltools": 3}  # attention maps held per iteration, roughly: whether a row fits into memory
+DENSE = {
+    "plain": 2,
+    "none": 3,
+    "M": 2,
+    "coremltools": 3,
+}  # attention maps held per iteration, roughly: whether a row fits into memory
 HEAD = 64
-COLUMNS = ("row", "learners", "saved", "reduction", "seconds", "processor", "slower", "off", "off_rms", "as_plain", "attention_saved", "process_gb")
+COLUMNS = (
+    "row",
+    "learners",
+    "saved",
+    "reduction",
+    "seconds",
+    "processor",
+    "slower",
+    "off",
+    "off_rms",
+    "as_plain",
+    "attention_saved",
+    "process_gb",
+)
 
 
 class Attention(nn.Module):
@@ -55,7 +73,9 @@ class Attention(nn.Module):
     def __init__(self, d: int, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.weights = nn.ParameterList([torch.randn(d, d, generator=generator).mul_(d**-0.5).bfloat16() for _ in range(4)])
+        self.weights = nn.ParameterList(
+            [torch.randn(d, d, generator=generator).mul_(d**-0.5).bfloat16() for _ in range(4)]
+        )
 
     def forward(self, x: Tensor, decoded: list[Tensor]) -> Tensor:
         q, k, v = (F.linear(x, w.float()).unflatten(-1, (-1, HEAD)).transpose(1, 2) for w in decoded[:3])
@@ -67,7 +87,12 @@ def measure(rank: int, args: Namespace, row: str, learners: int, folder: str) ->
     """One learner of one row. The first writes `row.pt`."""
     torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // learners))
     if learners > 1:
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl", init_method=f"file://{folder}/meet", rank=rank, world_size=learners)
+        dist.init_process_group(
+            "gloo" if args.device == "cpu" else "nccl",
+            init_method=f"file://{folder}/meet",
+            rank=rank,
+            world_size=learners,
+        )
     device = torch.device(args.device if args.device == "cpu" or learners == 1 else f"{args.device}:{rank}")
     layer = Attention(args.d, args.seed).to(device)
     x = torch.randn(1, args.tokens, args.d, generator=torch.Generator().manual_seed(args.seed + 1)).to(device)
@@ -100,7 +125,13 @@ def measure(rank: int, args: Namespace, row: str, learners: int, folder: str) ->
     if rank == 0:
         gradients = None if row == "coremltools" else [leaf.grad.cpu() for leaf in leaves]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        found = {"saved": int(most[0]), "attention_saved": int(most[1]), "seconds": seconds, "processor": processor, "process_gb": peak / 1e9}
+        found = {
+            "saved": int(most[0]),
+            "attention_saved": int(most[1]),
+            "seconds": seconds,
+            "processor": processor,
+            "process_gb": peak / 1e9,
+        }
         torch.save(found | {"gradients": gradients}, f"{folder}/row.pt")
     if learners > 1:
         dist.destroy_process_group()
@@ -127,7 +158,11 @@ def _options(row: str, weights: list[Tensor]) -> dict[str, Any]:
     """The techniques of a row; rows without any are only counted, held by reference as autograd does."""
     if row in WITHOUT_HOOKS:
         return {"keep": weights, "copy": False}
-    packs = {"weights": weights, "unique": "U" in row, "shard": dist.group.WORLD if "S" in row else None} if set("US") & set(row) else {}
+    packs = (
+        {"weights": weights, "unique": "U" in row, "shard": dist.group.WORLD if "S" in row else None}
+        if set("US") & set(row)
+        else {}
+    )
     return {"keep": weights, "marshal": row != "none", "copy": True, **packs}
 
 
@@ -136,7 +171,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _palettized(weights: list[Tensor], tables: list[Tensor], taus: list[float], args: Namespace) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+def _palettized(
+    weights: list[Tensor], tables: list[Tensor], taus: list[float], args: Namespace
+) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
     """coremltools' DKM on the same weights, in float32 as it needs them, and from the same centroids, which it carries from step to step."""
     logging.getLogger("coremltools").setLevel(logging.ERROR)  # that it was not tested with this torch is in the notes
     from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig
@@ -157,8 +194,12 @@ def _palettized(weights: list[Tensor], tables: list[Tensor], taus: list[float], 
     palettizer.step()
     prepared.to(weights[0].device)
     for linear, table in zip(prepared, tables, strict=True):
-        linear.weight_fake_quant.centroids = [table[0].float()]  # its own k-means++, ten times over, would take longer than all else
-    return [linear.weight for linear in prepared], lambda: [linear.weight_fake_quant(linear.weight) for linear in prepared]
+        linear.weight_fake_quant.centroids = [
+            table[0].float()
+        ]  # its own k-means++, ten times over, would take longer than all else
+    return [linear.weight for linear in prepared], lambda: [
+        linear.weight_fake_quant(linear.weight) for linear in prepared
+    ]
 
 
 def run(args: Namespace, row: str, learners: int) -> dict[str, Any]:
@@ -210,9 +251,13 @@ def measured(args: Namespace) -> tuple[list[dict[str, Any]], list[str]]:
             gradients = found.pop("gradients")
             plain = gradients if row == "plain" else plain
             rows.append({"row": row, "learners": learners, **found, **_against(gradients, exact, plain)})
-            print(f"{row}, {learners} learners: {found['saved'] / 1e6:,.2f} MB, {found['seconds']:.2f} s", file=sys.stderr)
+            print(
+                f"{row}, {learners} learners: {found['saved'] / 1e6:,.2f} MB, {found['seconds']:.2f} s", file=sys.stderr
+            )
     if any(entry["row"] == "coremltools" for entry in rows):
-        notes.append(f"coremltools {version('coremltools')} with torch {torch.__version__}, which its authors have not tested")
+        notes.append(
+            f"coremltools {version('coremltools')} with torch {torch.__version__}, which its authors have not tested"
+        )
     return rows, notes
 
 
@@ -238,7 +283,11 @@ def main() -> None:
         entry["reduction"] = base["saved"] / entry["saved"] if base and entry["saved"] else None
         entry["slower"] = entry[cost] / base[cost] if base else None
     goals = targets(rows, cost)
-    show(f"Saved for backward by one learner, bytes: four {args.d} x {args.d} projections at {args.bits} bits", rows, COLUMNS)
+    show(
+        f"Saved for backward by one learner, bytes: four {args.d} x {args.d} projections at {args.bits} bits",
+        rows,
+        COLUMNS,
+    )
     show("Targets", goals)
     name = f"edkm_memory-{args.d}{'' if args.device == 'cpu' else '-' + args.device}"
     record(name, rows, args, notes=notes, targets=goals, weights_bytes=8 * args.d**2)
@@ -259,7 +308,10 @@ def _against(gradients: list[Tensor] | None, exact: list[Tensor] | None, plain: 
 
 def targets(rows: Sequence[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
     """What ours was to reach on one learner, against plain autograd, and whether it did; eDKM's own figures are 1/130 of the bytes and 1.7 x."""
-    plain, ours = (next((entry for entry in rows if (entry["row"], entry["learners"]) == (name, 1)), None) for name in ("plain", "ours"))
+    plain, ours = (
+        next((entry for entry in rows if (entry["row"], entry["learners"]) == (name, 1)), None)
+        for name in ("plain", "ours")
+    )
     if plain is None or ours is None:
         return []
     hooked = [entry["as_plain"] for entry in rows if entry["row"] not in WITHOUT_HOOKS]

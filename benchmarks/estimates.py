@@ -15,7 +15,17 @@ from typing import Any
 
 from common import parser, record, show
 
-COLUMNS = ("model", "scheme", "parameters", "MB told", "MB", "seconds told", "told after a tenth", "seconds", "load before")
+COLUMNS = (
+    "model",
+    "scheme",
+    "parameters",
+    "MB told",
+    "MB",
+    "seconds told",
+    "told after a tenth",
+    "seconds",
+    "load before",
+)
 
 RUN = """
 import json, sys
@@ -67,8 +77,17 @@ def measure(name: str, kind: str, config: dict[str, Any], scheme: str, threads: 
     load = round(os.getloadavg()[0], 1)
     with tempfile.TemporaryDirectory() as folder:
         source, out = str(Path(folder) / "model"), str(Path(folder) / "out")
-        subprocess.run([sys.executable, "-c", RUN, json.dumps([kind, config]), source, "", str(threads)], check=True, capture_output=True)
-        done = subprocess.run([sys.executable, "-c", COMPRESS, source, out, scheme, str(threads)], check=False, capture_output=True, text=True)
+        subprocess.run(
+            [sys.executable, "-c", RUN, json.dumps([kind, config]), source, "", str(threads)],
+            check=True,
+            capture_output=True,
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", COMPRESS, source, out, scheme, str(threads)],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
     if done.returncode:
         raise SystemExit(done.stderr)
     found = json.loads(done.stdout.splitlines()[-1])

@@ -23,9 +23,9 @@ import torch
 import transformers
 
 import laconic as lc
-from laconic.data import evaluation_windows, read_text
-from laconic.evaluate import perplexity
-from laconic.load import load_tokenizer, open_source
+from laconic.data.text import evaluation_windows, read_text
+from laconic.disk.load import load_tokenizer, open_source
+from laconic.measure.quality import perplexity
 
 NAME = "gemma-3-270m-q4_k_m.gguf"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -42,8 +42,12 @@ def convert(parts: Path, out: Path) -> None:
         (Path(folder) / NAME).write_bytes(content)
         del content
         read = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=NAME, dtype=torch.bfloat16)
-        config = read.config.__class__.from_dict({key: value for key, value in read.config.to_dict().items() if key != "quantization_config"})
-        plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # a model read from GGUF refuses to be saved
+        config = read.config.__class__.from_dict(
+            {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
+        )
+        plain = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16
+        )  # a model read from GGUF refuses to be saved
         plain.load_state_dict(read.state_dict())
         plain.save_pretrained(out)
         transformers.AutoTokenizer.from_pretrained(folder, gguf_file=NAME).save_pretrained(out)
@@ -59,7 +63,14 @@ def measure(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for windows in (bare, begun):
         found = perplexity(source, windows)
-        rows.append({"what": "original", "windows begin with": str(list(windows.start)), "dracula ppl": found.perplexity, "tokens": found.tokens})
+        rows.append(
+            {
+                "what": "original",
+                "windows begin with": str(list(windows.start)),
+                "dracula ppl": found.perplexity,
+                "tokens": found.tokens,
+            }
+        )
         show("Gemma 3 270M on dracula", rows, COLUMNS)
     del source
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +94,9 @@ def measure(args: argparse.Namespace) -> None:
 def main() -> None:
     args_parser = parser(__doc__)
     args_parser.add_argument("action", choices=("convert", "measure"))
-    args_parser.add_argument("folders", type=Path, nargs="+", help="convert: the parts and the directory to write; measure: that directory")
+    args_parser.add_argument(
+        "folders", type=Path, nargs="+", help="convert: the parts and the directory to write; measure: that directory"
+    )
     args_parser.add_argument("--tokens", type=int, default=16384, help="of dracula, in windows of 256")
     args_parser.add_argument("--samples", type=int, default=32, help="calibration windows of 256 tokens")
     args_parser.add_argument("--rate", type=float, default=3.0)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laconic.data import Windows, evaluation_windows, read_text
-from laconic.evaluate import compare, outputs, windows_at_once
-from laconic.load import load_tokenizer, open_source
-from laconic.sites import find_slots
+from laconic.data.text import Windows, evaluation_windows, read_text
+from laconic.disk.load import load_tokenizer, open_source
+from laconic.measure.quality import compare, outputs, windows_at_once
+from laconic.model.sites import find_slots
 
 TEXTS = {"dracula": "data/dracula.txt", "wikitext2": "data/wikitext2-test.txt"}
 ODD = "*.down_proj"  # 704 columns, which a group of 128 does not divide
@@ -34,7 +34,9 @@ class Judge:
     def __init__(self, original: Path, texts: dict[str, Path], tokens: int, length: int = 256) -> None:
         self.original = open_source(original)
         tokenizer = load_tokenizer(original)
-        self.windows = {name: evaluation_windows(read_text(file), tokenizer, length, tokens, name) for name, file in texts.items()}
+        self.windows = {
+            name: evaluation_windows(read_text(file), tokenizer, length, tokens, name) for name, file in texts.items()
+        }
         self.logits = {name: self._logits(self.original, windows) for name, windows in self.windows.items()}
         self.slots = [slot for slot in find_slots(self.original.skeleton) if slot.role not in ("embedding", "head")]
         self.matrices = self.original.read([slot.parameter for slot in self.slots])
@@ -86,7 +88,10 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     bound = [low + (high - low) * k / 50 for k in range(51)]
     error.plot(bound, [math.pow(2, -2 * r) for r in bound], "--", color="0.4", label="Gaussian rate-distortion bound")
     error.legend(frameon=False, loc="upper right")
-    for axes, label in ((quality, "KL from the original on dracula, nats per token"), (error, "weight error / variance")):
+    for axes, label in (
+        (quality, "KL from the original on dracula, nats per token"),
+        (error, "weight error / variance"),
+    ):
         axes.set_yscale("log")
         axes.set_ylabel(label)
         axes.set_xlabel("stored bits per weight of the matrices")

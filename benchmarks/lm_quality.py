@@ -18,7 +18,17 @@ from language import TEXTS, Judge, grouped, plot
 
 import laconic as lc
 
-COLUMNS = ("scheme", "matrix bits", "file bytes", "dracula ppl", "wikitext2 ppl", "dracula KL", "wikitext2 KL", "weight error", "seconds")
+COLUMNS = (
+    "scheme",
+    "matrix bits",
+    "file bytes",
+    "dracula ppl",
+    "wikitext2 ppl",
+    "dracula KL",
+    "wikitext2 KL",
+    "weight error",
+    "seconds",
+)
 
 
 def schemes() -> list[tuple[str, str]]:
@@ -60,12 +70,18 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = shared(args, "models/books-llama-7m")
     judge = Judge(model, {name: shared(args, file) for name, file in TEXTS.items()}, args.tokens)
-    rows: list[dict[str, Any]] = [{"family": "original", "scheme": "original, bfloat16", "matrix bits": 16.0} | judge.measure(model)]
+    rows: list[dict[str, Any]] = [
+        {"family": "original", "scheme": "original, bfloat16", "matrix bits": 16.0} | judge.measure(model)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         for family, scheme in schemes():
             if args.only.lower() not in family.lower():
                 continue
-            rows.append({"family": family, "scheme": scheme} | run(model, scheme, Path(folder) / "out", args) | judge.measure(Path(folder) / "out"))
+            rows.append(
+                {"family": family, "scheme": scheme}
+                | run(model, scheme, Path(folder) / "out", args)
+                | judge.measure(Path(folder) / "out")
+            )
             show(f"{len(rows) - 1} of {len(schemes())}", rows[-1:], COLUMNS)
     show("books-llama-7m", rows, COLUMNS)
     name = f"lm_quality-{args.only}" if args.only else "lm_quality"

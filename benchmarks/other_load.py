@@ -20,7 +20,7 @@ from typing import Any
 from common import parser, peak_rss_of, record, show
 
 from laconic.demo.corpus import training_text
-from laconic.threads import SETTINGS
+from laconic.host.threads import SETTINGS
 
 NEIGHBOURS = {"none": None, "one": 0, "one, niced": 19}
 """Who else is busy, by how nice: a loop that never waits. A priority of 19 is what compilers and backups are started with."""
@@ -34,8 +34,10 @@ def main() -> None:
     options.add_argument("--demo", action="store_true", help="time `laconic demo` instead of one compression")
     options.add_argument("--runs", type=int, default=1, help="runs of each kind; the quickest counts")
     options.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1, 1], help="threads of PyTorch")
-    options.add_argument("--neighbours", nargs="+", default=list(NEIGHBOURS), choices=NEIGHBOURS, help="who else is busy")
-    options.add_argument("--waiting", nargs="+", default=list(WAITING), choices=WAITING, help="how threads wait for each other")
+    options.add_argument(
+        "--neighbours", nargs="+", default=list(NEIGHBOURS), choices=NEIGHBOURS, help="who else is busy"
+    )
+    options.add_argument("--waiting", nargs="+", default=list(WAITING), choices=WAITING, help="how threads wait")
     options.add_argument("--samples", type=int, default=16, help="calibration windows of 256 tokens")
     args = options.parse_args()
     rows = []
@@ -76,7 +78,18 @@ def timed(args: Namespace, folder: Path, waiting: str, threads: int) -> float:
         text = folder / "text.txt"
         text.write_text("\n".join(training_text()), encoding="utf-8")
         model = Path(sys.modules["laconic.demo.corpus"].__file__ or "").parent / "model"
-        command = [sys.executable, "-m", "laconic", "compress", str(model), "--scheme", "GPTQ(rate=3.0)", "--data", str(text), "--overwrite"]
+        command = [
+            sys.executable,
+            "-m",
+            "laconic",
+            "compress",
+            str(model),
+            "--scheme",
+            "GPTQ(rate=3.0)",
+            "--data",
+            str(text),
+            "--overwrite",
+        ]
         command += ["--samples", str(args.samples), "--test-tokens", "4096", "--out", str(folder / "out"), "--json"]
     cleared = dict.fromkeys((*SETTINGS, "OMP_NUM_THREADS", "MKL_NUM_THREADS"))
     ended = peak_rss_of(command, env=cleared | WAITING[waiting] | {"OMP_NUM_THREADS": str(threads)}, quiet=True)

@@ -25,33 +25,62 @@ import torch
 from language import TEXTS, Judge, plot
 
 import laconic as lc
-from laconic.data import calibration_windows, read_text, split_text
-from laconic.load import load_tokenizer
+from laconic.data.text import calibration_windows, read_text, split_text
+from laconic.disk.load import load_tokenizer
 
 FOLDER = Path(__file__).resolve().parent / "peers"
 sys.path.append(str(FOLDER))
 from install import PEERS, default_root, install  # noqa: E402 - beside the runners, which need it without this package
 
-METHODS = {"llmcompressor": ("rtn", "gptq"), "gptqmodel": ("gptq",), "autoround": ("autoround",), "hqq": ("hqq",), "quanto": ("max",)}
+METHODS = {
+    "llmcompressor": ("rtn", "gptq"),
+    "gptqmodel": ("gptq",),
+    "autoround": ("autoround",),
+    "hqq": ("hqq",),
+    "quanto": ("max",),
+}
 NAMES = {
     "llmcompressor": "llm-compressor", "gptqmodel": "GPTQModel", "autoround": "AutoRound", "hqq": "HQQ", "quanto": "optimum-quanto",
 }  # fmt: skip
 TRAINS = "autoround"
-COLUMNS = ("scheme", "matrix bits", "file bytes", "dracula ppl", "wikitext2 ppl", "dracula KL", "wikitext2 KL", "seconds per layer")
+COLUMNS = (
+    "scheme",
+    "matrix bits",
+    "file bytes",
+    "dracula ppl",
+    "wikitext2 ppl",
+    "dracula KL",
+    "wikitext2 KL",
+    "seconds per layer",
+)
 
 
-def peer_row(peer: str, method: str, bits: int, python: Path, work: Path, args: argparse.Namespace, judge: Judge) -> dict[str, Any]:
+def peer_row(
+    peer: str, method: str, bits: int, python: Path, work: Path, args: argparse.Namespace, judge: Judge
+) -> dict[str, Any]:
     """One peer's row, made in its own environment."""
     out = work / f"{peer}-{method}-{bits}"
     model = shared(args, "models/books-llama-7m")
     command = [python, FOLDER / f"run_{peer}.py", "--model", model, "--calibration", work / "calibration.npy"]
     command += ["--method", method, "--bits", bits, "--group", args.group, "--out", out]
-    row: dict[str, Any] = {"family": f"{NAMES[peer]} {method}", "scheme": f"{NAMES[peer]} {method} {bits} bits", "bits": bits, "peer": peer}
+    row: dict[str, Any] = {
+        "family": f"{NAMES[peer]} {method}",
+        "scheme": f"{NAMES[peer]} {method} {bits} bits",
+        "bits": bits,
+        "peer": peer,
+    }
     if not (args.reuse and (out / "result.json").is_file()):
         out.mkdir(parents=True, exist_ok=True)
         with (out / "log.txt").open("w") as log:
             environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-            done = subprocess.run([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=out, check=False)
+            done = subprocess.run(
+                [str(part) for part in command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=out,
+                check=False,
+            )
         if done.returncode or not (out / "result.json").is_file():
             return row | {"failed": (out / "log.txt").read_text()[-2000:]}
     result = json.loads((out / "result.json").read_text())
@@ -75,7 +104,16 @@ def own_row(
     model, data = shared(args, "models/books-llama-7m"), shared(args, "data/books-train.txt")
     out = work / "laconic"
     report = lc.compress(
-        model, scheme, str(data), out=out, samples=args.samples, seed=args.seed, evaluate=False, overwrite=True, dtype=dtype, keep="embedding"
+        model,
+        scheme,
+        str(data),
+        out=out,
+        samples=args.samples,
+        seed=args.seed,
+        evaluate=False,
+        overwrite=True,
+        dtype=dtype,
+        keep="embedding",
     )
     name = f"laconic {scheme}" + (f", {dtype} passes" if dtype != "float32" else "")
     return {
@@ -101,14 +139,25 @@ def targets(rows: list[dict[str, Any]], bits: int) -> list[dict[str, Any]]:
         ):  # fmt: skip
             if others:
                 ratio = own[key] / min(row[key] for row in others)
-                found.append({"bits": bits, "what": name, "on": text, "ratio": ratio, "target": limit, "met": ratio <= limit})
+                found.append(
+                    {"bits": bits, "what": name, "on": text, "ratio": ratio, "target": limit, "met": ratio <= limit}
+                )
     slow = [row["seconds per layer"] for row in gptq if row["peer"] == "llmcompressor"]
     half = next(row for row in here if row["family"] == "laconic GPTQ g64 bf16")
     for name, own in (("GPTQ g64", plain), ("GPTQ g64, bfloat16 passes like the peer's", half), ("GPTQ(rate)", rate)):
         if slow:
             ratio = own["seconds per layer"] / min(slow)
             what = f"{name} / llm-compressor's GPTQ"
-            found.append({"bits": bits, "what": what, "on": "seconds per layer", "ratio": ratio, "target": 0.5, "met": ratio <= 0.5})
+            found.append(
+                {
+                    "bits": bits,
+                    "what": what,
+                    "on": "seconds per layer",
+                    "ratio": ratio,
+                    "target": 0.5,
+                    "met": ratio <= 0.5,
+                }
+            )
     return found
 
 
@@ -117,12 +166,18 @@ def main() -> None:
     args_parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     args_parser.add_argument("--bits", nargs="*", type=int, default=[4, 3, 2])
     args_parser.add_argument("--group", type=int, default=64)
-    args_parser.add_argument("--samples", type=int, default=128, help="calibration windows of 256 tokens, the same for all")
+    args_parser.add_argument(
+        "--samples", type=int, default=128, help="calibration windows of 256 tokens, the same for all"
+    )
     args_parser.add_argument("--tokens", type=int, default=24576, help="of each text, in windows of 256")
-    args_parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for all, ours and the peers'")
+    args_parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="for all, ours and the peers'"
+    )
     args_parser.add_argument("--root", type=Path, default=default_root(), help="where the peers' environments live")
     args_parser.add_argument("--work", type=Path, help="keep the peers' outputs here")
-    args_parser.add_argument("--reuse", action="store_true", help="take the results that an interrupted run left in --work")
+    args_parser.add_argument(
+        "--reuse", action="store_true", help="take the results that an interrupted run left in --work"
+    )
     args = args_parser.parse_args()
     torch.set_num_threads(args.threads)
     model = shared(args, "models/books-llama-7m")
@@ -134,7 +189,9 @@ def main() -> None:
         text = split_text(read_text(shared(args, "data/books-train.txt")))[0]
         windows = calibration_windows(text, load_tokenizer(model), args.samples, 256, args.seed, "books-train")
         np.save(work / "calibration.npy", windows.tokens.numpy().astype(np.int64))
-        rows: list[dict[str, Any]] = [{"family": "original", "scheme": "original, bfloat16", "matrix bits": 16.0} | judge.measure(model)]
+        rows: list[dict[str, Any]] = [
+            {"family": "original", "scheme": "original, bfloat16", "matrix bits": 16.0} | judge.measure(model)
+        ]
         checks: list[dict[str, Any]] = []
         for bits in args.bits:
             mine = [
@@ -142,8 +199,12 @@ def main() -> None:
             ]  # fmt: skip
             done = [row for row in mine if "failed" not in row]
             layers = done[0]["layers"]
-            mine.append(own_row("laconic RTN g64", f"RTN(bits={bits}, group={args.group})", bits, work, args, judge, layers))
-            mine.append(own_row("laconic GPTQ g64", f"GPTQ(bits={bits}, group={args.group})", bits, work, args, judge, layers))
+            mine.append(
+                own_row("laconic RTN g64", f"RTN(bits={bits}, group={args.group})", bits, work, args, judge, layers)
+            )
+            mine.append(
+                own_row("laconic GPTQ g64", f"GPTQ(bits={bits}, group={args.group})", bits, work, args, judge, layers)
+            )
             mine.append(
                 own_row("laconic GPTQ g64 bf16", f"GPTQ(bits={bits}, group={args.group})", bits, work, args, judge, layers, "bfloat16")
             )  # fmt: skip

@@ -18,16 +18,18 @@ from torch.nn import functional as F
 
 import laconic as lc
 from laconic.methods.free import fix, free_of
+from laconic.model.sites import find_slots
 from laconic.recover import recover_task
-from laconic.scheme import parse
-from laconic.sites import find_slots
+from laconic.scheme.text import parse
 
 SCHEMES = {
     "P+Q": "Magnitude(sparsity=Free(0, 1), scope='model') >> Cast('float16')",
     "Structure": "StructurePrune(sparsity=Free(0, 1), scale='layer')",
     "3 bits": "Magnitude(sparsity=Free(0, 1), scope='model') >> KMeans(bits=3)",
 }
-HOW = lc.LC(steps=4, minibatches=20, mu=0.5, a=1.5, learn=lc.Steps(lr=0.05), then=lc.FineTune(60, lc.Steps(lr=0.02), checks=2))
+HOW = lc.LC(
+    steps=4, minibatches=20, mu=0.5, a=1.5, learn=lc.Steps(lr=0.05), then=lc.FineTune(60, lc.Steps(lr=0.02), checks=2)
+)
 
 
 def digits(seed: int) -> tuple[nn.Module, lc.Task]:
@@ -39,7 +41,14 @@ def digits(seed: int) -> tuple[nn.Module, lc.Task]:
     data = {name: list(zip(x[a:b].split(n), y[a:b].split(n), strict=True)) for name, (a, b, n) in cut.items()}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        layers = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU()]
+        layers = [
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, 2, 1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+        ]
         model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10))
         optimizer = torch.optim.Adam(model.parameters(), 3e-3)
         for _ in range(20):
@@ -50,7 +59,16 @@ def digits(seed: int) -> tuple[nn.Module, lc.Task]:
     return model.eval(), lc.Task(data["train"], data["validation"], data["test"])
 
 
-def profile(name: str, model: nn.Module, task: lc.Task, scheme: str, how: lc.LC, sparsities: list[float], margin: float, seed: int) -> dict[str, Any]:
+def profile(
+    name: str,
+    model: nn.Module,
+    task: lc.Task,
+    scheme: str,
+    how: lc.LC,
+    sparsities: list[float],
+    margin: float,
+    seed: int,
+) -> dict[str, Any]:
     """The recovered and the direct validation score at every sparsity."""
     reference, parsed = task.judge(model, task.validation).score, parse(scheme)
     (key,) = free_of(parsed, find_slots(model))
@@ -59,14 +77,27 @@ def profile(name: str, model: nn.Module, task: lc.Task, scheme: str, how: lc.LC,
         found = recover_task(model, fix(parsed, {key: s}), how, task, seed=seed)[1]
         points.append({"sparsity": round(s, 4), "score": found.score, "direct": found.direct})
         print(name, points[-1], flush=True)
-    return {"name": name, "reference": reference, "level": reference - margin, "scheme": scheme, "recovery": repr(how), "points": points}
+    return {
+        "name": name,
+        "reference": reference,
+        "level": reference - margin,
+        "scheme": scheme,
+        "recovery": repr(how),
+        "points": points,
+    }
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--points", type=int, default=41)
     options.add_argument("--margin", type=float, default=0.02)
-    options.add_argument("--network", nargs="*", default=[], choices=[row.name for row in ROWS], help="rows of the Condensa table to record as well")
+    options.add_argument(
+        "--network",
+        nargs="*",
+        default=[],
+        choices=[row.name for row in ROWS],
+        help="rows of the Condensa table to record as well",
+    )
     options.add_argument("--device", default="cpu")
     args = options.parse_args()
     torch.set_num_threads(1)
@@ -80,9 +111,14 @@ def main() -> None:
         _write(kept, args)
     for row in ROWS:
         if row.name in args.network:
-            kept[row.name] = profile(row.name, *problem(row, args), row.scheme, recovery(row, False), at, row.margin, args.seed)
+            kept[row.name] = profile(
+                row.name, *problem(row, args), row.scheme, recovery(row, False), at, row.margin, args.seed
+            )
             _write(kept, args)
-    show("Sparsity profiles", [{"name": p["name"], "level": p["level"], "points": len(p["points"])} for p in kept.values()])
+    show(
+        "Sparsity profiles",
+        [{"name": p["name"], "level": p["level"], "points": len(p["points"])} for p in kept.values()],
+    )
 
 
 def _write(kept: dict[str, Any], args: Namespace) -> None:

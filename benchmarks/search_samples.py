@@ -120,7 +120,14 @@ def cases_of(profile: dict[str, Any]) -> list[Case]:
             print(f"{profile['name']}: does not cross {level:.4f}, left out", file=sys.stderr)
             continue
         found.append(
-            Case(f"{profile['name']} at {factor:g}", lambda at: float(curve(at)), (float(s[0]), float(s[-1])), reference, level, float(kept[-1]))
+            Case(
+                f"{profile['name']} at {factor:g}",
+                lambda at: float(curve(at)),
+                (float(s[0]), float(s[-1])),
+                reference,
+                level,
+                float(kept[-1]),
+            )
         )
     return found
 
@@ -144,20 +151,27 @@ def synthetic(count: int, seed: int) -> list[dict[str, Any]]:
     return made
 
 
-def _drop(shape: str, s: np.ndarray, star: float, allowed: float, height: float, generator: np.random.Generator) -> np.ndarray:
+def _drop(
+    shape: str, s: np.ndarray, star: float, allowed: float, height: float, generator: np.random.Generator
+) -> np.ndarray:
     """What is lost at s; `allowed` at `star`."""
     if shape == "logistic":
         width = math.exp(generator.uniform(math.log(0.006), math.log(0.08)))
         centre = star + width * math.log(height / allowed - 1)
         return height / (1 + np.exp(-(s - centre) / width))
     if shape == "onset":
-        power, length = generator.uniform(1, 3), min(math.exp(generator.uniform(math.log(0.005), math.log(0.1))), 0.9 * star)
+        power, length = (
+            generator.uniform(1, 3),
+            min(math.exp(generator.uniform(math.log(0.005), math.log(0.1))), 0.9 * star),
+        )
         return allowed * (np.clip(s - (star - length), 0, None) / length) ** power
     if shape == "power":
         return allowed * (s / star) ** generator.uniform(2, 12)
     gentle, steep = generator.uniform(0.2, 0.9), math.exp(generator.uniform(math.log(0.5), math.log(15)))
     length = min(allowed * (1 - gentle) / steep, star / 2)
-    return allowed * (gentle * np.minimum(s / (star - length), 1) + (1 - gentle) * np.clip(s - (star - length), 0, None) / length)
+    return allowed * (
+        gentle * np.minimum(s / (star - length), 1) + (1 - gentle) * np.clip(s - (star - length), 0, None) / length
+    )
 
 
 def summarise(name: str, needed: Sequence[int], limit: int, seconds: float) -> dict[str, Any]:
@@ -184,9 +198,19 @@ def measure(cases: Sequence[Case], args: Namespace) -> tuple[list[dict[str, Any]
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--synthetic", type=int, nargs="?", const=48, default=0, metavar="N", help="N made-up profiles instead of recorded ones")
+    options.add_argument(
+        "--synthetic",
+        type=int,
+        nargs="?",
+        const=48,
+        default=0,
+        metavar="N",
+        help="N made-up profiles instead of recorded ones",
+    )
     options.add_argument("--profiles", type=Path, default=RESULTS / "condensa-profile.json")
-    options.add_argument("--seeds", type=int, default=20, help="of the random search; the others have no chance in them")
+    options.add_argument(
+        "--seeds", type=int, default=20, help="of the random search; the others have no chance in them"
+    )
     args = options.parse_args()
     if args.synthetic:
         profiles = synthetic(args.synthetic, args.seed)
@@ -197,7 +221,11 @@ def main() -> None:
         raise SystemExit(0)
     cases = [case for profile in profiles for case in cases_of(profile)]
     rows, single = measure(cases, args)
-    show(f"samples until s is within {TOLERANCE:.0%} of s*, {len(profiles)} profiles at {len(cases)} levels", rows, COLUMNS)
+    show(
+        f"samples until s is within {TOLERANCE:.0%} of s*, {len(profiles)} profiles at {len(cases)} levels",
+        rows,
+        COLUMNS,
+    )
     extra: dict[str, Any] = {"tolerance": TOLERANCE, "limit": LIMIT, "random_limit": RANDOM_LIMIT}
     if not args.synthetic:  # made-up profiles are made again from the seed
         extra |= {"stars": {case.name: round(case.star, 4) for case in cases}, "samples": single}

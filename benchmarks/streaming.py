@@ -44,8 +44,15 @@ def main() -> None:
         rows = []
         for kind, row in run_all(args, folder, source):  # written at once: each takes a while, and the other may fail
             rows.append(row)
-            print(f"wrote {record(f'streaming-{args.layers}-{kind}', [row], args, checkpoint_bytes=bytes_of(source)).name}", flush=True)
-        show(f"Streaming, {args.layers} layers of Llama-3-8B's shape", rows, [key for key in rows[0] if key not in ("timeline", "scheme")])
+            print(
+                f"wrote {record(f'streaming-{args.layers}-{kind}', [row], args, checkpoint_bytes=bytes_of(source)).name}",
+                flush=True,
+            )
+        show(
+            f"Streaming, {args.layers} layers of Llama-3-8B's shape",
+            rows,
+            [key for key in rows[0] if key not in ("timeline", "scheme")],
+        )
     finally:
         if not args.keep:
             shutil.rmtree(folder if args.dir is None else source, ignore_errors=True)
@@ -54,11 +61,26 @@ def main() -> None:
 def run_all(args: Namespace, folder: Path, source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(kind, row) for RTN of all layers, and for GPTQ of the first blocks with the rest kept as it is."""
     if not (source / "config.json").exists():
-        needed, free = 1.5 * (HIDDEN * VOCABULARY * 4 + args.layers * block_entries() * 2), shutil.disk_usage(folder).free
+        needed, free = (
+            1.5 * (HIDDEN * VOCABULARY * 4 + args.layers * block_entries() * 2),
+            shutil.disk_usage(folder).free,
+        )
         if free < needed:
-            raise SystemExit(f"{needed / GB:.0f} GB of disk are needed, {free / GB:.0f} are free; see --dir and --layers")
+            raise SystemExit(
+                f"{needed / GB:.0f} GB of disk are needed, {free / GB:.0f} are free; see --dir and --layers"
+            )
         # by another process: whoever starts a process hands down its own peak memory
-        command = [sys.executable, __file__, "--write-only", "--layers", str(args.layers), "--dir", str(folder), "--seed", str(args.seed)]
+        command = [
+            sys.executable,
+            __file__,
+            "--write-only",
+            "--layers",
+            str(args.layers),
+            "--dir",
+            str(folder),
+            "--seed",
+            str(args.seed),
+        ]
         if peak_rss_of(command).code:
             raise SystemExit("the checkpoint could not be written")
     if args.only != "gptq":
@@ -69,7 +91,17 @@ def run_all(args: Namespace, folder: Path, source: Path) -> Iterator[tuple[str, 
         rules = ", ".join(f"('model.layers.{i}.*', GPTQ(bits=4, group=128))" for i in range(args.blocks))
         extra = ["--data", str(text), "--samples", str(args.samples), "--length", str(args.length)]
         target = GPTQ_FACTOR * (4 * block_entries() + hessian_bytes())
-        yield "gptq", measure(f"GPTQ, first {args.blocks} blocks", f"[{rules}, ('*', Keep())]", source, folder / "out-gptq", extra, target)
+        yield (
+            "gptq",
+            measure(
+                f"GPTQ, first {args.blocks} blocks",
+                f"[{rules}, ('*', Keep())]",
+                source,
+                folder / "out-gptq",
+                extra,
+                target,
+            ),
+        )
 
 
 def measure(name: str, scheme: str, source: Path, out: Path, extra: list[str], target: float) -> dict[str, Any]:
@@ -108,7 +140,10 @@ def thinned(peak: Peak) -> list[dict[str, float]]:
     step = -(-len(peak.timeline) // 200)
     parts = [peak.timeline[i : i + step] for i in range(0, len(peak.timeline), step)]
     worst = [max(part, key=lambda point: point[1] + point[2]) for part in parts]
-    return [{"seconds": t, "allocated": round(anonymous / GB, 3), "mapped": round(mapped / GB, 3)} for t, anonymous, mapped in worst]
+    return [
+        {"seconds": t, "allocated": round(anonymous / GB, 3), "mapped": round(mapped / GB, 3)}
+        for t, anonymous, mapped in worst
+    ]
 
 
 def block_entries() -> int:
@@ -183,7 +218,10 @@ def write_checkpoint(folder: Path, layers: int, seed: int) -> None:
                     count = min(1 << 24, size // 2 - start)
                     part = torch.ones(count) if len(shape) == 1 else torch.randn(count, generator=generator) * 0.02
                     stream.write(part.to(torch.bfloat16).view(torch.uint8).numpy().data)
-    index = {"metadata": {"total_size": sum(size for shard in shards for _, _, size in shard)}, "weight_map": weight_map}
+    index = {
+        "metadata": {"total_size": sum(size for shard in shards for _, _, size in shard)},
+        "weight_map": weight_map,
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
     alphabet = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

@@ -14,7 +14,9 @@ from typing import Any
 from common import RESULTS, ROOT, text
 
 PAGES = ("README.md", "docs/benchmarks.md", "docs/edkm.md")
-BLOCK = re.compile(r"(<!-- table (?P<file>[\w-]+)(#(?P<key>\w+))?: (?P<columns>[^>]*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- table (?P<file>[\w-]+)(#(?P<key>\w+))?: (?P<columns>[^>]*?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+)
 
 
 def main() -> None:

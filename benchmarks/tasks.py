@@ -47,7 +47,9 @@ class Images:
         generator = torch.Generator()
         if self.augment:
             generator.manual_seed(int(torch.randint(2**62, ())))
-        order = torch.randperm(len(self.pixels), generator=generator) if self.augment else torch.arange(len(self.pixels))
+        order = (
+            torch.randperm(len(self.pixels), generator=generator) if self.augment else torch.arange(len(self.pixels))
+        )
         for index in order.split(self.batch):
             x = (self.pixels[index].float().div_(255).sub_(cnn.MEAN).div_(cnn.STD)).permute(0, 3, 1, 2)
             yield (_augmented(x, generator) if self.augment else x), self.labels[index]
@@ -159,10 +161,14 @@ def imagenet(args: Namespace) -> tuple[nn.Module, lc.Task]:
     try:
         from torchvision import datasets, models, transforms
     except ImportError:
-        raise SystemExit("the rows of vgg16 need torchvision, the release that belongs to this torch: pip install torchvision") from None
+        raise SystemExit(
+            "the rows of vgg16 need torchvision, the release that belongs to this torch: pip install torchvision"
+        ) from None
     folder = args.imagenet
     if folder is None or not all((folder / part).is_dir() for part in ("train", "val")):
-        raise SystemExit(f"the rows of vgg16 need --imagenet FOLDER with train/CLASS/*.JPEG and val/CLASS/*.JPEG of ILSVRC2012, got {folder}")
+        raise SystemExit(
+            f"the rows of vgg16 need --imagenet FOLDER with train/CLASS/*.JPEG and val/CLASS/*.JPEG of ILSVRC2012, got {folder}"
+        )
     normal = [transforms.ToTensor(), transforms.Normalize(cnn.MEAN.tolist(), cnn.STD.tolist())]
     varied = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), *normal])
     plain = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), *normal])
@@ -171,7 +177,9 @@ def imagenet(args: Namespace) -> tuple[nn.Module, lc.Task]:
     rest = sorted(set(range(len(held_out))) - set(fifth))
 
     def loader(data: Any, shuffle: bool = False) -> Any:
-        return torch.utils.data.DataLoader(data, 256, shuffle=shuffle, num_workers=8, pin_memory=args.device.startswith("cuda"))
+        return torch.utils.data.DataLoader(
+            data, 256, shuffle=shuffle, num_workers=8, pin_memory=args.device.startswith("cuda")
+        )
 
     def top5(output: Tensor, batch: Batch) -> Tensor:
         return (output.topk(5).indices == batch[1].unsqueeze(1)).any(1).float()
@@ -196,7 +204,13 @@ def task(name: str, args: Namespace) -> tuple[nn.Module, lc.Task]:
     device = getattr(args, "device", "cpu")
     width = WIDTH["cuda" if device.startswith("cuda") else "cpu"]
     train, validation, test = text(args) if name == "lstm" else cifar(args)
-    model: nn.Module = LSTM(4096, int(width["lstm"])) if name == "lstm" else VGG(width["vgg"]) if name == "vgg" else cnn.resnet(int(name[6:]))
+    model: nn.Module = (
+        LSTM(4096, int(width["lstm"]))
+        if name == "lstm"
+        else VGG(width["vgg"])
+        if name == "vgg"
+        else cnn.resnet(int(name[6:]))
+    )
     made = lc.Task(train, validation, test, example=next(iter(validation))[0][:128])
     file = WORK / f"{name}-{sum(p.numel() for p in model.parameters())}-{args.seed}.safetensors"
     if not file.exists():
@@ -214,10 +228,14 @@ def fit(name: str, model: nn.Module, made: lc.Task, file: Path) -> None:
     torch.manual_seed(0)
     parameters = list(model.parameters())
     optimizer: torch.optim.Optimizer = (
-        torch.optim.SGD(parameters, lr, momentum=0.9, nesterov=True, weight_decay=decay) if images else torch.optim.Adam(parameters, lr)
+        torch.optim.SGD(parameters, lr, momentum=0.9, nesterov=True, weight_decay=decay)
+        if images
+        else torch.optim.Adam(parameters, lr)
     )
     steps = epochs * len(made.train)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
+    )
     curve = []
     for epoch in range(epochs):
         model.train()
@@ -230,9 +248,14 @@ def fit(name: str, model: nn.Module, made: lc.Task, file: Path) -> None:
             optimizer.step()
             schedule.step()
         curve.append(made.judge(model, made.validation).score)
-        print(f"{name}: pass {epoch + 1} of {epochs}, validation {curve[-1]:.4f}, {time.time() - started:.0f} s", flush=True)
+        print(
+            f"{name}: pass {epoch + 1} of {epochs}, validation {curve[-1]:.4f}, {time.time() - started:.0f} s",
+            flush=True,
+        )
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
-    file.with_suffix(".json").write_text(json.dumps({"validation": curve, "seconds": time.time() - started, "recipe": [epochs, lr, decay]}) + "\n")
+    file.with_suffix(".json").write_text(
+        json.dumps({"validation": curve, "seconds": time.time() - started, "recipe": [epochs, lr, decay]}) + "\n"
+    )
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ import torch
 from language import TEXTS, Judge
 
 import laconic as lc
-from laconic.load import open_source
+from laconic.disk.load import open_source
 from laconic.methods.rtn import RTN
-from laconic.sites import Site, find_slots
+from laconic.model.sites import Site, find_slots
 
 COLUMNS = ("file", "embedding", "rate", "file bytes", "dracula KL", "wikitext2 KL", "dracula ppl", "wikitext2 ppl")
 KEPT_RATES = (3.25, 2.25)  # of the matrices beside a kept embedding, which say how large the files are
@@ -69,8 +69,17 @@ def main() -> None:
                 keep: dict[str, Any] = {"keep": "embedding"} if bits is None else {}
                 if bits not in (None, 6):
                     scheme = f"[('*embed*', {rounding(int(bits))!r}), ('*', {scheme})]"
-                row = {"file": f"{kept_rate} bits and a kept embedding", "embedding": "bfloat16" if bits is None else f"{bits} bits", "rate": rate}
-                row |= {"scheme": scheme} | keep | run(model, scheme, Path(folder) / "out", args, **keep) | judge.measure(Path(folder) / "out")
+                row = {
+                    "file": f"{kept_rate} bits and a kept embedding",
+                    "embedding": "bfloat16" if bits is None else f"{bits} bits",
+                    "rate": rate,
+                }
+                row |= (
+                    {"scheme": scheme}
+                    | keep
+                    | run(model, scheme, Path(folder) / "out", args, **keep)
+                    | judge.measure(Path(folder) / "out")
+                )
                 for text in TEXTS:
                     row[f"{text} interval"] = f"{row[f'{text} KL low']:.4f} to {row[f'{text} KL high']:.4f}"
                 rows.append(row)

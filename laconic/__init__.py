@@ -7,7 +7,7 @@ them, every method of `laconic.methods` is an attribute of the package (`laconic
 import sys
 from importlib import import_module
 
-from laconic import registration as _registration
+from laconic.disk import registration as _registration
 from laconic.version import __version__ as __version__
 
 TYPE_CHECKING = False  # as typing has it, without its import: a command begins here
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from laconic.api import *  # noqa: F403
 
-_FUNCTIONS = frozenset({"load", "recover", "search"})
+_FUNCTIONS = frozenset({"recover", "search"})
 """Public functions that live in a module of the same name."""
 
 
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> "Any":
     if name not in _FUNCTIONS and find_spec(f"laconic.{name}") is not None:
         return import_module(f"laconic.{name}")
     from laconic import api
-    from laconic.scheme import known_methods
+    from laconic.scheme.text import known_methods
 
     found = vars(api).get(name) if name in (*api.__all__, "__all__") else known_methods().get(name)
     if found is None:
@@ -48,7 +48,7 @@ def __getattr__(name: str) -> "Any":
 
 def __dir__() -> list[str]:
     from laconic import api
-    from laconic.scheme import known_methods
+    from laconic.scheme.text import known_methods
 
     return sorted({*globals(), *api.__all__, *known_methods()})
 

@@ -1,6 +1,6 @@
 """`python -m laconic` is the command `laconic`."""
 
-from laconic.start import main
+from laconic.command.start import main
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,10 @@
 """The public names, brought together: `laconic.NAME` loads this module when the first of them is used."""
 
-from laconic import hf as _hf  # noqa: F401 - registers compressed directories with transformers, whatever became of `registration`
 from laconic.clustering import dkm_decode
+from laconic.disk import hf as _hf  # noqa: F401 - registers compressed directories with transformers, whatever became of `registration`
+from laconic.disk.load import load
+from laconic.engine.module import load_into, save
+from laconic.engine.report import Report
 from laconic.errors import (
     CheckpointError,
     DataError,
@@ -14,17 +17,14 @@ from laconic.errors import (
     SurgeryError,
     VerificationError,
 )  # fmt: skip
-from laconic.evaluate import evaluate_source
-from laconic.goals import Maximize, Minimize, at_least, within
-from laconic.load import load
-from laconic.memory import load_into, save
+from laconic.measure.goals import Maximize, Minimize, at_least, within
+from laconic.measure.quality import evaluate_source
 from laconic.methods.base import Keep, Method
 from laconic.methods.free import Free
 from laconic.offload import offload_saved
 from laconic.pipeline import Options, compress
 from laconic.recover import LC, Direct, FineTune, Steps, Task, advance, convert, prepare, recover
-from laconic.report import Report
-from laconic.scheme import parse
+from laconic.scheme.text import parse
 from laconic.search import search
 from laconic.surgery import fold
 

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from laconic.clock import Clock
+from laconic.disk.output import Run
+from laconic.disk.store import Compressed, stored_bytes
+from laconic.engine.report import Report, read_report
 from laconic.errors import LaconicError, OutputError, ReportError
-from laconic.foreign import last_line
-from laconic.progress import peak_memory
-from laconic.report import Report, read_report, write_report
-from laconic.run import Run
-from laconic.store import Compressed, stored_bytes
+from laconic.host.clock import Clock
+from laconic.host.foreign import last_line
+from laconic.host.progress import peak_memory
+from laconic.show.page import write_report
 
 Measure = Callable[[], dict[str, Any]]
 """The metrics of the stored model."""
@@ -29,7 +30,9 @@ def known_of(run: Run) -> dict[str, Any] | None:
     Compressed(run.out)  # damage is found here
     known = read_report(run.out)
     if known is None:
-        raise OutputError(f"{run.out}: the model is complete, but its report.json is gone, which nothing else knows; pass --overwrite to replace it")
+        raise OutputError(
+            f"{run.out}: the model is complete, but its report.json is gone, which nothing else knows; pass --overwrite to replace it"
+        )
     return known
 
 
@@ -84,9 +87,13 @@ class _Survived:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         if isinstance(error, KeyboardInterrupt):
-            error.add_note(f"{self.run.out}: the model is complete and verified; {self.what} is missing: --resume makes only that")
+            error.add_note(
+                f"{self.run.out}: the model is complete and verified; {self.what} is missing: --resume makes only that"
+            )
         if error is None or isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             return False
         self.failures[self.what] = error

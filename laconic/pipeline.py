@@ -11,25 +11,20 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from laconic.ambient import undisturbed
-from laconic.blocks import Batch, find_chain, open_chain
-from laconic.calibrate import Shelf
-from laconic.choice import Fit, patterns, resolve
-from laconic.clock import Clock
-from laconic.companions import Companions, companions
 from laconic.conclude import conclude, known_of
-from laconic.coverage import coverage
-from laconic.errors import CheckpointError, DataError, SchemeError
-from laconic.estimate import Load
-from laconic.evaluate import count_parameters, open_blocks, perplexity, predicts, similarity
-from laconic.inputs import OWN, Given, check_request, complete_inputs, own_windows, read_inputs
-from laconic.load import Checkpoint, CompressedCheckpoint, open_source
-from laconic.lock import locked
-from laconic.machine import machine, pick_device, pick_dtype, versions
-from laconic.memory import compress_module
-from laconic.methods.base import Keep
-from laconic.modality import is_language_model
-from laconic.passes import (
+from laconic.data.inputs import OWN, Given, check_request, complete_inputs, own_windows, read_inputs
+from laconic.data.modality import is_language_model
+from laconic.data.reading import Material
+from laconic.disk.companions import Companions, companions
+from laconic.disk.load import Checkpoint, CompressedCheckpoint, open_source, original_file_bytes
+from laconic.disk.lock import locked
+from laconic.disk.output import Run, check_out
+from laconic.disk.store import manifest_of
+from laconic.engine.choice import Fit, patterns, resolve
+from laconic.engine.coverage import coverage
+from laconic.engine.estimate import Load
+from laconic.engine.module import compress_module
+from laconic.engine.passes import (
     Chosen,
     Extras,
     Overlay,
@@ -47,16 +42,22 @@ from laconic.passes import (
     survey_stages,
     verify,
 )  # fmt: skip
-from laconic.preflight import preflight, room_for
-from laconic.progress import Log, Progress, peak_memory, resident_memory
-from laconic.reading import Material
-from laconic.report import Report, generation_samples, original_file_bytes, samples_fit
-from laconic.residence import Residence
-from laconic.run import Run, check_out
-from laconic.scheme import Scheme, describe, parse
-from laconic.sites import INPUTS, find_slots, views_of
-from laconic.store import manifest_of
-from laconic.unmeasured import unmeasured_notes
+from laconic.engine.preflight import preflight, room_for
+from laconic.engine.report import Report
+from laconic.engine.unmeasured import unmeasured_notes
+from laconic.engine.walk import Shelf
+from laconic.errors import CheckpointError, DataError, SchemeError
+from laconic.host.ambient import undisturbed
+from laconic.host.clock import Clock
+from laconic.host.machine import machine, pick_device, pick_dtype, versions
+from laconic.host.progress import Log, Progress, peak_memory, resident_memory
+from laconic.measure.quality import count_parameters, open_blocks, perplexity, predicts, similarity
+from laconic.measure.samples import generation_samples, samples_fit
+from laconic.methods.base import Keep
+from laconic.model.blocks import Batch, find_chain, open_chain
+from laconic.model.residence import Residence
+from laconic.model.sites import INPUTS, find_slots, views_of
+from laconic.scheme.text import Scheme, describe, parse
 
 SURVEY_SAMPLES = 32  # windows of the backward pass: what it estimates per site are means over millions of entries
 
@@ -90,7 +91,9 @@ class Options:
     command: str = field(default="", compare=False)
 
 
-def plan_directory(source: str | Path, scheme: Scheme, options: Options, progress: Progress) -> tuple[Checkpoint, Chosen, dict[str, Any]]:
+def plan_directory(
+    source: str | Path, scheme: Scheme, options: Options, progress: Progress
+) -> tuple[Checkpoint, Chosen, dict[str, Any]]:
     """Everything that can be known before the work: the checked checkpoint, the method of every site, and the preflight's numbers."""
     checkpoint = open_source(source, trust_remote_code=options.trust_remote_code)
     if isinstance(checkpoint, CompressedCheckpoint):
@@ -98,7 +101,9 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
     for note in checkpoint.notes:
         progress.say(note)
     notes: list[str] = []
-    chosen = resolve(scheme, find_slots(checkpoint.skeleton), whole_file=True, keep=options.keep, group=options.group, notes=notes)
+    chosen = resolve(
+        scheme, find_slots(checkpoint.skeleton), whole_file=True, keep=options.keep, group=options.group, notes=notes
+    )
     refuse_structures(chosen)
     refuse_rounding(checkpoint.skeleton, chosen)
     check_request(checkpoint.skeleton, options, needs_data(chosen))
@@ -106,7 +111,9 @@ def plan_directory(source: str | Path, scheme: Scheme, options: Options, progres
     bad = set(checkpoint.non_finite())
     named = sorted(bad)
     if bad and not options.skip_nonfinite:
-        raise CheckpointError(f"{source}: NaN or infinity in {', '.join(named[:5])}; pass --skip-nonfinite to leave such tensors as they are")
+        raise CheckpointError(
+            f"{source}: NaN or infinity in {', '.join(named[:5])}; pass --skip-nonfinite to leave such tensors as they are"
+        )
     for slot in chosen:
         if bad.intersection(slot.parameters):
             chosen[slot] = Keep("not finite")
@@ -134,13 +141,21 @@ def _is_run_whole(checkpoint: Checkpoint, given: Given, options: Options) -> boo
     if find_chain(checkpoint.skeleton) is None or (material is None and given.vocabulary is None):
         return False
     start = list(given.vocabulary.start) if given.vocabulary is not None else []
-    batch = material.first(1).batches(1)[0] if material is not None else {"input_ids": torch.tensor([[*start, 0, 0]]), "use_cache": False}
+    batch = (
+        material.first(1).batches(1)[0]
+        if material is not None
+        else {"input_ids": torch.tensor([[*start, 0, 0]]), "use_cache": False}
+    )
     return open_blocks(checkpoint, pick_dtype(options.dtype), pick_device(options.device), batch)[0] is None
 
 
 @undisturbed(0)
 def compress_directory(
-    source: str | Path, scheme: Scheme, out: str | Path, options: Options | None = None, progress: Progress | None = None
+    source: str | Path,
+    scheme: Scheme,
+    out: str | Path,
+    options: Options | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Compress a model directory (or hub id) into `out`, a block at a time, and report on what was stored.
 
@@ -168,7 +183,12 @@ def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progr
         plan |= preflight(checkpoint, chosen, _load_of(checkpoint, chosen, options), None)
     plan["peak_memory"] = max(plan["peak_memory"] + max(resident_memory() - before, 0), peak_memory())
     notes = [*given.notes, *beside.notes, *room_for(out, plan["bytes"])]
-    run = Run(out, _fingerprint(checkpoint, chosen, options, given, wanted), resume=options.resume, overwrite=options.overwrite)
+    run = Run(
+        out,
+        _fingerprint(checkpoint, chosen, options, given, wanted),
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
     notes += run.mended
     asked = {"evaluate": options.evaluate, "test_tokens": options.test_tokens, "test": given.digest.get("test", OWN)}
     known = known_of(run)
@@ -180,11 +200,17 @@ def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progr
         progress.plan(plan)
     for line in notes:
         progress.say(line)
-    ahead = {name: cost["seconds"] for name, cost in plan["stages"].items() if known is None or name in ("own text", "evaluation", "samples")}
+    ahead = {
+        name: cost["seconds"]
+        for name, cost in plan["stages"].items()
+        if known is None or name in ("own text", "evaluation", "samples")
+    }
     progress = clock = Clock(progress, ahead)
     windows, test = complete_inputs(checkpoint, options, given, run, progress, device, wanted and known is None)
     if known is None:
-        values = _stored_model(checkpoint, chosen, scheme, Path(str(source)).name, windows, run, beside, options, progress)
+        values = _stored_model(
+            checkpoint, chosen, scheme, Path(str(source)).name, windows, run, beside, options, progress
+        )
         values |= {
             "source": str(source), "out": str(out), "command": options.command,
             "notes": [*checkpoint.notes, *plan["notes"], *notes, *values["notes"]],
@@ -194,9 +220,18 @@ def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progr
         clock.finish()
         known = {"report": values | {"stages": clock.told()}, "samples": None}
         run.verified(known)
-    measure = partial(_quality, run.out, checkpoint, test, options, device, progress) if options.evaluate and test is not None else None
+    measure = (
+        partial(_quality, run.out, checkpoint, test, options, device, progress)
+        if options.evaluate and test is not None
+        else None
+    )
     sample = None
-    if test is not None and predicts(checkpoint.skeleton, test) and given.tokenizer is not None and samples_fit(checkpoint):
+    if (
+        test is not None
+        and predicts(checkpoint.skeleton, test)
+        and given.tokenizer is not None
+        and samples_fit(checkpoint)
+    ):
         sample = partial(generation_samples, checkpoint, run.out, next(test.sequences())[None], device)
     return conclude(run, known, measure, sample, clock)
 
@@ -210,7 +245,11 @@ def _stored_model(
     chosen = _allocated(checkpoint, chosen, windows, options, run, device, progress)
     _compress(checkpoint, chosen, windows, options, run, device, progress)
     kept = commit_rest(run, checkpoint, chosen)
-    records = [site | {"original_bytes": checkpoint.on_disk(site["parameter"])} for record in run.parts().values() for site in record["sites"]]
+    records = [
+        site | {"original_bytes": checkpoint.on_disk(site["parameter"])}
+        for record in run.parts().values()
+        for site in record["sites"]
+    ]
     order = {slot.name: i for i, slot in enumerate(chosen)}
     records.sort(key=lambda site: order[site["name"]])
     parameters = count_parameters(checkpoint.skeleton)
@@ -219,7 +258,9 @@ def _stored_model(
         source={"name": source, "parameters": parameters}, data=windows.describe() if windows is not None else None,
         **views_of(checkpoint.skeleton, [slot for slot, method in chosen.items() if not isinstance(method, Keep)]),
     )  # fmt: skip
-    config = checkpoint.config.to_dict() | {"quantization_config": {"quant_method": "laconic", "schema": manifest["schema"]}}
+    config = checkpoint.config.to_dict() | {
+        "quantization_config": {"quant_method": "laconic", "schema": manifest["schema"]}
+    }
     run.finish(manifest, beside, config)
     verify(run.out, checkpoint, records, kept, progress)
     told = [*filter(None, [run.notes().get("chain")]), *run.notes().get("allocation", [])]
@@ -232,7 +273,13 @@ def _stored_model(
 
 
 def _allocated(
-    checkpoint: Checkpoint, chosen: Chosen, windows: Material | None, options: Options, run: Run, device: torch.device, progress: Progress
+    checkpoint: Checkpoint,
+    chosen: Chosen,
+    windows: Material | None,
+    options: Options,
+    run: Run,
+    device: torch.device,
+    progress: Progress,
 ) -> Chosen:
     """Each site's own method, after the survey that methods spreading one number (or needing gradients) call for; kept in the run."""
     spread = allocations(chosen)
@@ -268,7 +315,13 @@ def _say_no_chain(run: Run, progress: Progress, why: str) -> None:
 
 
 def _compress(
-    checkpoint: Checkpoint, chosen: Chosen, windows: Material | None, options: Options, run: Run, device: torch.device, progress: Progress
+    checkpoint: Checkpoint,
+    chosen: Chosen,
+    windows: Material | None,
+    options: Options,
+    run: Run,
+    device: torch.device,
+    progress: Progress,
 ) -> None:
     needs = needs_of(chosen)
     slots = list(needs)
@@ -286,12 +339,18 @@ def _compress(
     done = list(run.parts())
     progress.start("compressing", sum(slot.entries * slot.columns for slot in slots))
     finished = {name for record in run.parts().values() for name in record["specs"]}
-    progress.advance(sum(slot.entries * slot.columns for slot in slots if slot.parameter in finished), "finished before")
-    stages = compression_stages(blocks, residence, batches, slots, needs, options.true_sequential, Shelf(run.work), done)
+    progress.advance(
+        sum(slot.entries * slot.columns for slot in slots if slot.parameter in finished), "finished before"
+    )
+    stages = compression_stages(
+        blocks, residence, batches, slots, needs, options.true_sequential, Shelf(run.work), done
+    )
     compress_parts(stages, chosen, checkpoint.skeleton, run, Extras(run.work), options.seed, calibrated, progress)
 
 
-def _quality(out: Path, checkpoint: Checkpoint, test: Material, options: Options, device: torch.device, progress: Progress) -> dict[str, Any]:
+def _quality(
+    out: Path, checkpoint: Checkpoint, test: Material, options: Options, device: torch.device, progress: Progress
+) -> dict[str, Any]:
     """The stored model against the original on the test windows."""
     progress.start("evaluating what was stored", 1)
     stored = CompressedCheckpoint(out, trust_remote_code=options.trust_remote_code)
@@ -305,12 +364,18 @@ def _kept(checkpoint: Checkpoint, names: list[str]) -> list[dict[str, Any]]:
     return [{"name": name, "bytes": checkpoint.nbytes(name), "shape": shapes[name]} for name in names]
 
 
-def _fingerprint(checkpoint: Checkpoint, chosen: Chosen, options: Options, given: Given, calibrated: bool) -> dict[str, Any]:
+def _fingerprint(
+    checkpoint: Checkpoint, chosen: Chosen, options: Options, given: Given, calibrated: bool
+) -> dict[str, Any]:
     """What must be equal for a run to be continued: what makes the model; a report can be asked for anew."""
-    headers = hashlib.sha256(repr(sorted((n, t.dtype, t.shape, t.file.name) for n, t in checkpoint.files.tensors.items())).encode())
+    headers = hashlib.sha256(
+        repr(sorted((n, t.dtype, t.shape, t.file.name) for n, t in checkpoint.files.tensors.items())).encode()
+    )
     return {
         "model": f"{checkpoint.path.name}:{headers.hexdigest()[:16]}",
-        "methods": hashlib.sha256(repr([(slot.name, repr(method)) for slot, method in chosen.items()]).encode()).hexdigest()[:16],
+        "methods": hashlib.sha256(
+            repr([(slot.name, repr(method)) for slot, method in chosen.items()]).encode()
+        ).hexdigest()[:16],
         "data": (given.digest.get("calibration") or {OWN: given.digest.get("start")}) if calibrated else None,
         **{name: getattr(options, name) for name in ("samples", "length", "seed", "dtype", "true_sequential")},
         "laconic": versions()["laconic"],
@@ -318,17 +383,24 @@ def _fingerprint(checkpoint: Checkpoint, chosen: Chosen, options: Options, given
 
 
 @overload
-def compress(source: nn.Module, scheme: Scheme | str, data: Iterable[Batch] | None = None, **options: Any) -> tuple[nn.Module, Report]: ...
+def compress(
+    source: nn.Module, scheme: Scheme | str, data: Iterable[Batch] | None = None, **options: Any
+) -> tuple[nn.Module, Report]: ...
 
 
 @overload
-def compress(source: str | Path, scheme: Scheme | str, data: str | Path | Iterable[Batch] | None = None, **options: Any) -> Report: ...
+def compress(
+    source: str | Path, scheme: Scheme | str, data: str | Path | Iterable[Batch] | None = None, **options: Any
+) -> Report: ...
 
 
 def compress(
-    source: nn.Module | str | Path, scheme: Scheme | str, data: Iterable[Batch] | str | Path | None = None, **options: Any
+    source: nn.Module | str | Path,
+    scheme: Scheme | str,
+    data: Iterable[Batch] | str | Path | None = None,
+    **options: Any,
 ) -> tuple[nn.Module, Report] | Report:
-    """Compress a module in memory (`memory.compress_module`) or a model directory (`compress_directory`) by a scheme or its text.
+    """Compress a module in memory (`engine.module.compress_module`) or a model directory (`compress_directory`) by a scheme or its text.
 
     For a module: `data` is a loader, `score` a function of the module; returns the module, its matrices replaced by installed Weights, and a
     report. For a directory or hub id: `out` names the directory to write, `data` a text, a folder of images or sound, or batches the model can be
@@ -338,7 +410,9 @@ def compress(
     chosen = parse(scheme) if isinstance(scheme, str) else scheme
     if isinstance(source, nn.Module):
         if isinstance(data, str | Path):
-            raise DataError(f"a module in memory is calibrated with batches it can be called with, not with {str(data)!r}")
+            raise DataError(
+                f"a module in memory is calibrated with batches it can be called with, not with {str(data)!r}"
+            )
         return compress_module(source, chosen, data, progress=progress, **options)
     if "out" not in options:
         raise SchemeError(f"{source}: say where the compressed model goes: compress(source, scheme, out=...)")

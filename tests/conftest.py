@@ -3,7 +3,9 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as laconic.threads does, before PyTorch is imported; for processes that tests start
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # as laconic.threads does, before PyTorch is imported; for processes that tests start
 
 from pathlib import Path
 
@@ -12,13 +14,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from laconic.sites import Site
+from laconic.model.sites import Site
 from tests.processes import THREADS
 
 torch.set_num_threads(THREADS)
 
 TEXT = " ".join(
-    f"The {a} {b} {c} the {d}." for a in ("old", "new", "red") for b in ("fox", "dog") for c in ("sees", "eats", "finds") for d in ("cat", "hen")
+    f"The {a} {b} {c} the {d}."
+    for a in ("old", "new", "red")
+    for b in ("fox", "dog")
+    for c in ("sees", "eats", "finds")
+    for d in ("cat", "hen")
 )
 
 
@@ -36,7 +42,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator([TEXT], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>")
 

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import laconic as lc
-import laconic.passes
+import laconic.engine.passes
+from laconic.disk.load import open_source
+from laconic.disk.store import MANIFEST, Compressed, write_manifest
 from laconic.errors import CheckpointError, SchemeError, VerificationError
-from laconic.evaluate import evaluate_source, outputs
-from laconic.inspect import inspect_directory
-from laconic.load import open_source
+from laconic.measure.quality import evaluate_source, outputs
 from laconic.methods.base import Method
 from laconic.methods.rtn import RTN
+from laconic.model.sites import Site, Stats
 from laconic.pipeline import Options, compress_directory
-from laconic.sites import Site, Stats
-from laconic.store import MANIFEST, Compressed, write_manifest
+from laconic.show.inspect import inspect_directory
 from laconic.weights import Dense, Scaled, Uniform, View, Weight, bake, baked, install, installed
 from laconic.weights.base import pack, unpack
 from laconic.weights.inputs import Rounding, round_input, rounding_of, set_rounding
@@ -114,7 +114,9 @@ def test_by_hand() -> None:
     expected = torch.tensor([[1.0, -3.0, 1.0, 3.0], [0.0, 0.0, 0.0, 0.0], [0.3, 0.1, 0.0, -0.2]])
     torch.testing.assert_close(round_input(x, 3), expected)
     # x diag(c) = [1.2, -3, 0.7, 0], whose step is 1: [1, -3, 1, 0], divided by c again; where c is 0 the weight's column is 0
-    torch.testing.assert_close(round_input(x[:1], 3, torch.tensor([2.0, 1.0, 0.5, 0.0])), torch.tensor([[0.5, -3.0, 2.0, 0.0]]))
+    torch.testing.assert_close(
+        round_input(x[:1], 3, torch.tensor([2.0, 1.0, 0.5, 0.0])), torch.tensor([[0.5, -3.0, 2.0, 0.0]])
+    )
 
 
 def eight_bits(W: Tensor, s: Tensor) -> tuple[Uniform, Weight]:
@@ -146,12 +148,16 @@ def test_the_limits() -> None:
     x = random(40, 64) * torch.logspace(-20, 20, 40).unsqueeze(1)
     assert ((round_input(x, 16) - x).abs() <= 1e-4 * x.abs().amax(1, keepdim=True)).all()
     assert torch.equal(round_input(torch.zeros(3, 4), 8), torch.zeros(3, 4))
-    assert torch.equal(round_input(torch.full((1, 4), 1e-45), 8), torch.zeros(1, 4)), "a step below what a float32 can hold"
+    assert torch.equal(round_input(torch.full((1, 4), 1e-45), 8), torch.zeros(1, 4)), (
+        "a step below what a float32 can hold"
+    )
     assert round_input(torch.tensor([[1.0, torch.inf], [1.0, 2.0]]), 8).isnan().any(1).tolist() == [True, False]
     assert round_input(torch.ones(0, 4), 8).shape == (0, 4)
     for bits in (2, 3, 8):
         assert len(round_input(torch.linspace(-1, 1, 4096), bits).unique()) == 2**bits - 1
-        assert torch.equal(round_input(round_input(x, bits), bits), round_input(x, bits)), "the largest entry is a level"
+        assert torch.equal(round_input(round_input(x, bits), bits), round_input(x, bits)), (
+            "the largest entry is a level"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -215,7 +221,9 @@ def test_every_user_of_a_weight_rounds_and_it_is_stored_once(spread: float, tmp_
         assert installed(again)["one.weight"] is installed(again)["two.weight"]
         bake(again)
         assert again.one.weight is again.two.weight
-        torch.testing.assert_close(again(x), after, rtol=1e-5, atol=1e-5)  # a dense parameter lies in memory in another way than a decoded one
+        torch.testing.assert_close(
+            again(x), after, rtol=1e-5, atol=1e-5
+        )  # a dense parameter lies in memory in another way than a decoded one
         assert type(again.one) is nn.Linear
         assert set(again.state_dict()) == set(Layers().state_dict()), "nothing of it is in a state dict"
 
@@ -304,7 +312,10 @@ REFUSED = {
     "embedding": (lambda: nn.Sequential(nn.Embedding(8, 16)), "0: a look-up has no inputs"),
     "convolution": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), "0: the inputs of Conv2d"),
     "recurrent": (lambda: nn.Sequential(nn.LSTM(8, 8)), "0.weight_ih_l0: the inputs of LSTM"),
-    "attention": (lambda: nn.Sequential(nn.MultiheadAttention(8, 2)), "0.in_proj_weight: the inputs of MultiheadAttention"),
+    "attention": (
+        lambda: nn.Sequential(nn.MultiheadAttention(8, 2)),
+        "0.in_proj_weight: the inputs of MultiheadAttention",
+    ),
     "attention's output": (lambda: nn.MultiheadAttention(8, 2), "out_proj: its inputs cannot be rounded.*never called"),
     "experts": (lambda: nn.Sequential(Experts()), "0.up: the inputs of Experts"),
 }
@@ -313,7 +324,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_where_it_cannot_be_done_it_is_refused(case: str) -> None:
     net = REFUSED[case][0]()
-    scheme = [("*in_proj_weight", lc.Keep()), ("*", Rounded(8))] if case == "attention's output" else [("*", Rounded(8))]
+    scheme = (
+        [("*in_proj_weight", lc.Keep()), ("*", Rounded(8))] if case == "attention's output" else [("*", Rounded(8))]
+    )
     with pytest.raises(SchemeError, match=REFUSED[case][1]):
         lc.compress(net, scheme)
     assert installed(net) == {}
@@ -340,7 +353,11 @@ def test_only_a_whole_weight_rounds_inputs(tmp_path: Path) -> None:
     """A part that asks for it, where nobody would look, is refused when it is made, stored, and read."""
     inside = "0: a uniform weight with input_bits inside a (sum|rotated|sparse) one"
     lost = "0: Rounded.* rounds inputs, which RTN.* would forget"
-    composed = {Rounded(8) + lc.LowRank(2): inside, lc.Hadamard(Rounded(8)): inside, lc.Magnitude(0.5) >> Rounded(8): inside}
+    composed = {
+        Rounded(8) + lc.LowRank(2): inside,
+        lc.Hadamard(Rounded(8)): inside,
+        lc.Magnitude(0.5) >> Rounded(8): inside,
+    }
     for scheme, message in (composed | {Rounded(8) >> RTN(4, "channel"): lost}).items():
         net = nn.Sequential(nn.Linear(8, 8))
         with pytest.raises(SchemeError, match=message):
@@ -402,7 +419,9 @@ def test_what_fails_leaves_no_rounding_behind() -> None:
 @pytest.fixture(scope="module")
 def made(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, lc.Report]:
     out = tmp_path_factory.mktemp("rounded") / "model"
-    return out, compress_directory(tiny, Rounded(4, 4.0), out, Options(data=str(text), samples=8, length=32, test_tokens=512))
+    return out, compress_directory(
+        tiny, Rounded(4, 4.0), out, Options(data=str(text), samples=8, length=32, test_tokens=512)
+    )
 
 
 def test_every_way_to_run_it_is_one_model(made: tuple[Path, lc.Report], tiny: Path) -> None:
@@ -440,7 +459,9 @@ def test_half_precision_and_generation(made: tuple[Path, lc.Report]) -> None:
     assert (alone - among).norm() < 0.02 * among.norm(), "a twentieth is what the rounding itself changes, see above"
 
 
-def test_the_report_measures_it_against_an_original_that_does_not_round(made: tuple[Path, lc.Report], tiny: Path, text: Path) -> None:
+def test_the_report_measures_it_against_an_original_that_does_not_round(
+    made: tuple[Path, lc.Report], tiny: Path, text: Path
+) -> None:
     out, report = made
     tokens = dict(length=32, tokens=512)
     original = evaluate_source(tiny, data=str(text), **tokens)  # type: ignore[arg-type]
@@ -460,7 +481,9 @@ def test_the_report_measures_it_against_an_original_that_does_not_round(made: tu
 def test_a_calibrated_run_leaves_the_original_as_it_was(tiny: Path, text: Path, tmp_path: Path) -> None:
     """The walk lets the original's skeleton round as its blocks are compressed; what is compared with afterwards does not."""
     plan = [("*.0.*", Rounded(3, 4.0)), ("*.1.*", Spy()), ("*", lc.Keep())]
-    report = compress_directory(tiny, plan, tmp_path / "out", Options(data=str(text), test=str(text), samples=8, length=32, test_tokens=512))
+    report = compress_directory(
+        tiny, plan, tmp_path / "out", Options(data=str(text), test=str(text), samples=8, length=32, test_tokens=512)
+    )
     original = evaluate_source(tiny, data=str(text), length=32, tokens=512)
     assert report.metrics["reference_perplexity"] == pytest.approx(original["perplexity"])
     assert report.metrics["kl"] > 1e-3
@@ -481,7 +504,9 @@ def test_what_cannot_be_saved_as_dense_is_refused(made: tuple[Path, lc.Report], 
 def test_a_look_up_in_a_manifest(tiny: Path, text: Path, tmp_path: Path) -> None:
     """Nobody loads a directory whose manifest asks for what cannot be done."""
     out = tmp_path / "out"
-    lc.compress(tiny, "[('lm_head', RTN(8, 32)), ('*', Keep())]", data=str(text), out=out, samples=8, length=32, evaluate=False)
+    lc.compress(
+        tiny, "[('lm_head', RTN(8, 32)), ('*', Keep())]", data=str(text), out=out, samples=8, length=32, evaluate=False
+    )
     manifest = json.loads((out / MANIFEST).read_text())
     manifest["specs"][0]["input_bits"] = 8
     write_manifest(out, manifest)
@@ -491,12 +516,16 @@ def test_a_look_up_in_a_manifest(tiny: Path, text: Path, tmp_path: Path) -> None
             load(out)
 
 
-def test_verification_notices_when_it_is_lost(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verification_notices_when_it_is_lost(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = laconic.passes.pack_weights
 
     def forgetful(weights: Any) -> Any:
         tensors, specs = original(weights)
-        return tensors, {name: {key: value for key, value in spec.items() if key != "input_bits"} for name, spec in specs.items()}
+        return tensors, {
+            name: {key: value for key, value in spec.items() if key != "input_bits"} for name, spec in specs.items()
+        }
 
     monkeypatch.setattr(laconic.passes, "pack_weights", forgetful)
     with pytest.raises(VerificationError, match="does not decode to what was computed"):
@@ -545,7 +574,10 @@ def test_later_layers_are_calibrated_on_what_the_compressed_model_computes(true_
     others = Rounded(3, 4.0) if true_sequential else lc.Keep()
     before = [("*.0.*", Rounded(3, 4.0)), ("*.1.*.down_proj", lc.Keep()), ("*.1.*", others), ("*", lc.Keep())]
     layer = "model.layers.1.mlp.down_proj"
-    batches = [{"input_ids": torch.randint(1, 320, (4, 32), generator=torch.Generator().manual_seed(i)), "use_cache": False} for i in range(2)]
+    batches = [
+        {"input_ids": torch.randint(1, 320, (4, 32), generator=torch.Generator().manual_seed(i)), "use_cache": False}
+        for i in range(2)
+    ]
     expected = expected_squares(tiny, before, layer, batches)
     unrounded = [(name, Rounded(None, 4.0) if isinstance(method, Rounded) else method) for name, method in before]
     assert not torch.allclose(expected, expected_squares(tiny, unrounded, layer, batches), rtol=1e-2)
@@ -558,13 +590,17 @@ def test_a_run_from_disk_calibrates_as_one_in_memory_and_resumes(tokenizer: Any,
     """The head of a model without a chain sees blocks that round, also those that an interrupted run finished before."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        transformers.LlamaForCausalLM(tiny_config(num_hidden_layers=1, tie_word_embeddings=False)).save_pretrained(tmp_path / "model")
+        transformers.LlamaForCausalLM(tiny_config(num_hidden_layers=1, tie_word_embeddings=False)).save_pretrained(
+            tmp_path / "model"
+        )
     tokenizer.save_pretrained(tmp_path / "model")
     body = ("*.layers.*", Rounded(3, 4.0))
     options = Options(data=str(text), samples=8, length=32, evaluate=False)
     found = {}
     for name, plan in {"rounded": [body], "not": [("*.layers.*", Rounded(None, 4.0))]}.items():
-        report = compress_directory(tmp_path / "model", [*plan, ("lm_head", Spy()), ("*", lc.Keep())], tmp_path / name, options)
+        report = compress_directory(
+            tmp_path / "model", [*plan, ("lm_head", Spy()), ("*", lc.Keep())], tmp_path / name, options
+        )
         found[name] = squares_of(report, "lm_head")
     assert not torch.allclose(found["rounded"], found["not"], rtol=1e-3)
     scheme = [body, ("lm_head", Spy()), ("*", lc.Keep())]
@@ -573,7 +609,9 @@ def test_a_run_from_disk_calibrates_as_one_in_memory_and_resumes(tokenizer: Any,
         with pytest.raises(GaveUpError):
             compress_directory(tmp_path / "model", scheme, tmp_path / "again", options)
     assert (tmp_path / "again" / ".laconic").is_dir()
-    report = compress_directory(tmp_path / "model", scheme, tmp_path / "again", Options(**(vars(options) | {"resume": True})))
+    report = compress_directory(
+        tmp_path / "model", scheme, tmp_path / "again", Options(**(vars(options) | {"resume": True}))
+    )
     assert torch.equal(squares_of(report, "lm_head"), found["rounded"])
     shutil.rmtree(tmp_path / "again" / ".laconic", ignore_errors=True)
     for file in ("model.safetensors", MANIFEST):
@@ -594,12 +632,18 @@ def test_what_cannot_round_its_inputs_is_refused_before_work_with_the_way_out() 
     net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(32, 64), nn.Linear(64, 64))
     batches = [random(2, 3, 8, 8)]
     with pytest.raises(
-        SchemeError, match=r"0: the inputs of Conv2d cannot be rounded.*--keep '0', or in a plan: \[\('0', Keep\(\)\), \('\*', Smooth"
+        SchemeError,
+        match=r"0: the inputs of Conv2d cannot be rounded.*--keep '0', or in a plan: \[\('0', Keep\(\)\), \('\*', Smooth",
     ):
         lc.compress(net, [("*", lc.SmoothQuant())], batches)
     assert installed(net) == {}
-    assert set(installed(lc.compress(copy.deepcopy(net), [("*", lc.SmoothQuant())], batches, keep="0")[0])) == {"2.weight", "3.weight"}
-    assert "0.weight" in installed(lc.compress(net, [("0", lc.SmoothQuant(activations=None)), ("*", lc.SmoothQuant())], batches)[0])
+    assert set(installed(lc.compress(copy.deepcopy(net), [("*", lc.SmoothQuant())], batches, keep="0")[0])) == {
+        "2.weight",
+        "3.weight",
+    }
+    assert "0.weight" in installed(
+        lc.compress(net, [("0", lc.SmoothQuant(activations=None)), ("*", lc.SmoothQuant())], batches)[0]
+    )
 
 
 def test_a_weight_replaces_one_that_is_installed() -> None:

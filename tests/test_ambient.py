@@ -95,7 +95,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, by
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_module_is_compressed_to_the_same_bytes(state: str, expected: dict[str, dict[str, bytes]], tmp_path: Path) -> None:
+def test_a_module_is_compressed_to_the_same_bytes(
+    state: str, expected: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
     for i, scheme in enumerate(SCHEMES):
         model, data, fresh = net(), batches(), net()
         with STATES[state]():
@@ -103,9 +105,17 @@ def test_a_module_is_compressed_to_the_same_bytes(state: str, expected: dict[str
             lc.compress(model, scheme, data)
             lc.save(model, tmp_path / str(i))
             lc.load_into(fresh, tmp_path / str(i))
-            assert before == (generators(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+            assert before == (
+                generators(),
+                torch.get_default_dtype(),
+                torch.is_grad_enabled(),
+                torch.is_inference_mode_enabled(),
+            )
         assert files(tmp_path / str(i)) == expected[scheme], scheme
-        assert all(torch.equal(fresh.get_submodule(name).weight, model.get_submodule(name).weight) for name in ("first", "conv", "last"))  # type: ignore[arg-type]
+        assert all(
+            torch.equal(fresh.get_submodule(name).weight, model.get_submodule(name).weight)
+            for name in ("first", "conv", "last")
+        )  # type: ignore[arg-type]
         assert not any(p.is_inference() for p in (*model.parameters(), *fresh.parameters()))
 
 
@@ -119,7 +129,9 @@ def directory(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder, lc.compress(str(tiny), "GPTQ(rate=4.0)", out=str(folder), data=str(text), **FEW)
 
 
-@pytest.mark.parametrize("states", [["bfloat16", "autocast", "no_grad"], ["float64", "inference"], ["meta", "deterministic"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "states", [["bfloat16", "autocast", "no_grad"], ["float64", "inference"], ["meta", "deterministic"]], ids=" ".join
+)
 def test_a_directory_is_compressed_and_loaded_to_the_same_bytes(
     states: list[str], tiny: Path, text: Path, directory: tuple[Path, Any], tmp_path: Path
 ) -> None:
@@ -134,7 +146,10 @@ def test_a_directory_is_compressed_and_loaded_to_the_same_bytes(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert report.metrics == plain.metrics
     again = lc.load(folder, dtype=torch.float32)
-    assert all(torch.equal(one, two) for one, two in zip(loaded.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(one, two)
+        for one, two in zip(loaded.state_dict().values(), again.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("data", ["self", "none"])

@@ -11,14 +11,14 @@ import transformers
 from torch import Tensor, nn
 
 import laconic as lc
-from laconic.blocks import BlockModel, InMemory, call, examples_in, find_chain, open_chain
-from laconic.calibrate import Shelf, parameters_of, survey, survey_whole
-from laconic.load import build_skeleton
+from laconic.disk.load import build_skeleton
+from laconic.engine.preflight import preflight
+from laconic.engine.walk import Shelf, parameters_of, survey, survey_whole
+from laconic.host.progress import Log
+from laconic.model.blocks import BlockModel, InMemory, call, examples_in, find_chain, open_chain
+from laconic.model.sites import Site, Slot, Stats, find_slots
 from laconic.pipeline import Options, _load_of, compress_directory, plan_directory
-from laconic.preflight import preflight
-from laconic.progress import Log
 from laconic.recover.projection import project_onto
-from laconic.sites import Site, Slot, Stats, find_slots
 from tests.conftest import tiny_config
 
 WIDTH = 16
@@ -36,7 +36,9 @@ class Block(nn.Module):
 class Net(nn.Module):
     """A stem, blocks that `wiring` runs, a head."""
 
-    def __init__(self, wiring: Callable[["Net", Tensor], Tensor], block: type[nn.Module] = Block, blocks: int = 3) -> None:
+    def __init__(
+        self, wiring: Callable[["Net", Tensor], Tensor], block: type[nn.Module] = Block, blocks: int = 3
+    ) -> None:
         super().__init__()
         self.stem, self.head, self.extra = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 3), nn.Linear(WIDTH, WIDTH)
         self.blocks = nn.ModuleList(block() for _ in range(blocks))
@@ -219,7 +221,12 @@ def test_a_cache_that_blocks_write_to_is_empty_in_every_run() -> None:
 def test_output_heads_do_not_count_against_the_chain() -> None:
     """The shape of pythia-70m: 51 of 70 million entries are the two tables."""
     config = transformers.GPTNeoXConfig(
-        vocab_size=50304, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8, tie_word_embeddings=False
+        vocab_size=50304,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        tie_word_embeddings=False,
     )
     config.architectures = ["GPTNeoXForCausalLM"]
     assert find_chain(build_skeleton(config)) == "gpt_neox.layers"
@@ -229,7 +236,11 @@ def test_output_heads_do_not_count_against_the_chain() -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.table, self.blocks, self.out = nn.Embedding(500, WIDTH), nn.ModuleList([Block()]), nn.Linear(WIDTH, 500)
+            self.table, self.blocks, self.out = (
+                nn.Embedding(500, WIDTH),
+                nn.ModuleList([Block()]),
+                nn.Linear(WIDTH, 500),
+            )
 
     assert find_chain(Plain()) == "blocks"
 
@@ -256,7 +267,9 @@ def test_gradients_reach_what_lies_before_the_chain() -> None:
         for name in ("hessian", "output", "fisher"):
             value, expected = getattr(surveyed[slot], name), getattr(site, name)
             assert value is not None, f"{slot.name} {name}"
-            assert torch.allclose(value, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())), f"{slot.name} {name}"
+            assert torch.allclose(value, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())), (
+                f"{slot.name} {name}"
+            )
     assert all(not p.requires_grad for p in model.parameters())
 
 
@@ -281,7 +294,9 @@ def test_gradient_statistics_of_a_language_model_under_any_kind_of_batch(way: st
     """A projection (what `recover` and `search` compress with) runs the model whole, on integer ids, under no trained parameter."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(tiny_config(num_hidden_layers=1), dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_config(
+            tiny_config(num_hidden_layers=1), dtype=torch.float32
+        ).eval()
     generator = torch.Generator().manual_seed(0)
     batches = [WAYS[way](torch.randint(1, 320, (2, 16), generator=generator)) for _ in range(2)]
     assert examples_in(batches[0]) == 2
@@ -303,7 +318,14 @@ class Planned(Log):
 
 def test_a_model_that_is_run_whole_is_told_with_the_memory_of_that(tmp_path: Path) -> None:
     """The list of blocks of an encoder-decoder is no chain, which the data shows before the plan is told."""
-    size = dict(vocab_size=64, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_attention_heads=2, decoder_attention_heads=2)
+    size = dict(
+        vocab_size=64,
+        d_model=32,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+    )
     config = transformers.BartConfig(**size, encoder_layers=1, decoder_layers=6, max_position_embeddings=64)
     transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "model")
     ids = torch.arange(32).reshape(2, 16)

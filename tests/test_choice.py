@@ -10,15 +10,15 @@ from torch import nn
 from typer.testing import CliRunner
 
 import laconic as lc
-from laconic.choice import resolve
-from laconic.cli import app
-from laconic.coverage import coverage, coverage_line
+from laconic.command.cli import app
+from laconic.engine.choice import resolve
+from laconic.engine.coverage import coverage, coverage_line
 from laconic.errors import SchemeError
 from laconic.methods.base import Keep, Method
 from laconic.methods.fitting import difference, fitted
 from laconic.methods.rtn import RTN
-from laconic.scheme import parse
-from laconic.sites import Slot, find_slots
+from laconic.model.sites import Slot, find_slots
+from laconic.scheme.text import parse
 from laconic.weights import View
 
 
@@ -26,7 +26,11 @@ def slot(name: str, rows: int, columns: int, role: str = "body") -> Slot:
     return Slot(name, ((name, "weight"),), View((rows, columns)), role=role)
 
 
-BODY = [slot(f"model.layers.{i}.mlp.{kind}_proj", *shape) for i in range(2) for kind, shape in (("up", (96, 64)), ("down", (64, 96)))]
+BODY = [
+    slot(f"model.layers.{i}.mlp.{kind}_proj", *shape)
+    for i in range(2)
+    for kind, shape in (("up", (96, 64)), ("down", (64, 96)))
+]
 OUTSIDE = [
     Slot("model.embed_tokens", (("model.embed_tokens", "weight"), ("lm_head", "weight")), View((320, 64)), role="embedding"),
     slot("score", 300, 64, "head"), slot("model.layers.0.mlp.gate", 8, 64, "router"),
@@ -137,7 +141,10 @@ def test_a_fallback_is_in_the_notes_once_for_like_sites() -> None:
 
 
 def test_what_cannot_be_treated_is_refused_with_the_way_out() -> None:
-    with pytest.raises(SchemeError, match=r"down_proj: group 64 does not divide 96 columns; .*\('\*.down_proj', RTN\(bits=4, group=32\)\), \('\*', "):
+    with pytest.raises(
+        SchemeError,
+        match=r"down_proj: group 64 does not divide 96 columns; .*\('\*.down_proj', RTN\(bits=4, group=32\)\), \('\*', ",
+    ):
         resolve(RTN(4, 64), BODY, group="strict")
     with pytest.raises(SchemeError, match=r"odd: pattern '2:4' does not tile.*\('\*.odd', Keep\(\)\).*keep='\*.odd'"):
         resolve(parse("SparseGPT(pattern='2:4')"), [slot("a.odd", 64, 27)])
@@ -178,7 +185,9 @@ def test_a_module_is_compressed_with_tiles_that_fit_and_says_so() -> None:
     why = "of a layer that is not supported, ConvTranspose2d"
     assert found["untreated"] == [{"name": "up.weight", "shape": [96, 4, 2, 2], "entries": 96 * 16, "reason": why}]
     assert found["compressed"] + sum(found["kept"].values()) + found["vectors"] + 96 * 16 == total
-    assert report.coverage.startswith(f"18.9 % of {total:,} parameters compressed; kept: keep 'wide' 67.1 %; not compressible: norms and biases ")
+    assert report.coverage.startswith(
+        f"18.9 % of {total:,} parameters compressed; kept: keep 'wide' 67.1 %; not compressible: norms and biases "
+    )
     with pytest.raises(SchemeError, match="stem: group 64 does not divide 27 columns"):
         lc.compress(before, "RTN(bits=4, group=64)", group="strict")
 
@@ -193,7 +202,9 @@ def test_a_threshold_over_the_model_is_one_where_groups_are_exchanged() -> None:
 
 
 def test_coverage_names_a_few_and_counts_the_rest() -> None:
-    net = nn.ModuleDict({f"up{i}": nn.ConvTranspose2d(2, 2, 2, bias=False) for i in range(7)} | {"line": nn.Linear(64, 64, bias=False)})
+    net = nn.ModuleDict(
+        {f"up{i}": nn.ConvTranspose2d(2, 2, 2, bias=False) for i in range(7)} | {"line": nn.Linear(64, 64, bias=False)}
+    )
     line = coverage_line(coverage(net, dict.fromkeys(find_slots(net), RTN(4))))
     assert line.count("ConvTranspose2d") == 4
     assert "3 more" in line
@@ -204,7 +215,11 @@ def test_the_command_line_keeps_and_refuses(tiny: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*base, "--keep", "embedding", "--keep", "*.v_proj", "--json"])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
-    assert report["keep"] == ["embedding", "*.v_proj"] == json.loads((tmp_path / "out" / "laconic.json").read_text())["keep"]
+    assert (
+        report["keep"]
+        == ["embedding", "*.v_proj"]
+        == json.loads((tmp_path / "out" / "laconic.json").read_text())["keep"]
+    )
     assert not any("v_proj" in site["name"] or site["role"] == "embedding" for site in report["sites"])
     assert "keep 'embedding'" in report["coverage_line"]
     assert report["coverage_line"] in (tmp_path / "out" / "report.html").read_text().replace("&#39;", "'")

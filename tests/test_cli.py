@@ -15,9 +15,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from laconic import errors
-from laconic.cli import app
-from laconic.scheme import known_methods
-from laconic.store import MANIFEST, stored_bytes
+from laconic.command.cli import app
+from laconic.disk.store import MANIFEST, stored_bytes
+from laconic.scheme.text import known_methods
 from tests.processes import PATIENCE, THREADS
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
@@ -59,7 +59,9 @@ def test_compress_prints_the_report_it_wrote(compressed: tuple[Path, dict[str, A
     assert shlex.split(printed["command"])[:3] == ["laconic", "compress", str(tiny)]
 
 
-def test_evaluate_measures_what_compress_reported(compressed: tuple[Path, dict[str, Any]], tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_evaluate_measures_what_compress_reported(
+    compressed: tuple[Path, dict[str, Any]], tiny: Path, text: Path, tmp_path: Path
+) -> None:
     """On the text that was kept for the report, the command finds the report's figures again."""
     out, printed = compressed
     lines = text.read_text()
@@ -69,7 +71,9 @@ def test_evaluate_measures_what_compress_reported(compressed: tuple[Path, dict[s
     assert result.exit_code == 0, result.stderr
     found = only_json(result.stdout)
     metrics = printed["metrics"]
-    assert {name: found[name] for name in metrics if name != "data"} == {name: value for name, value in metrics.items() if name != "data"}
+    assert {name: found[name] for name in metrics if name != "data"} == {
+        name: value for name, value in metrics.items() if name != "data"
+    }
     assert found["bits_per_weight"] == printed["bits_per_weight"]
     assert found["stored_bytes"] == printed["stored_bytes"]
 
@@ -84,10 +88,14 @@ def test_the_rows_of_inspect_add_up_to_the_files(compressed: tuple[Path, dict[st
     assert found["bytes"] == files["model.safetensors"] + files[MANIFEST] == printed["stored_bytes"]
     assert found["bytes"] + sum(found["other_files"].values()) == sum(files.values())
     assert all(sum(row["tensors"].values()) == row["bytes"] == row["bits"] / 8 for row in found["weights"])
-    assert {row["name"]: row["error"] for row in found["weights"]} == {site["parameter"]: site["error"] for site in printed["sites"]}
+    assert {row["name"]: row["error"] for row in found["weights"]} == {
+        site["parameter"]: site["error"] for site in printed["sites"]
+    }
 
 
-def test_tables_go_to_stdout_and_progress_to_stderr(compressed: tuple[Path, dict[str, Any]], tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_tables_go_to_stdout_and_progress_to_stderr(
+    compressed: tuple[Path, dict[str, Any]], tiny: Path, text: Path, tmp_path: Path
+) -> None:
     run = laconic("compress", tiny, "--scheme", "RTN(bits=4, group=32)", "--out", tmp_path / "out", *small(text))
     assert run.exit_code == 0, run.stderr
     assert run.stdout == ""
@@ -119,13 +127,17 @@ def failing_with(error: Exception) -> Any:
 
 
 @pytest.mark.parametrize("kind", [c for c in vars(errors).values() if isinstance(c, type)], ids=lambda c: c.__name__)
-def test_every_error_class_has_its_exit_code(kind: type[errors.LaconicError], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_error_class_has_its_exit_code(
+    kind: type[errors.LaconicError], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The codes documented at the top of cli.py, and the message whole, whatever brackets it has."""
     documented = {
         "LaconicError": 1, "SchemeError": 2, "CheckpointError": 3, "DataError": 4, "OutputError": 5, "VerificationError": 6, "SurgeryError": 7,
         "SearchError": 8, "RecoveryError": 9, "ReportError": 10,
     }  # fmt: skip
-    monkeypatch.setattr("laconic.pipeline.compress_directory", failing_with(kind("/some/[where]: expected [/this], came [out, in]")))
+    monkeypatch.setattr(
+        "laconic.pipeline.compress_directory", failing_with(kind("/some/[where]: expected [/this], came [out, in]"))
+    )
     result = laconic("compress", tiny)
     assert result.exit_code == documented[kind.__name__] == kind.exit_code
     assert result.stderr.strip() == "error /some/[where]: expected [/this], came [out, in]"
@@ -134,7 +146,11 @@ def test_every_error_class_has_its_exit_code(kind: type[errors.LaconicError], ti
 
 REFUSED: dict[str, tuple[int, str, list[str]]] = {
     "a misspelt method": (2, "did you mean 'GPTQ'?", ["--scheme", "GPTG(bits=3)"]),
-    "a call of something else": (2, "only methods can be called", ["--scheme", "__import__('pathlib').Path('{out}').touch()"]),
+    "a call of something else": (
+        2,
+        "only methods can be called",
+        ["--scheme", "__import__('pathlib').Path('{out}').touch()"],
+    ),
     "a call in an argument": (2, "unknown method 'open'", ["--scheme", "GPTQ(bits=open('{out}', 'w'))"]),
     "two schemes": (2, "not both", ["--scheme", "RTN(4, 32)", "--plan", "plan.py"]),
     "no such plan": (2, "no such plan file", ["--plan", "{out}/plan.py"]),
@@ -147,7 +163,9 @@ REFUSED: dict[str, tuple[int, str, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_done_is_refused_before_anything_is_written(case: str, tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_refused_before_anything_is_written(
+    case: str, tiny: Path, text: Path, tmp_path: Path
+) -> None:
     code, message, options = REFUSED[case]
     out = tmp_path / "out"
     given = [option.replace("{out}", str(out)) for option in options]
@@ -163,7 +181,12 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(case: str, ti
 
 
 def test_commands_on_what_is_no_model(tmp_path: Path, text: Path) -> None:
-    for words in (["compress", tmp_path], ["evaluate", tmp_path, "--data", text], ["inspect", tmp_path], ["inspect", tmp_path / "none"]):
+    for words in (
+        ["compress", tmp_path],
+        ["evaluate", tmp_path, "--data", text],
+        ["inspect", tmp_path],
+        ["inspect", tmp_path / "none"],
+    ):
         result = laconic(*words)
         assert result.exit_code == 3, words
         assert str(tmp_path) in result.stderr
@@ -182,18 +205,33 @@ def test_a_used_directory_is_refused_without_resume_or_overwrite(
     assert "--overwrite" in result.stderr
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert laconic("compress", tiny, "--scheme", "RTN(4, 32)", "--out", tmp_path, "--overwrite", *small(text)).exit_code == 5
+    assert (
+        laconic("compress", tiny, "--scheme", "RTN(4, 32)", "--out", tmp_path, "--overwrite", *small(text)).exit_code
+        == 5
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_overwrite_replaces_an_earlier_result(tiny: Path, text: Path, tmp_path: Path) -> None:
     for scheme in ("RTN(bits=4, group=32)", "RTN(bits=2, group=32)"):
-        result = laconic("compress", tiny, "--scheme", scheme, "--out", tmp_path / "out", "--no-evaluate", "--overwrite", *small(text))
+        result = laconic(
+            "compress",
+            tiny,
+            "--scheme",
+            scheme,
+            "--out",
+            tmp_path / "out",
+            "--no-evaluate",
+            "--overwrite",
+            *small(text),
+        )
         assert result.exit_code == 0, result.stderr
         assert json.loads((tmp_path / "out" / MANIFEST).read_text())["scheme"] == scheme
 
 
-def test_a_dry_run_writes_nothing_and_names_every_site(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_writes_nothing_and_names_every_site(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     scheme = "[('lm_head', Keep()), (block == 1, GPTQ(bits=3, group=32)), ('*', RTN(bits=4, group=32))]"
     result = laconic("compress", tiny, "--scheme", scheme, "--dry-run", "--json", *small(text))
@@ -211,8 +249,12 @@ def test_a_dry_run_writes_nothing_and_names_every_site(tiny: Path, text: Path, t
 
 def test_a_plan_file_is_a_program(tiny: Path, text: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.py"
-    plan.write_text("import laconic as lc\n\ndef scheme(site):\n    return lc.RTN(bits=4, group=32) if site.columns > 64 else lc.Keep()\n")
-    result = laconic("compress", tiny, "--plan", plan, "--out", tmp_path / "out", "--no-evaluate", "--json", *small(text))
+    plan.write_text(
+        "import laconic as lc\n\ndef scheme(site):\n    return lc.RTN(bits=4, group=32) if site.columns > 64 else lc.Keep()\n"
+    )
+    result = laconic(
+        "compress", tiny, "--plan", plan, "--out", tmp_path / "out", "--no-evaluate", "--json", *small(text)
+    )
     assert result.exit_code == 0, result.stderr
     assert {site["name"].split(".")[-1] for site in only_json(result.stdout)["sites"]} == {"down_proj"}
 

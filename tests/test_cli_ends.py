@@ -14,11 +14,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import laconic as lc
-from laconic.cli import app
-from laconic.console import Terminal
-from laconic.ends import Ended, end_of
+from laconic.command.cli import app
+from laconic.command.console import Terminal
+from laconic.command.ends import Ended, end_of
+from laconic.command.shown import shown
 from laconic.errors import LaconicError
-from laconic.shown import shown
 from tests.conftest import TEXT, tiny_config
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
@@ -46,7 +46,15 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
     tokenizer.save_pretrained(folder / "model")
     (folder / "text.txt").write_text(f"{TEXT}\n" * 40)
     (folder / "task.py").write_text(TASK)
-    lc.compress(folder / "model", lc.RTN(4, 32), str(folder / "text.txt"), out=folder / "small", samples=4, length=32, evaluate=False)
+    lc.compress(
+        folder / "model",
+        lc.RTN(4, 32),
+        str(folder / "text.txt"),
+        out=folder / "small",
+        samples=4,
+        length=32,
+        evaluate=False,
+    )
     return folder
 
 
@@ -79,9 +87,27 @@ def ends(result: Result, code: int, said: str = "") -> str:
     return lines[0]
 
 
-def compress(*more: object, data: object = "text.txt", scheme: str = "RTN(4, 32)", source: object = "model") -> list[object]:
+def compress(
+    *more: object, data: object = "text.txt", scheme: str = "RTN(4, 32)", source: object = "model"
+) -> list[object]:
     chosen = ["--scheme", scheme] if scheme else []
-    return ["compress", source, *chosen, "--data", data, "--samples", 4, "--length", 32, "--test-tokens", 256, "--out", "out", "--json", *more]
+    return [
+        "compress",
+        source,
+        *chosen,
+        "--data",
+        data,
+        "--samples",
+        4,
+        "--length",
+        32,
+        "--test-tokens",
+        256,
+        "--out",
+        "out",
+        "--json",
+        *more,
+    ]
 
 
 def put(file: Path, content: Any) -> None:
@@ -112,11 +138,22 @@ BAD_CONFIGS: dict[str, dict[str, Any]] = {
     "an unknown type": {"dtype": "float99"}, "an unknown activation": {"hidden_act": "nope"}, "more layers than are stored": {"num_hidden_layers": 2},
 }  # fmt: skip
 BAD_MODELS: dict[str, tuple[str, Any]] = {
-    **{f"config {name}": ("config.json", content) for name, content in UNREADABLE.items() if name != "another encoding"},
+    **{
+        f"config {name}": ("config.json", content) for name, content in UNREADABLE.items() if name != "another encoding"
+    },
     **{f"config with {name}": ("config.json", change) for name, change in BAD_CONFIGS.items()},
-    **{f"weights {name}": ("model.safetensors", content) for name, content in UNREADABLE.items() if name not in ("a list", "a disk error")},
-    **{f"tokenizer {name}": ("tokenizer.json", UNREADABLE[name]) for name in ("a list", "binary", "empty", "deep", "a folder")},
-    **{f"tokenizer config {name}": ("tokenizer_config.json", UNREADABLE[name]) for name in ("a list", "binary", "deep")},
+    **{
+        f"weights {name}": ("model.safetensors", content)
+        for name, content in UNREADABLE.items()
+        if name not in ("a list", "a disk error")
+    },
+    **{
+        f"tokenizer {name}": ("tokenizer.json", UNREADABLE[name])
+        for name in ("a list", "binary", "empty", "deep", "a folder")
+    },
+    **{
+        f"tokenizer config {name}": ("tokenizer_config.json", UNREADABLE[name]) for name in ("a list", "binary", "deep")
+    },
     "a tokenizer of a class that is a number": ("tokenizer_config.json", {"tokenizer_class": 7}),
     "a tokenizer that fails in use": ("tokenizer_config.json", {"model_max_length": "x"}),
 }
@@ -155,7 +192,11 @@ PLANS: dict[str, tuple[str | bytes, int, str]] = {
     "raises": ("\n\ndef f():\n    raise KeyError('abc')\n\nscheme = f()\n", 2, "plan.py, line 4: KeyError: 'abc'"),
     "raises in a library": ("import json\n\nscheme = json.loads('{')\n", 2, "plan.py, line 3: JSONDecodeError"),
     "exits": ("import sys\nsys.exit(3)\n", 2, "plan.py, line 2: it ended the program: sys.exit(3)"),
-    "imports what is not there": ("import no_such_module\n", 2, "plan.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+    "imports what is not there": (
+        "import no_such_module\n",
+        2,
+        "plan.py, line 1: ModuleNotFoundError: No module named 'no_such_module'",
+    ),
     "has no scheme": ("x = 1\n", 2, "plan.py: expected a variable named 'scheme'"),
     "has a class": ("import laconic as lc\nscheme = lc.RTN\n", 2, "write RTN(...)"),
     "has a text": ("scheme = 'RTN(4)'\n", 2, "give that to --scheme"),
@@ -167,10 +208,22 @@ PLANS: dict[str, tuple[str | bytes, int, str]] = {
     "never ends": ("def f():\n    return f()\nf()\n", 2, "plan.py, line 2: RecursionError"),
     "says much": ("raise ValueError('x' * 100_000)\n", 2, "plan.py, line 1: ValueError"),
     "hides": ("raise ValueError('\\x1b[2J\\u202egood\\n\\nerror no')\n", 2, "plan.py, line 1: ValueError"),
-    "has a function that raises": ("def scheme(site):\n    return {}[site.name]\n", 2, "plan.py, line 2: KeyError: 'model."),
-    "has a condition that raises": ("import laconic as lc\nscheme = [(lambda s: s.nope, lc.RTN(4, 32)), ('*', lc.Keep())]\n", 2, "plan.py, line 2"),
+    "has a function that raises": (
+        "def scheme(site):\n    return {}[site.name]\n",
+        2,
+        "plan.py, line 2: KeyError: 'model.",
+    ),
+    "has a condition that raises": (
+        "import laconic as lc\nscheme = [(lambda s: s.nope, lc.RTN(4, 32)), ('*', lc.Keep())]\n",
+        2,
+        "plan.py, line 2",
+    ),
     "has a function without a result": ("def scheme(site):\n    return None\n", 2, "should return a method"),
-    "has a function that takes nothing": ("def scheme():\n    return None\n", 2, "scheme() takes 0 positional arguments"),
+    "has a function that takes nothing": (
+        "def scheme():\n    return None\n",
+        2,
+        "scheme() takes 0 positional arguments",
+    ),
     "has a rule that is none": ("scheme = [3]\n", 2, "a rule is a pair"),
 }
 
@@ -285,12 +338,36 @@ OTHERS: dict[str, tuple[int, str, list[object]]] = {
     "a search of two": (2, "one of them", ["search", "model", "--task", "task.py", "--scheme", SEARCHED]),
     "a search of what is not there": (4, "no such task file", ["search", "--task", "nope.py", "--scheme", SEARCHED]),
     "a folder as task": (4, "it is a folder", ["search", "--task", "model", "--scheme", SEARCHED]),
-    "nothing left to search": (8, "nothing to search", ["search", "--task", "task.py", "--scheme", "RTN(4, 'channel')", "--out", "out"]),
-    "an unknown goal": (8, "nonsense", ["search", "--task", "task.py", "--scheme", SEARCHED, "--objective", "nonsense", "--out", "out"]),
-    "an unknown sampler": (8, "sampler", ["search", "--task", "task.py", "--scheme", SEARCHED, "--sampler", "x", "--out", "out"]),
-    "no database": (8, "nodb://x", ["search", "--task", "task.py", "--scheme", SEARCHED, "--storage", "nodb://x", "--out", "out"]),
-    "a text as database": (8, "text.txt", ["search", "--task", "task.py", "--scheme", SEARCHED, "--storage", "text.txt", "--out", "out"]),
-    "a recovery misspelt": (2, "did you mean 'LC'?", ["recover", "--task", "task.py", "--scheme", "RTN", "--recovery", "LD(3)"]),
+    "nothing left to search": (
+        8,
+        "nothing to search",
+        ["search", "--task", "task.py", "--scheme", "RTN(4, 'channel')", "--out", "out"],
+    ),
+    "an unknown goal": (
+        8,
+        "nonsense",
+        ["search", "--task", "task.py", "--scheme", SEARCHED, "--objective", "nonsense", "--out", "out"],
+    ),
+    "an unknown sampler": (
+        8,
+        "sampler",
+        ["search", "--task", "task.py", "--scheme", SEARCHED, "--sampler", "x", "--out", "out"],
+    ),
+    "no database": (
+        8,
+        "nodb://x",
+        ["search", "--task", "task.py", "--scheme", SEARCHED, "--storage", "nodb://x", "--out", "out"],
+    ),
+    "a text as database": (
+        8,
+        "text.txt",
+        ["search", "--task", "task.py", "--scheme", SEARCHED, "--storage", "text.txt", "--out", "out"],
+    ),
+    "a recovery misspelt": (
+        2,
+        "did you mean 'LC'?",
+        ["recover", "--task", "task.py", "--scheme", "RTN", "--recovery", "LD(3)"],
+    ),
     "an unknown recipe": (2, "unknown method 'nope'", ["recover", "model", "--method", "nope", "--data", "text.txt"]),
     "bits of no recipe": (2, "--bits", ["recover", "model", "--bits", "3", "--scheme", "RTN", "--data", "text.txt"]),
 }
@@ -340,9 +417,9 @@ def test_no_more_files_can_be_opened(here: Path) -> None:
 
 def test_an_error_of_our_own_is_no_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not on the list stays an exception."""
-    monkeypatch.setattr("laconic.inspect.MANIFEST", 3)
-    monkeypatch.setattr("laconic.inspect.INDEX", [])
-    monkeypatch.setattr("laconic.inspect.read_header", 3)
+    monkeypatch.setattr("laconic.show.inspect.MANIFEST", 3)
+    monkeypatch.setattr("laconic.show.inspect.INDEX", [])
+    monkeypatch.setattr("laconic.show.inspect.read_header", 3)
     result = laconic("inspect", "small", "--json")
     assert isinstance(result.exception, TypeError)
 
@@ -363,7 +440,14 @@ def test_the_list_of_ends() -> None:
         assert end.code == code
         assert said in end.message
         assert end_of(Ended(end)) is end
-    for error in (TypeError("x"), ValueError("x"), KeyError("x"), RuntimeError("shapes"), AssertionError(), ImportError("x")):
+    for error in (
+        TypeError("x"),
+        ValueError("x"),
+        KeyError("x"),
+        RuntimeError("shapes"),
+        AssertionError(),
+        ImportError("x"),
+    ):
         assert end_of(error) is None, error
 
 
@@ -384,9 +468,33 @@ def test_names_are_drawn_as_they_are(capsys: pytest.CaptureFixture[str]) -> None
     terminal = Terminal()
     terminal.console = Console(stderr=True, width=200, emoji=False, highlight=False)
     record = {"name": name, "bits_per_weight": 3.0, "error": 0.1, "seconds": 1.0, "notes": [name]}
-    site = {"name": name, "aliases": [name], "method": name, "bits_per_weight": 3.0, "bytes": 1, "kept": False, "reason": ""}
-    found = {"parameters": 9, "compressed": 8, "kept": {}, "vectors": 1, "untreated": [{"name": name, "reason": "raw", "entries": 1}]}
-    terminal.plan({"sites": [site], "bytes": 1, "original_bytes": 2, "peak_memory": 3, "seconds": 4, "notes": [name], "coverage": found})
+    site = {
+        "name": name,
+        "aliases": [name],
+        "method": name,
+        "bits_per_weight": 3.0,
+        "bytes": 1,
+        "kept": False,
+        "reason": "",
+    }
+    found = {
+        "parameters": 9,
+        "compressed": 8,
+        "kept": {},
+        "vectors": 1,
+        "untreated": [{"name": name, "reason": "raw", "entries": 1}],
+    }
+    terminal.plan(
+        {
+            "sites": [site],
+            "bytes": 1,
+            "original_bytes": 2,
+            "peak_memory": 3,
+            "seconds": 4,
+            "notes": [name],
+            "coverage": found,
+        }
+    )
     terminal.start(name, 1)
     terminal.advance(1, name)
     terminal.site(record)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from laconic.data import calibration_windows, evaluation_windows, read_text, sample_windows, split_text
+from laconic.data.text import calibration_windows, evaluation_windows, read_text, sample_windows, split_text
 from laconic.errors import DataError
 
 
@@ -62,7 +62,9 @@ def test_calibration_windows_are_the_seeds(tokenizer: transformers.PreTrainedTok
     assert len(first.hash) == 64
 
 
-def test_long_texts_are_sampled_without_tokenising_them_whole(tokenizer: transformers.PreTrainedTokenizerFast, text: Path) -> None:
+def test_long_texts_are_sampled_without_tokenising_them_whole(
+    tokenizer: transformers.PreTrainedTokenizerFast, text: Path
+) -> None:
     body = text.read_text() * 50
     calls = []
 
@@ -83,7 +85,9 @@ def test_empty_text_says_how_much_is_needed(tokenizer: transformers.PreTrainedTo
 
 
 def test_short_text_says_how_much_is_needed_and_what_fits(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match=r"4,096 tokens are needed \(128 windows of 32\), the text has \d+, or ask for --samples \d"):
+    with pytest.raises(
+        DataError, match=r"4,096 tokens are needed \(128 windows of 32\), the text has \d+, or ask for --samples \d"
+    ):
         calibration_windows("The old fox sees the cat. " * 20, tokenizer, 128, 32, 0, "t")
     with pytest.raises(DataError, match="at least 500 tokens are needed"):
         evaluation_windows("The old fox.", tokenizer, 500, None, "t")

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from laconic.cli import app
+from laconic.command.cli import app
 from laconic.demo import corpus, run
+from laconic.disk.load import open_source
 from laconic.errors import CheckpointError, OutputError
-from laconic.evaluate import evaluate_source
-from laconic.load import open_source
-from laconic.progress import Log
+from laconic.host.progress import Log
+from laconic.measure.quality import evaluate_source
 
 
 def test_the_model_is_small_and_complete() -> None:
@@ -24,7 +24,9 @@ def test_the_model_is_small_and_complete() -> None:
     assert sum(file.stat().st_size for file in run.MODEL.iterdir()) <= 8_000_000
     training = json.loads((run.MODEL / "training.json").read_text())
     assert training["held_out_modules"] == list(corpus.HELD_OUT)
-    assert training["curve"][-1]["step"] == int(training["arguments"]["steps"]), "what is shipped is the end of its recipe"
+    assert training["curve"][-1]["step"] == int(training["arguments"]["steps"]), (
+        "what is shipped is the end of its recipe"
+    )
 
 
 def test_it_learned_what_was_held_out(tmp_path: Path) -> None:
@@ -90,7 +92,11 @@ def test_the_demo_compares_three_schemes(quick: None, tmp_path: Path) -> None:
     for row in result["rows"]:
         assert row["link"] in page.links
         assert (out / row["link"]).is_file()
-        files = [file for file in (out / row["link"]).parent.iterdir() if file.suffix == ".safetensors" or file.name == "laconic.json"]
+        files = [
+            file
+            for file in (out / row["link"]).parent.iterdir()
+            if file.suffix == ".safetensors" or file.name == "laconic.json"
+        ]
         assert row["stored_bytes"] == sum(file.stat().st_size for file in files)
 
     again = CliRunner().invoke(app, ["demo", "--out", str(out), "--samples", "16"])
@@ -117,7 +123,17 @@ def test_peak_memory_is_predicted(tmp_path: Path) -> None:
     """In a process of its own, whose peak nothing else has raised."""
     text = tmp_path / "text.txt"
     text.write_text("\n".join(corpus.training_text()[:200]), encoding="utf-8")
-    command = [sys.executable, "-m", "laconic", "compress", str(run.MODEL), "--scheme", "GPTQ(rate=3.0, over='matrix')", "--data", str(text)]
+    command = [
+        sys.executable,
+        "-m",
+        "laconic",
+        "compress",
+        str(run.MODEL),
+        "--scheme",
+        "GPTQ(rate=3.0, over='matrix')",
+        "--data",
+        str(text),
+    ]
     command += ["--samples", "32", "--test-tokens", "8192", "--out", str(tmp_path / "out"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak = json.loads(done.stdout)["peak_memory"]

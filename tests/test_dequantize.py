@@ -10,10 +10,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import laconic as lc
-from laconic.dequantize import from_fp8, from_mxfp4
+from laconic.disk.dequantize import from_fp8, from_mxfp4
+from laconic.disk.load import open_source
+from laconic.disk.store import Compressed
 from laconic.errors import CheckpointError
-from laconic.load import open_source
-from laconic.store import Compressed
 from tests.conftest import tiny_config
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -68,7 +68,9 @@ def test_fp8_is_read_by_its_scales(kind: str, tokenizer: Any, text: Path, tmp_pa
     source = open_source(tmp_path / "in")
     for name, tensor in meant.items():
         assert torch.equal(source.read([name])[name], tensor), name
-    report = lc.compress(tmp_path / "in", "RTN(8, 32)", str(text), out=tmp_path / "out", samples=4, length=32, test_tokens=256)
+    report = lc.compress(
+        tmp_path / "in", "RTN(8, 32)", str(text), out=tmp_path / "out", samples=4, length=32, test_tokens=256
+    )
     assert any("7 tensors are stored as fp8" in note for note in report.notes)
     assert report["unused"] == []
     assert report.metrics["kl"] < 1e-3
@@ -76,7 +78,9 @@ def test_fp8_is_read_by_its_scales(kind: str, tokenizer: Any, text: Path, tmp_pa
     assert 96 * 64 < site["original_bytes"] <= 96 * 64 + 4 * 96, "a byte an entry, and scales"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "laconic"
-    kept = lc.compress(tmp_path / "in", "[('*up_proj', RTN(8, 32)), ('*', Keep())]", "self", out=tmp_path / "kept", evaluate=False)
+    kept = lc.compress(
+        tmp_path / "in", "[('*up_proj', RTN(8, 32)), ('*', Keep())]", "self", out=tmp_path / "kept", evaluate=False
+    )
     down = next(row for row in kept["kept"] if row["name"].endswith("down_proj.weight"))
     assert down["bytes"] == 2 * 96 * 64 == Compressed(tmp_path / "kept").nbytes(down["name"])
     plain = transformers.LlamaForCausalLM(tiny_config(num_hidden_layers=1)).bfloat16()
@@ -91,11 +95,17 @@ def test_blocks_are_dequantized_as_transformers_does(tokenizer: Any, tmp_path: P
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     values = torch.randn(96, 64, generator=GENERATOR).to(torch.float8_e4m3fn)
-    for scales in (torch.rand(3, 2, generator=GENERATOR), torch.rand(1, 1, generator=GENERATOR), torch.rand(96, 1, generator=GENERATOR)):
+    for scales in (
+        torch.rand(3, 2, generator=GENERATOR),
+        torch.rand(1, 1, generator=GENERATOR),
+        torch.rand(96, 1, generator=GENERATOR),
+    ):
         theirs = Fp8Dequantize(None)._dequantize_one(values, scales, torch.float32)
         assert torch.equal(from_fp8(values, scales), theirs)
     exponents = torch.randint(120, 130, (3, 2), generator=GENERATOR, dtype=torch.uint8)
-    assert torch.equal(from_fp8(values, exponents), Fp8Dequantize(None)._dequantize_one(values, exponents, torch.float32))
+    assert torch.equal(
+        from_fp8(values, exponents), Fp8Dequantize(None)._dequantize_one(values, exponents, torch.float32)
+    )
     uneven = from_fp8(torch.ones(100, 70).to(torch.float8_e4m3fn), torch.arange(12.0).reshape(4, 3), (32, 32))
     assert uneven.shape == (100, 70)
     assert [float(uneven[0, 0]), float(uneven[99, 69]), float(uneven[31, 32])] == [0.0, 11.0, 1.0]
@@ -126,8 +136,12 @@ def test_gpt_oss_is_read_from_its_blocks(tokenizer: Any, tmp_path: Path) -> None
     meant = {}
     for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
         experts, inputs, outs = tensors.pop(name).shape
-        tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, outs, inputs // 32, 16), generator=GENERATOR, dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.randint(118, 123, (experts, outs, inputs // 32), generator=GENERATOR, dtype=torch.uint8)
+        tensors[f"{name}_blocks"] = torch.randint(
+            0, 256, (experts, outs, inputs // 32, 16), generator=GENERATOR, dtype=torch.uint8
+        )
+        tensors[f"{name}_scales"] = torch.randint(
+            118, 123, (experts, outs, inputs // 32), generator=GENERATOR, dtype=torch.uint8
+        )
         meant[name] = from_mxfp4(tensors[f"{name}_blocks"], tensors[f"{name}_scales"]).bfloat16()
     save_file(tensors, file, metadata={"format": "pt"})
     told = json.loads((tmp_path / "in" / "config.json").read_text())
@@ -155,6 +169,8 @@ def test_what_is_not_read_says_how_to_go_on(tokenizer: Any, tmp_path: Path) -> N
         with pytest.raises(CheckpointError, match=rf"{message}.*dequantize\(\)"):
             open_source(tmp_path / "in")
     save_file(good, file, metadata={"format": "pt"})
-    (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (tmp_path / "in" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     with pytest.raises(CheckpointError, match=r"already quantized by 'gptq'.*dequantize\(\)"):
         open_source(tmp_path / "in")

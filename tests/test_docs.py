@@ -17,8 +17,8 @@ import typer.main
 
 import laconic as lc
 from laconic import errors
-from laconic.cli import app
-from laconic.scheme import known_methods, parse
+from laconic.command.cli import app
+from laconic.scheme.text import known_methods, parse
 from laconic.search import SearchOptions
 from laconic.weights import Weight
 from tests.conftest import make_site
@@ -40,7 +40,11 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def rows(text: str) -> list[list[str]]:
     """The cells of every table row that starts with something in backquotes; other rows are heads and prose."""
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    return [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("| `")
+    ]
 
 
 def section(page: Path, title: str) -> str:
@@ -85,7 +89,11 @@ def test_a_page_has_the_sections_of_the_others(page: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_described_with_its_default(command: str) -> None:
-    described = {row[0].strip("`"): row[1] for row in rows(section(DOCS / "command-line.md", f"laconic {command}")) if row[0].startswith("`--")}
+    described = {
+        row[0].strip("`"): row[1]
+        for row in rows(section(DOCS / "command-line.md", f"laconic {command}"))
+        if row[0].startswith("`--")
+    }
     options = [p for p in COMMANDS[command].params if p.opts[0].startswith("--") and p.name != "help"]
     assert set(described) == {p.opts[0] for p in options}
     for option in options:
@@ -94,7 +102,7 @@ def test_every_option_is_described_with_its_default(command: str) -> None:
             assert default == "off"
         elif option.default is not None:
             assert default == str(option.default)
-    from laconic.cli import DEFAULT_SCHEME
+    from laconic.command.cli import DEFAULT_SCHEME
 
     assert command != "compress" or described["--scheme"] == f"`{DEFAULT_SCHEME}`"
 
@@ -126,7 +134,9 @@ def test_every_kind_of_weight_and_every_module_is_in_the_architecture() -> None:
             kinds.add(cls.kind)
     assert {row[0].strip("`") for row in rows(section(page, "On disk"))} >= kinds
     modules = section(page, "Modules")
-    assert [file.name for file in (ROOT / "laconic").glob("*.py") if file.name != "__init__.py" and file.name not in modules] == []
+    assert [
+        file.name for file in (ROOT / "laconic").glob("*.py") if file.name != "__init__.py" and file.name not in modules
+    ] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -139,7 +149,9 @@ def test_links_lead_somewhere(page: Path) -> None:
         file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{name_of(page)} links to {target}"
         if fragment and file.suffix == ".md":
-            assert fragment in {anchor(title) for title in re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)}, target
+            assert fragment in {
+                anchor(title) for title in re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            }, target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -165,7 +177,9 @@ def test_examples_of_methods_run(page: Path) -> None:
             exec(compile(code, page.name, "exec"), {})
 
 
-def test_the_python_page_runs_from_top_to_bottom(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_page_runs_from_top_to_bottom(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "my-model").symlink_to(tiny, target_is_directory=True)
     (tmp_path / "books.txt").symlink_to(text)
     monkeypatch.chdir(tmp_path)
@@ -183,7 +197,13 @@ def test_the_condensa_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     page = DOCS / "condensa.md"
     (task,) = (code for code in blocks(page, "python") if code.startswith("# resnet.py"))
-    assigned = {target.id for node in ast.parse(task).body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)}
+    assigned = {
+        target.id
+        for node in ast.parse(task).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     assert {"model", "train", "validation", "test"} <= assigned
     names: dict[str, Any] = {}
     with torch.random.fork_rng():
@@ -204,5 +224,7 @@ def test_the_template_of_a_method_works() -> None:
 
 def test_tables_are_those_of_the_results() -> None:
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, str(root / "benchmarks" / "tables.py"), "--check"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(root / "benchmarks" / "tables.py"), "--check"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,9 +11,9 @@ import transformers
 from torch.nn import functional as F
 
 import laconic as lc
-from laconic.data import Windows, evaluation_windows
-from laconic.evaluate import Quality, evaluate_source, perplexity, run_tasks, similarity
-from laconic.load import open_source
+from laconic.data.text import Windows, evaluation_windows
+from laconic.disk.load import open_source
+from laconic.measure.quality import Quality, evaluate_source, perplexity, run_tasks, similarity
 
 LENGTH, TOKENS = 32, 1024
 
@@ -40,7 +40,9 @@ def by_definition(made: Path, tiny: Path, text: Path) -> dict[str, float]:
     """Every figure with plain loops over windows and positions, from the two models as transformers loads them."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
     ids = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"][:TOKENS]
-    p_model, q_model = (transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (made, tiny))
+    p_model, q_model = (
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (made, tiny)
+    )
     nll, reference, kl, same, count = 0.0, 0.0, 0.0, 0, 0
     for start in range(0, len(ids) - LENGTH + 1, LENGTH):
         window = torch.tensor([ids[start : start + LENGTH]])
@@ -51,7 +53,13 @@ def by_definition(made: Path, tiny: Path, text: Path) -> dict[str, float]:
             kl += float((q[position].exp() * (q[position] - p[position])).sum())
             same += int(p[position].argmax() == q[position].argmax())
             count += 1
-    return {"tokens": count, "nats_per_token": nll / count, "reference": reference / count, "kl": kl / count, "top1": same / count}
+    return {
+        "tokens": count,
+        "nats_per_token": nll / count,
+        "reference": reference / count,
+        "kl": kl / count,
+        "top1": same / count,
+    }
 
 
 def test_every_figure_is_what_its_definition_says(made: Path, tiny: Path, text: Path, windows: Windows) -> None:
@@ -110,12 +118,16 @@ def test_error_bars_are_those_of_a_mean_over_windows(made: Path, tiny: Path, tex
         low, high = quality(made, windows, tiny).kl_interval  # type: ignore[misc]
         widths[count] = high - low
     opened = open_source(made), open_source(tiny)
-    each = torch.tensor([perplexity(opened[0], Windows(w[None], ""), reference=opened[1]).kl for w in windows.tokens[:32]])
+    each = torch.tensor(
+        [perplexity(opened[0], Windows(w[None], ""), reference=opened[1]).kl for w in windows.tokens[:32]]
+    )
     assert 0.35 < widths[128] / widths[32] < 0.7
     assert widths[32] == pytest.approx(2 * 1.96 * float(each.std()) / 32**0.5, rel=0.15)
 
 
-def test_a_difference_of_two_models_is_measured_more_closely_than_either(made: Path, tiny: Path, windows: Windows) -> None:
+def test_a_difference_of_two_models_is_measured_more_closely_than_either(
+    made: Path, tiny: Path, windows: Windows
+) -> None:
     """The error bar of the excess is of paired windows: what makes a text hard for both cancels."""
     found = quality(made, windows, tiny)
     low, high = (math.log(x) for x in found.perplexity_interval)
@@ -125,7 +137,11 @@ def test_a_difference_of_two_models_is_measured_more_closely_than_either(made: P
 def test_bits_per_weight_are_of_the_files(made: Path, tiny: Path, text: Path) -> None:
     for path in (made, tiny):
         found = evaluate_source(path, data=str(text), length=LENGTH, tokens=TOKENS)
-        size = sum(file.stat().st_size for file in path.iterdir() if file.suffix == ".safetensors" or file.name == "laconic.json")
+        size = sum(
+            file.stat().st_size
+            for file in path.iterdir()
+            if file.suffix == ".safetensors" or file.name == "laconic.json"
+        )
         count = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(path).parameters())
         assert found["stored_bytes"] == size
         assert found["bits_per_weight"] == 8 * size / count
@@ -134,20 +150,29 @@ def test_bits_per_weight_are_of_the_files(made: Path, tiny: Path, text: Path) ->
 def test_the_command_and_the_function_agree(made: Path, tiny: Path, text: Path, windows: Windows) -> None:
     found = evaluate_source(made, reference=tiny, data=str(text), length=LENGTH, tokens=TOKENS)
     expected = quality(made, windows, tiny).as_dict()
-    assert {name: found[name] for name in expected if name != "data"} == {name: value for name, value in expected.items() if name != "data"}
+    assert {name: found[name] for name in expected if name != "data"} == {
+        name: value for name, value in expected.items() if name != "data"
+    }
 
 
-def test_models_without_a_head_are_compared_by_their_outputs(tokenizer: Any, text: Path, windows: Windows, tmp_path: Path) -> None:
+def test_models_without_a_head_are_compared_by_their_outputs(
+    tokenizer: Any, text: Path, windows: Windows, tmp_path: Path
+) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = transformers.BertConfig(vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+        config = transformers.BertConfig(
+            vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+        )
         transformers.BertModel(config).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     lc.compress(tmp_path / "bert", "RTN(4, 32)", data=str(text), out=tmp_path / "out", length=LENGTH, test_tokens=512)
     compressed, original = open_source(tmp_path / "out"), open_source(tmp_path / "bert")
     found = similarity(compressed, original, windows, torch.float32, torch.device("cpu"))
     with torch.no_grad():
-        y, z = (transformers.AutoModel.from_pretrained(tmp_path / name, dtype=torch.float32).eval()(windows.tokens)[0] for name in ("out", "bert"))
+        y, z = (
+            transformers.AutoModel.from_pretrained(tmp_path / name, dtype=torch.float32).eval()(windows.tokens)[0]
+            for name in ("out", "bert")
+        )
     assert found["relative_error"] == pytest.approx(float((y - z).square().sum() / z.square().sum()), rel=1e-4)
     assert found["cosine"] == pytest.approx(float(F.cosine_similarity(y, z, dim=-1).mean()), rel=1e-6)
     same = similarity(original, original, windows, torch.float32, torch.device("cpu"))
@@ -170,7 +195,11 @@ doc_to_target: "{{{{answer}}}}"
 metric_list:
   - metric: acc
 """
-QUESTIONS = [("The old fox sees the", ["cat", "hen"]), ("The new dog", ["eats", "finds", "sees"]), ("The red", ["fox", "dog"])] * 2
+QUESTIONS = [
+    ("The old fox sees the", ["cat", "hen"]),
+    ("The new dog", ["eats", "finds", "sees"]),
+    ("The red", ["fox", "dog"]),
+] * 2
 
 
 @pytest.fixture
@@ -184,7 +213,9 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["choice.yaml", "another-name.yaml"])
-def test_tasks_of_lm_eval_are_scored_on_the_stored_model(file: str, made: Path, tmp_path: Path, offline: None, capsys: Any) -> None:
+def test_tasks_of_lm_eval_are_scored_on_the_stored_model(
+    file: str, made: Path, tmp_path: Path, offline: None, capsys: Any
+) -> None:
     """Accuracy by lm-eval is the share of questions whose own answer has the greatest log-likelihood, computed here from the definition."""
     model = lc.load(made, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(made)
@@ -197,14 +228,18 @@ def test_tasks_of_lm_eval_are_scored_on_the_stored_model(file: str, made: Path, 
 
     data = tmp_path / "questions.jsonl"
     best = [max(range(len(choices)), key=lambda i: likelihood(start, choices[i])) for start, choices in QUESTIONS]
-    answers = [right if number % 3 else (right + 1) % 2 for number, right in enumerate(best)]  # every third one the model gets wrong
+    answers = [
+        right if number % 3 else (right + 1) % 2 for number, right in enumerate(best)
+    ]  # every third one the model gets wrong
     rows = [{"start": s, "choices": c, "answer": a} for (s, c), a in zip(QUESTIONS, answers, strict=True)]
     data.write_text("\n".join(json.dumps(row) for row in rows))
     task = tmp_path / file
     task.write_text(TASK.format(name="choice", data=data))
     found = evaluate_source(made, tasks=[str(task)])["tasks"]
     assert set(found) == {"choice"}
-    assert found["choice"]["acc,none"] == pytest.approx(sum(a == b for a, b in zip(answers, best, strict=True)) / len(best))
+    assert found["choice"]["acc,none"] == pytest.approx(
+        sum(a == b for a, b in zip(answers, best, strict=True)) / len(best)
+    )
     assert run_tasks(model, tokenizer, [str(task)], limit=1)["choice"]["acc,none"] == float(answers[0] == best[0])
     task.write_text("tag: choice\n")
     with pytest.raises(lc.SchemeError, match="with a line 'task: name'"):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
+from laconic.disk.files import atomically, disk_errors, write_json, write_tensors
+from laconic.disk.tensors import read_header
 from laconic.errors import OutputError
-from laconic.files import atomically, disk_errors, write_json, write_tensors
-from laconic.tensors import read_header
 
 TYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
@@ -40,7 +40,12 @@ def test_what_is_written_is_what_the_safetensors_library_reads_and_writes(tmp_pa
     )
     assert all(back[name].dtype == t.dtype and back[name].shape == t.shape for name, t in tensors.items())
     read_header(tmp_path / "a.safetensors")
-    usual = {"x.0.codes": torch.arange(7).to(torch.uint8), "x.0.scale": torch.ones(3).bfloat16(), "norm": torch.ones(5), "bias": torch.ones(2)}
+    usual = {
+        "x.0.codes": torch.arange(7).to(torch.uint8),
+        "x.0.scale": torch.ones(3).bfloat16(),
+        "norm": torch.ones(5),
+        "bias": torch.ones(2),
+    }
     atomically(tmp_path / "b.safetensors", usual)
     assert (tmp_path / "b.safetensors").read_bytes() == save(usual, {"format": "pt"})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
@@ -68,7 +73,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, full: None) -> None:
     file = tmp_path / "a.safetensors"
     atomically(file, {"a": torch.ones(2)})
     before = file.read_bytes()
-    with pytest.raises(OutputError, match="the disk is full.*free some space and run again with --resume"), disk_errors(tmp_path):
+    with (
+        pytest.raises(OutputError, match="the disk is full.*free some space and run again with --resume"),
+        disk_errors(tmp_path),
+    ):
         atomically(file, {"a": torch.ones(100_000)})
     with pytest.raises(OutputError, match="the disk is full"), disk_errors(tmp_path):
         write_json(tmp_path / "a.json", list(range(50_000)))

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import laconic as lc
-from laconic.evaluate import evaluate_source
-from laconic.harness import refuse_code
+from laconic.measure.harness import refuse_code
+from laconic.measure.quality import evaluate_source
 
 PLAIN = "task: {name}\ndataset_path: json\noutput_type: multiple_choice\ndoc_to_text: '{{{{question}}}}'\n"
 CODE = {

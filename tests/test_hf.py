@@ -10,8 +10,8 @@ import torch
 import transformers
 
 import laconic as lc
+from laconic.disk.store import MANIFEST, Compressed, stored_bytes, write_manifest
 from laconic.errors import CheckpointError
-from laconic.store import MANIFEST, Compressed, stored_bytes, write_manifest
 from tests.conftest import tiny_config
 
 IDS = torch.tensor([[5, 99, 17, 300, 42, 7, 7, 256]])
@@ -72,7 +72,9 @@ def test_it_generates_what_the_measured_model_does(made: Path) -> None:
     found = theirs.generate(IDS, **options)
     assert found.shape == (1, IDS.shape[1] + 12)
     assert torch.equal(found, lc.load(made, dtype=torch.float32).generate(IDS, **options))
-    assert torch.equal(found, lc.load(made, dense=False, dtype=torch.float32).generate(IDS, **options)), "with its weights installed, too"
+    assert torch.equal(found, lc.load(made, dense=False, dtype=torch.float32).generate(IDS, **options)), (
+        "with its weights installed, too"
+    )
     ids = IDS
     for _ in range(12):  # without a cache, from the definition
         with torch.no_grad():
@@ -83,13 +85,17 @@ def test_it_generates_what_the_measured_model_does(made: Path) -> None:
 
 def test_shards_are_read(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compress(tiny, SCHEMES[0], text, tmp_path / "whole")
-    monkeypatch.setattr("laconic.assemble._SHARD", 2_000)
+    monkeypatch.setattr("laconic.disk.assemble._SHARD", 2_000)
     out = compress(tiny, SCHEMES[0], text, tmp_path / "out")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     shards = {file.name for file in out.glob("*.safetensors")}
     assert set(index["weight_map"].values()) == shards
     assert len(shards) > 5
-    split = [name for name in Compressed(out).weights if len({f for t, f in index["weight_map"].items() if t.startswith(name + ".")}) > 1]
+    split = [
+        name
+        for name in Compressed(out).weights
+        if len({f for t, f in index["weight_map"].items() if t.startswith(name + ".")}) > 1
+    ]
     assert split, "a weight whose parts lie in different files"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert torch.equal(logits(theirs), logits(lc.load(whole, dtype=torch.float32)))
@@ -102,10 +108,17 @@ def test_an_encoder_and_a_transposed_layer(tokenizer: Any, text: Path, tmp_path:
         torch.manual_seed(0)
         sizes = dict(vocab_size=320, intermediate_size=96, max_position_embeddings=128)
         gpt2 = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0)
+            transformers.GPT2Config(
+                vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0
+            )
         )
-        bert = transformers.BertModel(transformers.BertConfig(**sizes, hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
-    for name, model, kind in (("gpt2", gpt2, transformers.AutoModelForCausalLM), ("bert", bert, transformers.AutoModel)):
+        bert = transformers.BertModel(
+            transformers.BertConfig(**sizes, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+        )
+    for name, model, kind in (
+        ("gpt2", gpt2, transformers.AutoModelForCausalLM),
+        ("bert", bert, transformers.AutoModel),
+    ):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         out = compress(tmp_path / name, "GPTQ(bits=4, group=32)", text, tmp_path / f"{name}-out")
@@ -150,7 +163,9 @@ def test_dense_parameters_are_saved_by_the_plain_loader(made: Path, tmp_path: Pa
 def test_a_directory_that_is_not_what_its_config_says(made: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(made, tmp_path / "copy")
     manifest = json.loads((copy / MANIFEST).read_text())
-    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | {"intermediate_size": 128}))
+    (copy / "config.json").write_text(
+        json.dumps(json.loads((copy / "config.json").read_text()) | {"intermediate_size": 128})
+    )
     with pytest.raises(CheckpointError, match=r"config.json: damaged, or changed"):
         transformers.AutoModelForCausalLM.from_pretrained(copy)
     write_manifest(copy, manifest, config=True)
@@ -170,7 +185,12 @@ def test_an_untied_head_stays_one_of_its_own(tokenizer: Any, text: Path, tmp_pat
         torch.manual_seed(0)
         transformers.LlamaForCausalLM(tiny_config(tie_word_embeddings=False)).save_pretrained(tmp_path / "untied")
     tokenizer.save_pretrained(tmp_path / "untied")
-    out = compress(tmp_path / "untied", "[('lm_head', RTN(4, 32)), ('*.embed_tokens', RTN(8, 32)), ('*', Keep())]", text, tmp_path / "out")
+    out = compress(
+        tmp_path / "untied",
+        "[('lm_head', RTN(4, 32)), ('*.embed_tokens', RTN(8, 32)), ('*', Keep())]",
+        text,
+        tmp_path / "out",
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert theirs.lm_head.weight is not theirs.model.embed_tokens.weight
     assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
@@ -181,7 +201,9 @@ def saved(model: Any, folder: Path, tokenizer: Any, **config: Any) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     file = folder / "config.json"
-    file.write_text(json.dumps({key: value for key, value in (json.loads(file.read_text()) | config).items() if value is not None}))
+    file.write_text(
+        json.dumps({key: value for key, value in (json.loads(file.read_text()) | config).items() if value is not None})
+    )
     return folder
 
 
@@ -191,7 +213,9 @@ def test_other_classes_of_the_same_model_are_read(made: Path) -> None:
     base = transformers.AutoModel.from_pretrained(made, dtype=torch.float32)
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(f"model.{name}")), name
-    other, info = transformers.AutoModelForSequenceClassification.from_pretrained(made, dtype=torch.float32, output_loading_info=True)
+    other, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        made, dtype=torch.float32, output_loading_info=True
+    )
     assert info["missing_keys"] == {"score.weight"}
     for name, parameter in other.model.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(f"model.{name}")), name
@@ -227,7 +251,9 @@ def test_what_lies_beside_a_model_is_no_part_of_it(tiny: Path, tmp_path: Path) -
     source = shutil.copytree(tiny, tmp_path / "in")
     size = (source / "model.safetensors").stat().st_size
     shutil.copy(source / "model.safetensors", source / "consolidated.safetensors")
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
+    (source / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}})
+    )
     report = lc.compress(source, "RTN(4, 32)", "self", out=tmp_path / "out", evaluate=False)
     assert report["original_bytes"] == size
     shutil.copy(source / "model.safetensors", tmp_path / "out" / "consolidated.safetensors")

@@ -10,9 +10,9 @@ import torch
 import transformers
 
 import laconic as lc
-from laconic.data import read_text
-from laconic.evaluate import evaluate_source
-from laconic.modality import most_positions
+from laconic.data.modality import most_positions
+from laconic.data.text import read_text
+from laconic.measure.quality import evaluate_source
 
 SMALL = dict(samples=4, length=16, test_tokens=64)
 CHANNEL = "GPTQ(4, 'channel')"
@@ -26,8 +26,17 @@ def saved(model: Any, path: Path, tokenizer: Any | None) -> Path:
 
 
 def llama(**changes: Any) -> Any:
-    sizes = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(sizes | dict(max_position_embeddings=64) | changes)))
+    sizes = dict(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**(sizes | dict(max_position_embeddings=64) | changes))
+    )
 
 
 def refused(source: Path, data: str, out: Path, scheme: str = CHANNEL, **options: Any) -> str:
@@ -50,11 +59,15 @@ def test_a_model_without_a_tokenizer_calibrates_itself(scheme: str, tmp_path: Pa
 
 @pytest.mark.parametrize("data", ["text", "self"])
 def test_windows_longer_than_the_positions_are_refused(data: str, tokenizer: Any, tmp_path: Path, text: Path) -> None:
-    config = transformers.GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2, n_positions=48, bos_token_id=0, eos_token_id=0)
+    config = transformers.GPT2Config(
+        vocab_size=320, n_embd=32, n_layer=2, n_head=2, n_positions=48, bos_token_id=0, eos_token_id=0
+    )
     source = saved(transformers.GPT2LMHeadModel(config), tmp_path / "g", tokenizer)
     given = str(text) if data == "text" else data
     for scheme in (CHANNEL, "RTN(4, 'channel')"):
-        assert "takes at most 48 tokens, ask for --length 48" in refused(source, given, tmp_path / "o", scheme, length=49)
+        assert "takes at most 48 tokens, ask for --length 48" in refused(
+            source, given, tmp_path / "o", scheme, length=49
+        )
     with pytest.raises(lc.DataError, match="at most 48 tokens"):
         evaluate_source(source, data=str(text))
     assert lc.compress(source, CHANNEL, given, out=tmp_path / "o", **(SMALL | dict(length=48))).metrics["tokens"] == 47
@@ -63,10 +76,19 @@ def test_windows_longer_than_the_positions_are_refused(data: str, tokenizer: Any
 def test_how_many_positions_a_model_has() -> None:
     sizes = dict(vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     with torch.device("meta"):
-        assert most_positions(transformers.BertModel(transformers.BertConfig(**sizes, max_position_embeddings=40))) == 40
-        roberta = transformers.RobertaModel(transformers.RobertaConfig(**sizes, max_position_embeddings=42, pad_token_id=1))
+        assert (
+            most_positions(transformers.BertModel(transformers.BertConfig(**sizes, max_position_embeddings=40))) == 40
+        )
+        roberta = transformers.RobertaModel(
+            transformers.RobertaConfig(**sizes, max_position_embeddings=42, pad_token_id=1)
+        )
         assert most_positions(roberta) == 40, "positions are counted from behind the padding index"
-        assert most_positions(transformers.GPT2Model(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=24))) == 24
+        assert (
+            most_positions(
+                transformers.GPT2Model(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=24))
+            )
+            == 24
+        )
         mamba = transformers.MambaConfig(vocab_size=100, hidden_size=16, num_hidden_layers=1)
         assert most_positions(transformers.MambaForCausalLM(mamba)) is None
     assert most_positions(torch.nn.Linear(2, 2)) is None
@@ -78,7 +100,12 @@ def test_as_many_positions_as_are_said_are_taken(tokenizer: Any, tmp_path: Path,
     config = transformers.RobertaConfig(**sizes, max_position_embeddings=20, pad_token_id=1, type_vocab_size=1)
     source = saved(transformers.RobertaModel(config), tmp_path / "r", tokenizer)
     assert "at most 18 tokens" in refused(source, str(text), tmp_path / "o", length=19)
-    assert lc.compress(source, CHANNEL, str(text), out=tmp_path / "o", samples=2, length=18, test_tokens=36).metrics["cosine"] > 0.9
+    assert (
+        lc.compress(source, CHANNEL, str(text), out=tmp_path / "o", samples=2, length=18, test_tokens=36).metrics[
+            "cosine"
+        ]
+        > 0.9
+    )
 
 
 def test_ids_without_a_row_are_refused(tokenizer: Any, tmp_path: Path, text: Path) -> None:
@@ -89,23 +116,38 @@ def test_ids_without_a_row_are_refused(tokenizer: Any, tmp_path: Path, text: Pat
         assert "model.embed_tokens has 100 rows" in message
     with pytest.raises(lc.DataError, match="embed_tokens has 100 rows"):
         evaluate_source(source, data=str(text), length=16)
-    assert lc.compress(source, CHANNEL, "self", out=tmp_path / "o", **SMALL, evaluate=False).stored_bytes > 0, "sampled inside the embedding"
+    assert lc.compress(source, CHANNEL, "self", out=tmp_path / "o", **SMALL, evaluate=False).stored_bytes > 0, (
+        "sampled inside the embedding"
+    )
 
 
 def vit() -> Any:
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8)
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8
+    )
     return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
 
 
 def whisper() -> Any:
-    layers = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)
+    layers = dict(
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+    )
     ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
     places = dict(num_mel_bins=8, max_source_positions=20, max_target_positions=16)
-    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(vocab_size=320, d_model=32, **layers, **places, **ids))
+    return transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(vocab_size=320, d_model=32, **layers, **places, **ids)
+    )
 
 
 @pytest.mark.parametrize(("make", "kind"), [(vit, "images"), (whisper, "sound")])
-def test_models_of_other_kinds_are_refused_text(make: Any, kind: str, tokenizer: Any, tmp_path: Path, text: Path) -> None:
+def test_models_of_other_kinds_are_refused_text(
+    make: Any, kind: str, tokenizer: Any, tmp_path: Path, text: Path
+) -> None:
     source = saved(make(), tmp_path / "m", tokenizer)
     assert "writes no text" in refused(source, "self", tmp_path / "o")
     for scheme in (CHANNEL, "RTN(4, 'channel')"):
@@ -118,7 +160,9 @@ def test_models_of_other_kinds_are_refused_text(make: Any, kind: str, tokenizer:
 
 
 def test_an_encoder_decoder_reads_one_half_and_writes_the_other(tokenizer: Any, tmp_path: Path, text: Path) -> None:
-    config = transformers.T5Config(vocab_size=320, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    config = transformers.T5Config(
+        vocab_size=320, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
     source = saved(transformers.T5ForConditionalGeneration(config), tmp_path / "t5", tokenizer)
     assert "writes no text" in refused(source, "self", tmp_path / "o")
     report = lc.compress(source, CHANNEL, str(text), out=tmp_path / "o", **SMALL)
@@ -130,7 +174,9 @@ def test_a_call_that_fails_is_tried_before_the_work(tokenizer: Any, tmp_path: Pa
     """CLIP reads ids, but not alone."""
     part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = transformers.CLIPConfig(
-        text_config=part | dict(vocab_size=320, max_position_embeddings=32), vision_config=part | dict(image_size=16, patch_size=8), projection_dim=8
+        text_config=part | dict(vocab_size=320, max_position_embeddings=32),
+        vision_config=part | dict(image_size=16, patch_size=8),
+        projection_dim=8,
     )
     source = saved(transformers.CLIPModel(config), tmp_path / "c", tokenizer)
     message = refused(source, str(text), tmp_path / "o")

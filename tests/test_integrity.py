@@ -14,12 +14,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 import laconic as lc
-from laconic.cli import app
+from laconic.command.cli import app
+from laconic.disk.store import MANIFEST, Compressed, amend_manifest, read_manifest, write_manifest
+from laconic.disk.tensors import INDEX, TensorFiles
 from laconic.errors import CheckpointError
-from laconic.evaluate import evaluate_source
-from laconic.inspect import inspect_directory
-from laconic.store import MANIFEST, Compressed, amend_manifest, read_manifest, write_manifest
-from laconic.tensors import INDEX, TensorFiles
+from laconic.measure.quality import evaluate_source
+from laconic.show.inspect import inspect_directory
 from laconic.weights.layout import DEPTH, check_spec, stored_names
 from tests.weights.laws_weights import EXAMPLES
 
@@ -53,7 +53,10 @@ def readers(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight.codes", "model.layers.0.mlp.up_proj.weight.scale.values", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.mlp.up_proj.weight.codes", "model.layers.0.mlp.up_proj.weight.scale.values", "model.norm.weight"],
+)
 def test_a_flipped_bit_is_found_by_every_reader(name: str, copy: Path) -> None:
     expected = name.removesuffix(".codes").removesuffix(".scale.values")
     damage(copy, name, bit=3)
@@ -85,13 +88,17 @@ def test_the_config_may_change_where_it_says_nothing_of_the_tensors(copy: Path) 
         if name != "into":
             with pytest.raises(CheckpointError, match=r"config.json: damaged, or changed"):
                 read()
-    (copy / "config.json").write_text(json.dumps(config | {"quantization_config": config["quantization_config"] | {"verify": False}}))
+    (copy / "config.json").write_text(
+        json.dumps(config | {"quantization_config": config["quantization_config"] | {"verify": False}})
+    )
     damage(copy, "model.norm.weight")
     transformers.AutoModelForCausalLM.from_pretrained(copy)
 
 
 def test_directories_of_earlier_versions_are_read_with_a_word(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
-    manifest = {key: value for key, value in read_manifest(copy).items() if key not in ("checksums", "config", "digest")}
+    manifest = {
+        key: value for key, value in read_manifest(copy).items() if key not in ("checksums", "config", "digest")
+    }
     (copy / MANIFEST).write_text(json.dumps(manifest))
     with caplog.at_level(logging.WARNING, "laconic"):
         lc.load(copy)
@@ -113,7 +120,11 @@ def test_a_seal_cannot_be_lost(key: str, copy: Path) -> None:
 
 def resaved(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
     tensors = load_file(folder / "model.safetensors") | changes
-    save_file({name: value for name, value in tensors.items() if value is not None}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: value for name, value in tensors.items() if value is not None},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def test_spec_and_tensors_account_for_each_other(copy: Path) -> None:
@@ -203,7 +214,15 @@ def test_what_would_take_more_memory_than_the_model_is_refused_before(bomb: str,
 def test_what_is_honest_is_not_refused() -> None:
     check_spec(deep(DEPTH), "deep")
     check_spec({"kind": "sum", "shape": [4096, 4096], "terms": [low_rank_of(4096, 64)] * 16}, "sixteen terms")
-    table = {"kind": "codebook", "shape": [16, 64], "bits": 16, "dimension": 8, "rows_per_table": 16, "codec": "dense", "table": dense(2**16, 8)}
+    table = {
+        "kind": "codebook",
+        "shape": [16, 64],
+        "bits": 16,
+        "dimension": 8,
+        "rows_per_table": 16,
+        "codec": "dense",
+        "table": dense(2**16, 8),
+    }
     check_spec(table, "a table larger than its matrix")
 
 
@@ -255,7 +274,9 @@ def test_what_the_system_does_not_read_is_named(tiny: Path, tmp_path: Path) -> N
         TensorFiles(tmp_path / "model")
 
 
-@pytest.mark.parametrize("report", ["[" * 100_000, "{}", '{"sites": [{"parameter": "a", "error": "much"}]}', '{"sites": 3}', "\ud800"])
+@pytest.mark.parametrize(
+    "report", ["[" * 100_000, "{}", '{"sites": [{"parameter": "a", "error": "much"}]}', '{"sites": 3}', "\ud800"]
+)
 def test_a_damaged_report_hides_no_bytes(report: str, copy: Path) -> None:
     (copy / "report.json").write_text(report, errors="surrogatepass")
     assert inspect_directory(copy)["weights"]

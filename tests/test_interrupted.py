@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import laconic as lc
-from laconic.companions import NOT_FETCHED, companions, is_weights
+from laconic.disk.companions import NOT_FETCHED, companions, is_weights
+from laconic.disk.files import read_seal, read_sealed_json, seal, write_sealed_json, write_tensors
+from laconic.disk.lock import LOCK, locked
+from laconic.disk.store import MANIFEST
 from laconic.errors import CheckpointError, DataError, OutputError, ReportError
-from laconic.files import read_seal, read_sealed_json, seal, write_sealed_json, write_tensors
-from laconic.lock import LOCK, locked
 from laconic.pipeline import Options, compress_directory
-from laconic.scheme import parse
-from laconic.store import MANIFEST
+from laconic.scheme.text import parse
 
 SMALL = dict(samples=8, length=32, test_tokens=128)
 RTN = "RTN(bits=8, group='channel')"
@@ -44,7 +44,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from laconic.lock import locked
+from laconic.disk.lock import locked
 with locked(Path(sys.argv[1]), shared=len(sys.argv) > 2):
     print("held", flush=True)
     time.sleep(600)
@@ -118,7 +118,12 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for out, message in (("file", "found a file"), ("file/below/it", "found a file"), ("link", "is a link to .*nowhere"), ("link/x", "is a link to")):
+    for out, message in (
+        ("file", "found a file"),
+        ("file/below/it", "found a file"),
+        ("link", "is a link to .*nowhere"),
+        ("link/x", "is a link to"),
+    ):
         for options in ({}, {"resume": True}, {"overwrite": True}):
             with pytest.raises(OutputError, match=message):
                 run(tiny, "no work is done, so this is never read" and RTN, tmp_path / out, **options)
@@ -179,7 +184,13 @@ FAILS = [(what, RuntimeError("not enough memory")) for what in ("_quality", "gen
 
 @pytest.mark.parametrize(("what", "error"), [*FAILS, ("_quality", KeyboardInterrupt())])
 def test_what_fails_after_the_weights_is_repeated_alone(
-    what: str, error: BaseException, tiny: Path, text: Path, whole: tuple[Path, lc.Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str,
+    error: BaseException,
+    tiny: Path,
+    text: Path,
+    whole: tuple[Path, lc.Report],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import laconic.conclude as conclude
     import laconic.pipeline as pipeline
@@ -196,7 +207,10 @@ def test_what_fails_after_the_weights_is_repeated_alone(
             run(tiny, RTN, out, data=str(text))
     assert lc.load(out) is not None
     if what != "write_report" and expected is ReportError:
-        assert any("not enough memory; the model is complete" in note for note in json.loads((out / "report.json").read_text())["notes"])
+        assert any(
+            "not enough memory; the model is complete" in note
+            for note in json.loads((out / "report.json").read_text())["notes"]
+        )
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "_stored_model", failing)  # which would be the work again
         if what != "_quality":
@@ -236,7 +250,9 @@ def test_code_that_is_trusted_is_trusted_to_the_end(tiny: Path, text: Path, tmp_
     (source / "modeling_my.py").write_text(CODE)
     config = json.loads((source / "config.json").read_text())
     auto = {"AutoConfig": "modeling_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyForCausalLM"}
-    (source / "config.json").write_text(json.dumps(config | {"model_type": "mymodel", "architectures": ["MyForCausalLM"], "auto_map": auto}))
+    (source / "config.json").write_text(
+        json.dumps(config | {"model_type": "mymodel", "architectures": ["MyForCausalLM"], "auto_map": auto})
+    )
     out = tmp_path / "out"
     report = run(source, RTN, out, data=str(text), trust_remote_code=True)
     assert report.metrics["kl"] >= 0
@@ -275,7 +291,13 @@ def test_everything_that_is_not_weights_goes_with_the_model(tiny: Path, tmp_path
     report = run(source, RTN, out, evaluate=False)
     assert names(out) == CARRIED | {"config.json", "model.safetensors", MANIFEST, "report.json", "report.html"}
     told = " ".join(report.notes)
-    for name in ("adapter_model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "onnx/model.onnx", "convert.py"):
+    for name in (
+        "adapter_model.safetensors",
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "onnx/model.onnx",
+        "convert.py",
+    ):
         assert name in told, name
     assert "compressed" not in told
     assert "convert.py" in companions(source, trusted=True).files
@@ -306,18 +328,25 @@ def test_links_are_resolved_and_an_output_inside_is_passed_over(tiny: Path, tmp_
     assert not (snapshot / "out" / "out").exists()
 
 
-def test_a_hub_repository_is_fetched_by_the_same_rule(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_repository_is_fetched_by_the_same_rule(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
-    from laconic.load import fetch
+    from laconic.disk.load import fetch
 
     source, asked = model_folder(tiny, tmp_path / "source"), dict[str, Any]()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or str(source))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or str(source)
+    )
     fetch("owner/name")
     fetched = set(filter_repo_objects(sorted(names(source)), **asked))
     assert fetched >= CARRIED | {"model.safetensors", "config.json"}
-    assert {name for name in fetched if is_weights(name)} - {"pytorch_model.bin.index.json"} == {"model.safetensors", "adapter_model.safetensors"}
+    assert {name for name in fetched if is_weights(name)} - {"pytorch_model.bin.index.json"} == {
+        "model.safetensors",
+        "adapter_model.safetensors",
+    }
     assert "*.bin" in NOT_FETCHED
 
 
@@ -325,7 +354,10 @@ def test_a_hub_repository_is_fetched_by_the_same_rule(tiny: Path, tmp_path: Path
 
 
 def test_a_seal_shows_every_change(tmp_path: Path) -> None:
-    file, tensors = tmp_path / "a.safetensors", {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.int8), "none": torch.empty(0)}
+    file, tensors = (
+        tmp_path / "a.safetensors",
+        {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.int8), "none": torch.empty(0)},
+    )
     write_tensors(file, tensors, seal(tensors, {"told": "x"}))
     assert read_seal(file) == {"told": "x"}
     data = file.read_bytes()
@@ -354,7 +386,7 @@ SCHEME = "[('*.q_proj', KMeans(bits=3, weights='fisher')), ('model.embed_tokens'
 @pytest.fixture(scope="module")
 def cut(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run that was interrupted before its last block, and the same undisturbed."""
-    import laconic.run as run_module
+    import laconic.disk.output as run_module
 
     folder, commits = tmp_path_factory.mktemp("cut"), []
     atomically = run_module.atomically
@@ -403,12 +435,16 @@ def test_damaged_work_is_said_and_done_again(
     (out / "config.json.tmp").write_text("half")
     report = run(tiny, SCHEME, out, data=str(text), evaluate=False, resume=True)
     assert bytes_of(out) == bytes_of(cut[1])
-    assert any(told in note for note in report.notes) if told is not None else not any("again" in note for note in report.notes)
+    assert (
+        any(told in note for note in report.notes)
+        if told is not None
+        else not any("again" in note for note in report.notes)
+    )
 
 
 def test_many_logits_are_taken_in_parts_to_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient is softmax - label, whichever labels were drawn, and the loss is that of these labels."""
-    import laconic.calibrate as calibrate
+    import laconic.engine.walk as calibrate
 
     logits = (3 * torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))).requires_grad_()
     monkeypatch.setattr(calibrate, "MANY", 100)
@@ -440,7 +476,7 @@ class Heard:
 
 
 def test_the_time_that_is_left_follows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    import laconic.clock as clock_module
+    import laconic.host.clock as clock_module
 
     now = 100.0
     monkeypatch.setattr(clock_module.time, "monotonic", lambda: now)

@@ -11,15 +11,17 @@ import pytest
 
 import laconic as lc
 import laconic.api
-from laconic.listing import list_methods
-from laconic.scheme import known_methods
+from laconic.command.listing import list_methods
+from laconic.scheme.text import known_methods
 from laconic.version import __version__
 from laconic.weights.blocks import Blocks
 
 
 def fresh(program: str, *words: object) -> subprocess.CompletedProcess[str]:
     """A program in a Python of its own."""
-    return subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True, check=False
+    )
 
 
 LIGHT = """
@@ -40,7 +42,7 @@ def test_help_methods_and_version_load_nothing_heavy() -> None:
     """Every way to ask for help, in one process: what one of them loads, the list at the end holds."""
     program = """
 import sys
-from laconic.cli import app
+from laconic.command.cli import app
 names = ["compress", "evaluate", "inspect", "fold", "methods", "demo", "search", "recover"]
 helps = [[name, flag] for name in names for flag in ("-h", "--help")]
 for words in (["--help"], ["-h"], ["--version"], ["methods"], ["methods", "--json"], [], *helps):
@@ -74,11 +76,11 @@ def test_every_public_name_is_there_however_it_is_reached() -> None:
 
 CLASHES = """
 import sys
-import laconic.load, laconic.search, laconic.recover
+import laconic.disk.load, laconic.search, laconic.recover
 import laconic as lc
 from laconic import load, recover, search
 print([callable(f) for f in (lc.load, lc.search, lc.recover, load, search, recover)])
-import laconic.load, laconic.search, laconic.recover
+import laconic.disk.load, laconic.search, laconic.recover
 print([callable(f) for f in (lc.load, lc.search, lc.recover)])
 """
 
@@ -100,13 +102,15 @@ if sys.argv[2] == "transformers first":
 if sys.argv[2] == "transformers used":
     AutoModelForCausalLM.from_pretrained(sys.argv[3])
     import laconic
-assert "laconic.scheme" not in sys.modules, "nothing but the reader"
+assert "laconic.scheme.text" not in sys.modules, "nothing but the reader"
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(json.dumps({name: p.double().sum().item() for name, p in model.named_parameters()}))
 """
 
 
-def test_transformers_reads_a_directory_after_import_laconic_in_either_order(tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_transformers_reads_a_directory_after_import_laconic_in_either_order(
+    tiny: Path, text: Path, tmp_path: Path
+) -> None:
     lc.compress(tiny, lc.RTN(4, 32), str(text), out=tmp_path / "small", samples=4, length=32, evaluate=False)
     expected = {name: p.double().sum().item() for name, p in lc.load(tmp_path / "small").named_parameters()}
     for order in ("laconic first", "transformers first", "transformers used"):

@@ -14,21 +14,30 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BatchEncoding, BatchFeature
 
 import laconic as lc
-from laconic.blocks import BlockModel, InMemory
+from laconic.data.loaders import Examples, as_batch, checked_data, for_model, joined, taken, without_padding
+from laconic.data.media import read_wave
+from laconic.data.reading import Reader
 from laconic.errors import CheckpointError
-from laconic.evaluate import evaluate_source
-from laconic.loaders import Examples, as_batch, checked_data, for_model, joined, taken, without_padding
-from laconic.media import read_wave
-from laconic.reading import Reader
+from laconic.measure.quality import evaluate_source
+from laconic.model.blocks import BlockModel, InMemory
 
 CHANNEL = "GPTQ(4, 'channel')"
 
 
 def llama(**changes: Any) -> Any:
-    sizes = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2)
+    sizes = dict(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = transformers.LlamaConfig(**(sizes | dict(max_position_embeddings=64, initializer_range=0.1, bos_token_id=0) | changes))
+        config = transformers.LlamaConfig(
+            **(sizes | dict(max_position_embeddings=64, initializer_range=0.1, bos_token_id=0) | changes)
+        )
         return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -43,7 +52,9 @@ def language(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("loaders") / "vit"
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8)
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformers.ViTForImageClassification(transformers.ViTConfig(**sizes)).save_pretrained(path)
@@ -91,7 +102,9 @@ def test_directories_and_modules_say_it_alike(vision: Path, tmp_path: Path) -> N
     with pytest.raises(lc.DataError, match=r"cannot be called with pixel_values \[1, 3, 17, 16\]"):
         lc.compress(vision, CHANNEL, [numbers(2, 3, 17, 16)], out=tmp_path / "o")
     with pytest.raises(lc.DataError, match=r"cannot be called with pixel_values \[1, 3, 15, 16\]"):
-        lc.compress(vision, CHANNEL, [numbers(8, 3, 16, 16)], test=[numbers(2, 3, 15, 16)], samples=4, out=tmp_path / "o")
+        lc.compress(
+            vision, CHANNEL, [numbers(8, 3, 16, 16)], test=[numbers(2, 3, 15, 16)], samples=4, out=tmp_path / "o"
+        )
     assert not (tmp_path / "o").exists()
 
 
@@ -122,7 +135,9 @@ def test_batches_come_in_many_forms(vision: Path, tmp_path: Path) -> None:
         [{"pixel_values": image.numpy()} for image in images],
     ]
     source = transformers.ViTForImageClassification.from_pretrained(vision).eval()
-    found = [Examples([for_model(as_batch(b, ""), source) for b in taken(checked_data(form), 99, 0)], "") for form in forms]
+    found = [
+        Examples([for_model(as_batch(b, ""), source) for b in taken(checked_data(form), 99, 0)], "") for form in forms
+    ]
     merged = [Examples(joined(examples.calls, 99), "").hash for examples in found]
     assert len(set(merged)) == 1
     report = lc.compress(vision, CHANNEL, forms[0], out=tmp_path / "o", samples=10)
@@ -166,7 +181,10 @@ def test_a_shuffling_loader_follows_the_seed_and_leaves_the_global_one_alone(lan
 def padded(sequences: list[torch.Tensor], left: bool = False) -> dict[str, torch.Tensor]:
     """Sequences as one batch, filled up with zeros."""
     width = max(map(len, sequences))
-    ids, mask = torch.zeros(len(sequences), width, dtype=torch.long), torch.zeros(len(sequences), width, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(sequences), width, dtype=torch.long),
+        torch.zeros(len(sequences), width, dtype=torch.long),
+    )
     for i, row in enumerate(sequences):
         place = slice(width - len(row), width) if left else slice(0, len(row))
         ids[i, place], mask[i, place] = row, 1
@@ -179,7 +197,17 @@ def test_padding_leaves_no_trace(left: bool, language: Path, tmp_path: Path) -> 
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(1, 320, (n,), generator=generator) for n in (12, 5, 9, 12, 3, 12, 7, 7, 12, 6)]
     parts = without_padding(padded(rows, left))
-    assert [part["input_ids"].shape for part in parts] == [(1, 12), (1, 5), (1, 9), (1, 12), (1, 3), (1, 12), (2, 7), (1, 12), (1, 6)]
+    assert [part["input_ids"].shape for part in parts] == [
+        (1, 12),
+        (1, 5),
+        (1, 9),
+        (1, 12),
+        (1, 3),
+        (1, 12),
+        (2, 7),
+        (1, 12),
+        (1, 6),
+    ]
     assert all(part["attention_mask"].all() for part in parts)
     model, other = llama(), llama()
     lc.compress(model, CHANNEL, [padded(rows, left)])
@@ -205,9 +233,13 @@ def test_both_sides_of_an_encoder_decoder_lose_their_own_padding() -> None:
 
 
 def test_labels_are_what_a_decoder_writes_and_no_loss() -> None:
-    config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    config = transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
     model = transformers.T5ForConditionalGeneration(config)
-    made = for_model({"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.tensor([[5, 6, 7], [5, -100, -100]])}, model)
+    made = for_model(
+        {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.tensor([[5, 6, 7], [5, -100, -100]])}, model
+    )
     assert "labels" not in made
     assert made["decoder_input_ids"].tolist() == [[0, 5, 6], [0, 5, 0]]
     assert [part["decoder_input_ids"].shape[1] for part in without_padding(made)] == [3, 2]
@@ -235,7 +267,10 @@ def test_columns_of_a_data_set(language: Path, tmp_path: Path) -> None:
 
 
 def test_ids_and_lengths_of_batches_are_checked(language: Path, tmp_path: Path) -> None:
-    for data, words in (([torch.full((2, 8), 400)], "embed_tokens has 320 rows"), ([torch.ones(2, 65, dtype=torch.long)], "at most 64")):
+    for data, words in (
+        ([torch.full((2, 8), 400)], "embed_tokens has 320 rows"),
+        ([torch.ones(2, 65, dtype=torch.long)], "at most 64"),
+    ):
         with pytest.raises(lc.DataError, match=words):
             lc.compress(language, CHANNEL, data, out=tmp_path / "o")
     assert not (tmp_path / "o").exists()
@@ -292,7 +327,14 @@ def test_folders_of_sound(tmp_path: Path) -> None:
     folder.mkdir()
     for i in range(6):
         recording(folder / f"{i}.wav", 2, 1, np.random.default_rng(i).uniform(-0.5, 0.5, 3000 + 100 * i))
-    layers = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)
+    layers = dict(
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+    )
     ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
     places = dict(num_mel_bins=8, max_source_positions=50, max_target_positions=16)
     config = transformers.WhisperConfig(vocab_size=320, d_model=32, **layers, **places, **ids)
@@ -311,10 +353,15 @@ def test_folders_of_sound(tmp_path: Path) -> None:
 
 def test_conversations(language: Path, tmp_path: Path, tokenizer: Any) -> None:
     chat = tmp_path / "chat.jsonl"
-    rows = [[{"role": "user", "content": "The fox " * (i % 5 + 1)}, {"role": "assistant", "content": "sees\u2028 the cat."}] for i in range(20)]
+    rows = [
+        [{"role": "user", "content": "The fox " * (i % 5 + 1)}, {"role": "assistant", "content": "sees\u2028 the cat."}]
+        for i in range(20)
+    ]
     chat.write_text("\n".join(json.dumps({"messages": row}, ensure_ascii=False) for row in rows), encoding="utf-8")
     options = dict(out=tmp_path / "o", length=32, samples=10)
-    with pytest.raises(lc.DataError, match="line 2: the tokenizer has no chat template|line 1: the tokenizer has no chat template"):
+    with pytest.raises(
+        lc.DataError, match="line 2: the tokenizer has no chat template|line 1: the tokenizer has no chat template"
+    ):
         lc.compress(language, CHANNEL, str(chat), **options)
     own = transformers.AutoTokenizer.from_pretrained(language)
     own.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% endfor %}"
@@ -334,7 +381,9 @@ def test_conversations(language: Path, tmp_path: Path, tokenizer: Any) -> None:
 
 def test_prompts_and_completions(language: Path, tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
-    file.write_text("\n".join(json.dumps({"prompt": "The fox", "completion": " sees the cat." * (i % 3 + 1)}) for i in range(20)))
+    file.write_text(
+        "\n".join(json.dumps({"prompt": "The fox", "completion": " sees the cat." * (i % 3 + 1)}) for i in range(20))
+    )
     report = lc.compress(language, CHANNEL, str(file), out=tmp_path / "o", length=32, samples=10)
     assert report["data"]["examples"] == 10
     assert report.metrics["kl"] > 0

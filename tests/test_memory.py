@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import laconic as lc
+from laconic.disk.store import MANIFEST, Compressed
 from laconic.errors import CheckpointError, DataError, SchemeError
-from laconic.store import MANIFEST, Compressed
 from laconic.weights.install import bake, installed
 
 
@@ -78,7 +78,9 @@ SCHEMES = {
 
 @pytest.mark.parametrize("kind", ["net", "lm"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_compressed_saved_and_loaded_it_is_the_same_model(scheme: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_compressed_saved_and_loaded_it_is_the_same_model(
+    scheme: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     """The module runs on its stored weights; the report's numbers are the file's; a fresh module loads to the same outputs, bit for bit."""
     model = request.getfixturevalue(kind)
     before, fresh = outputs(model), copy.deepcopy(model)
@@ -91,10 +93,14 @@ def test_compressed_saved_and_loaded_it_is_the_same_model(scheme: str, kind: str
 
     weights = installed(model)
     assert {site["parameter"] for site in report.sites} <= set(weights)
-    assert sum(site["bits"] for site in report.sites) == sum(w.bits() for w in {id(w): w for w in weights.values()}.values())
+    assert sum(site["bits"] for site in report.sites) == sum(
+        w.bits() for w in {id(w): w for w in weights.values()}.values()
+    )
     size = lc.save(model, tmp_path, scheme=report["scheme"])
     stored = Compressed(tmp_path)
-    assert {site["parameter"]: site["bits"] for site in report.sites} == {name: 8 * stored.nbytes(name) for name in stored.weights}
+    assert {site["parameter"]: site["bits"] for site in report.sites} == {
+        name: 8 * stored.nbytes(name) for name in stored.weights
+    }
     assert report.stored_bytes == sum(tensor.bytes for tensor in stored.files.tensors.values()), "all but the headers"
     assert size == sum(file.stat().st_size for file in tmp_path.iterdir()) > report.stored_bytes
     assert json.loads((tmp_path / MANIFEST).read_text())["scheme"] == report["scheme"]
@@ -113,7 +119,11 @@ def test_what_was_there_before_is_kept(net: Net) -> None:
     net.norm.eval()  # as in fine-tuning with frozen statistics
     net.head.bias.requires_grad_(False)
     modes = {name: module.training for name, module in net.named_modules()}
-    others = {name: tensor.clone() for name, tensor in net.state_dict().items() if not name.endswith("weight") or "norm" in name or "stem.1" in name}
+    others = {
+        name: tensor.clone()
+        for name, tensor in net.state_dict().items()
+        if not name.endswith("weight") or "norm" in name or "stem.1" in name
+    }
     flags = {name: p.requires_grad for name, p in net.named_parameters() if name in others}
     state = torch.get_rng_state()
     lc.compress(net, "GPTQ(bits=4, group='channel')", [images(16)])
@@ -174,7 +184,9 @@ def test_a_tie_stays_one_object(net: Net, lm: nn.Module, tmp_path: Path) -> None
         data = None if model is net else token_batches()
         fresh = copy.deepcopy(model)
         _, report = lc.compress(model, scheme, data)
-        first, second = ("one.weight", "two.weight") if name == "net" else ("model.embed_tokens.weight", "lm_head.weight")
+        first, second = (
+            ("one.weight", "two.weight") if name == "net" else ("model.embed_tokens.weight", "lm_head.weight")
+        )
         (tied,) = [site for site in report.sites if site["aliases"]]
         assert tied["parameter"] == first
         lc.save(model, tmp_path / name)
@@ -229,7 +241,9 @@ def test_the_loss_of_the_user_decides_which_outputs_matter(net: Net) -> None:
     """A loss that looks at one output only gives other Fisher weights, and so another code, than the default."""
     found = []
     for loss in (None, lambda output, generator: output[:, 0].sum() * 10):
-        model, _ = lc.compress(copy.deepcopy(net), "KMeans(bits=3, weights='fisher')", [images(8, i) for i in range(8)], loss=loss)
+        model, _ = lc.compress(
+            copy.deepcopy(net), "KMeans(bits=3, weights='fisher')", [images(8, i) for i in range(8)], loss=loss
+        )
         found.append(outputs(model))
     assert not torch.equal(*found)
 

@@ -10,13 +10,13 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from laconic.blocks import BlockModel, InMemory, find_chain
-from laconic.calibrate import Shelf, parameters_of, sampled_labels, survey, survey_whole, units, walk
+from laconic.disk.load import Checkpoint, build_skeleton
+from laconic.engine.statistics import Statistics
+from laconic.engine.walk import Shelf, parameters_of, sampled_labels, survey, survey_whole, units, walk
 from laconic.errors import CheckpointError
-from laconic.load import Checkpoint, build_skeleton
-from laconic.residence import Residence
-from laconic.sites import NONE, Slot, Stats, find_slots
-from laconic.statistics import Statistics
+from laconic.model.blocks import BlockModel, InMemory, find_chain
+from laconic.model.residence import Residence
+from laconic.model.sites import NONE, Slot, Stats, find_slots
 from tests.conftest import tiny_config
 
 SIZE = dict(vocab_size=320, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512)
@@ -58,7 +58,9 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 
 def batches(number: int = 2) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(1, 320, (2, 24), generator=generator), "use_cache": False} for _ in range(number)]
+    return [
+        {"input_ids": torch.randint(1, 320, (2, 24), generator=generator), "use_cache": False} for _ in range(number)
+    ]
 
 
 def blocks_of(model: nn.Module) -> BlockModel:
@@ -86,7 +88,12 @@ def test_every_matrix_of_a_block_is_a_site(model: nn.Module) -> None:
     found = {user for slot in slots for user in slot.users}
     for path, module in model.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
-            matrix = tensor.dim() == 2 and min(tensor.shape) > 1 and ("proj" in path or "attn" in path or "mlp" in path) and name == "weight"
+            matrix = (
+                tensor.dim() == 2
+                and min(tensor.shape) > 1
+                and ("proj" in path or "attn" in path or "mlp" in path)
+                and name == "weight"
+            )
             if matrix and not path.endswith(("gate", "router", "x_proj")):
                 assert (path, name) in found, f"{path}.{name} was not found"
     for slot in slots:
@@ -316,7 +323,9 @@ def test_the_survey_sees_the_gradients_of_the_whole_model(name: str) -> None:
             fisher[slot] += slot.view.matrix(parameters_of(model, [slot])[slot].grad).square() / len(single)  # type: ignore[arg-type]
     for slot in slots:
         if slot.role == "body" and slot.view.lead == 1:
-            assert torch.allclose(surveyed[slot].fisher, fisher[slot], rtol=1e-3, atol=1e-4 * float(fisher[slot].max())), slot.name  # type: ignore[arg-type]
+            assert torch.allclose(
+                surveyed[slot].fisher, fisher[slot], rtol=1e-3, atol=1e-4 * float(fisher[slot].max())
+            ), slot.name  # type: ignore[arg-type]
             assert (surveyed[slot].output > 0).any()  # type: ignore[operator]
 
 
@@ -365,7 +374,13 @@ def test_gradients_of_look_ups_count_for_the_rows_that_were_looked_up(rows: int,
 
 
 def test_a_whole_model_that_is_no_chain_is_seen_unit_by_unit() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)), nn.Flatten(), nn.Linear(4 * 16, 10))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)),
+        nn.Flatten(),
+        nn.Linear(4 * 16, 10),
+    )
     slots = find_slots(model)
     assert [(part, len(group)) for part, group in units(model, slots)] == [("0", 1), ("2.0", 1), ("2.1", 1), ("4", 1)]
     stage = survey_whole(
@@ -427,7 +442,11 @@ def test_a_skeleton_takes_no_memory_and_becomes_the_model_part_by_part(name: str
 
 def test_a_huge_skeleton_is_built_at_once() -> None:
     config = transformers.LlamaConfig(
-        hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8
+        hidden_size=16384,
+        intermediate_size=53248,
+        num_hidden_layers=126,
+        num_attention_heads=128,
+        num_key_value_heads=8,
     )
     config.architectures = ["LlamaForCausalLM"]
     skeleton = build_skeleton(config)

@@ -10,18 +10,23 @@ import torch
 from torch import Tensor, nn
 
 import laconic as lc
-from laconic import objectives as o
-from laconic import store
+from laconic.disk import store
 from laconic.errors import SearchError
-from laconic.profile import REST, count_macs, layers_table, per_layer, plain
-from laconic.timing import resized, side_by_side
+from laconic.measure import objectives as o
+from laconic.measure.layers import REST, count_macs, layers_table, per_layer, plain
+from laconic.measure.timing import resized, side_by_side
 from laconic.weights import Dense, LowRank, Permuted, Scaled, Shared, Sparse, Sum, Uniform, View, install
 
 
 def convolutions() -> nn.Sequential:
     """8 x 8 images: 4 filters padded; 6 filters of two groups, stride 2 (3 x 3); transposed to 6 x 6; linear."""
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, 2, groups=2), nn.ConvTranspose2d(6, 2, 2, 2), nn.Flatten(), nn.Linear(72, 5)
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, 2, groups=2),
+        nn.ConvTranspose2d(6, 2, 2, 2),
+        nn.Flatten(),
+        nn.Linear(72, 5),
     )
 
 
@@ -60,7 +65,11 @@ def test_zero_weights_make_no_macs() -> None:
 def test_recurrent_layers_by_hand() -> None:
     """Every weight once per time step; the paper's s_F of a block-sparse LSTM is the ratio of these."""
     model, ids = Recurrent(), torch.randint(0, 20, (3, 7))
-    assert count_macs(model, ids) == {"lstm": 7 * 2 * (2 * 8 * 32), "gru": 7 * 2 * (3 * 6 * 8 + 3 * 6 * 6), "decoder": 7 * 240}
+    assert count_macs(model, ids) == {
+        "lstm": 7 * 2 * (2 * 8 * 32),
+        "gru": 7 * 2 * (3 * 6 * 8 + 3 * 6 * 6),
+        "decoder": 7 * 240,
+    }
     with torch.no_grad():
         model.lstm.weight_hh_l1[:, 4:] = 0
     assert count_macs(model, ids)["lstm"] == 7 * (3 * 8 * 32 + 4 * 32)
@@ -196,7 +205,11 @@ def test_goals() -> None:
     made = candidate(nn.Linear(2, 2))
     goal = o.Maximize(lambda c: torch.tensor([3]), "three")
     assert (goal.name, goal.direction, goal(made)) == ("three", "maximize", 3.0)
-    assert (o.Minimize(o.latency).name, o.Maximize(o.throughput).name, o.Minimize(o.macs).name) == ("latency", "throughput", "macs")
+    assert (o.Minimize(o.latency).name, o.Maximize(o.throughput).name, o.Minimize(o.macs).name) == (
+        "latency",
+        "throughput",
+        "macs",
+    )
     with pytest.raises(SearchError, match="expected a number, got 'many'"):
         o.Maximize(lambda c: "many", "words")(made)  # type: ignore[arg-type, return-value]
     with pytest.raises(SearchError, match="expected a function of a Candidate"):
@@ -264,7 +277,9 @@ def test_side_by_side_measures_in_turn() -> None:
 
     first, second = side_by_side({"a": Spy(8, 4), "b": Spy(8, 2)}, torch.randn(6, 8), batch=4, repeats=4, warmup=1)
     turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    assert turns == ["4", "2", "4", "2", "4", "2", "4"], "warmed up one after the other, then a round 4 2, a round 2 4, and again"
+    assert turns == ["4", "2", "4", "2", "4", "2", "4"], (
+        "warmed up one after the other, then a round 4 2, a round 2 4, and again"
+    )
     assert (first["speedup"], first["speedup_quartiles"]) == (1.0, [1.0, 1.0])
     assert second["rounds"] == 4
     assert second["batch"] == 4
@@ -286,7 +301,7 @@ class Drifting:
 
 def test_measures_of_one_search_are_ratios_to_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Drifting()
-    monkeypatch.setattr("laconic.timing.time", clock)
+    monkeypatch.setattr("laconic.measure.timing.time", clock)
 
     class Work(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -298,7 +313,9 @@ def test_measures_of_one_search_are_ratios_to_the_original(monkeypatch: pytest.M
     early = o.Latency(repeats=1)(made)
     for goal, ratio in ((o.Maximize(o.Throughput(repeats=9)), 4.0), (o.Minimize(o.Latency(repeats=9)), 0.25)):
         assert [goal.beside(made, 10.0) for _ in range(3)] == pytest.approx([10 * ratio] * 3, rel=0.1)
-        assert goal.beside(o.Candidate(reference, reference, made.example, reference), 10.0) == pytest.approx(10, rel=0.1)
+        assert goal.beside(o.Candidate(reference, reference, made.example, reference), 10.0) == pytest.approx(
+            10, rel=0.1
+        )
     assert o.Latency(repeats=1)(made) > 2 * early, "the same network, a slower machine"
     assert o.Minimize(o.parameters).beside(made, 10.0) == 18, "what does not depend on the machine is what it is"
 
@@ -328,5 +345,15 @@ def test_layers_before_and_after() -> None:
         after[0].weight[2:] = 0
     after[5] = nn.Identity()
     rows = {row["name"]: row for row in layers_table(before, after, torch.randn(2, 3, 8, 8), repeats=1)}
-    assert (rows["0"]["entries_before"], rows["0"]["nonzero"], rows["0"]["macs_before"], rows["0"]["macs_after"]) == (108, 54, 6912, 3456)
-    assert (rows["5"]["entries_before"], rows["5"]["entries_after"], rows["5"]["macs_after"], rows["5"]["ms_after"]) == (360, 0, 0, 0)
+    assert (rows["0"]["entries_before"], rows["0"]["nonzero"], rows["0"]["macs_before"], rows["0"]["macs_after"]) == (
+        108,
+        54,
+        6912,
+        3456,
+    )
+    assert (
+        rows["5"]["entries_before"],
+        rows["5"]["entries_after"],
+        rows["5"]["macs_after"],
+        rows["5"]["ms_after"],
+    ) == (360, 0, 0, 0)

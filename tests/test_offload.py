@@ -57,7 +57,12 @@ def test_table_1(marshal: bool, held: int) -> None:
     x0 = torch.rand(1024, 1024).requires_grad_()
     with offload_saved(marshal=marshal, copy=True) as saved:
         loss = Keep2.apply(x0, x0.view(-1, 1))
-        assert (saved.saves, saved.saved_bytes, saved.alive_bytes, saved.copied_bytes) == (2, 8 * MB, held * MB, held * MB)
+        assert (saved.saves, saved.saved_bytes, saved.alive_bytes, saved.copied_bytes) == (
+            2,
+            8 * MB,
+            held * MB,
+            held * MB,
+        )
         assert saved.hits == (1 if marshal else 0)
     loss.backward()
     del loss
@@ -106,7 +111,9 @@ def walked(loss, hops: int) -> int:
     def pack(t: Tensor) -> Tensor:
         nonlocal held
         own = chain(t)
-        near = any(a == b and i + j <= hops for other, _ in chains for i, a in enumerate(own) for j, b in enumerate(other))
+        near = any(
+            a == b and i + j <= hops for other, _ in chains for i, a in enumerate(own) for j, b in enumerate(other)
+        )
         if not near:
             chains.append((own, t))
             held += t.nbytes
@@ -138,7 +145,9 @@ def test_parts_of_a_storage() -> None:
 
     def loss() -> Tensor:
         y = base * 1
-        return (y[:200].exp().log() + y[100:300].square() + y[0].expand(200) * y[50:250]).sum() + (y.view(10, 100)[:, :3] ** 2).sum()
+        return (y[:200].exp().log() + y[100:300].square() + y[0].expand(200) * y[50:250]).sum() + (
+            y.view(10, 100)[:, :3] ** 2
+        ).sum()
 
     reference = list(torch.autograd.grad(loss(), [base]))
     for way in WAYS:
@@ -164,7 +173,12 @@ class Attention(nn.Module):
 class Convolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.norm, self.b, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=2), nn.Linear(8, 5)
+        self.a, self.norm, self.b, self.head = (
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 8, 3, groups=2),
+            nn.Linear(8, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu_(self.norm(self.a(x)))
@@ -192,7 +206,9 @@ def test_gradients_are_bit_equal(kind: str, way: dict[str, bool]) -> None:
         "checkpoint": lambda: Checkpointed(False),
         "reentrant": lambda: Checkpointed(True),
     }[kind]()
-    x = {"attention": torch.randint(50, (2, 9)), "convolutions": torch.randn(3, 3, 10, 10)}.get(kind, torch.randn(7, 16))
+    x = {"attention": torch.randint(50, (2, 9)), "convolutions": torch.randn(3, 3, 10, 10)}.get(
+        kind, torch.randn(7, 16)
+    )
 
     def step(**options) -> tuple[list[Tensor], Saved | None]:
         torch.manual_seed(1)
@@ -356,7 +372,9 @@ def test_weights_of_one_size_are_ranked_once_each(monkeypatch: pytest.MonkeyPatc
     noise = torch.rand(64, 48).requires_grad_()
 
     def loss() -> Tensor:
-        return sum(dkm_loss(w, c) for w, c in layers) + noise.exp().sum()  # the exponential could be a row map of any, and is of none
+        return (
+            sum(dkm_loss(w, c) for w, c in layers) + noise.exp().sum()
+        )  # the exponential could be a row map of any, and is of none
 
     expected, _ = gradients(loss, weights)
     for options in (dict(unique=True), dict(unique=True, copy=True)):
@@ -392,7 +410,9 @@ def test_weights_without_entries_have_no_rows() -> None:
     w, c = clustered()
     nothing = torch.zeros(0, 8).bfloat16()
     expected, _ = gradients(lambda: dkm_loss(w, c), [w])
-    found, saved = gradients(lambda: dkm_loss(w, c), [w], weights=[nothing, w], unique=True, keep=[nothing, torch.zeros(2, 2).to_sparse()])
+    found, saved = gradients(
+        lambda: dkm_loss(w, c), [w], weights=[nothing, w], unique=True, keep=[nothing, torch.zeros(2, 2).to_sparse()]
+    )
     assert equal(found, expected)
     assert saved.maps >= 8
 
@@ -402,7 +422,9 @@ def _learner(rank: int, file: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     try:
         w, c = clustered()
-        mine = torch.randn(64 * 48, generator=torch.Generator().manual_seed(rank))  # differs between learners, though of the map's shape
+        mine = torch.randn(
+            64 * 48, generator=torch.Generator().manual_seed(rank)
+        )  # differs between learners, though of the map's shape
 
         def loss() -> Tensor:
             return dkm_loss(w, c) + (w.reshape(-1) * mine).exp().sum()
@@ -413,13 +435,17 @@ def _learner(rank: int, file: str) -> None:
             found, saved = gradients(loss, [w], weights=[w], unique=unique, shard=dist.group.WORLD, copy=True)
             assert equal(found, list(expected))
             assert saved.shards >= 8
-            _, shared = gradients(lambda: dkm_loss(w, c), [w], weights=[w], unique=unique, shard=dist.group.WORLD, copy=True)
+            _, shared = gradients(
+                lambda: dkm_loss(w, c), [w], weights=[w], unique=unique, shard=dist.group.WORLD, copy=True
+            )
             rest = 3 * 4 * 64 * 48 + 4096  # of the loss: no row maps, held whole
             assert alone.peak_bytes / 2 <= shared.peak_bytes <= (alone.peak_bytes + rest) / 2
             assert shared.alive_bytes == 0
         apart = clustered(rank)[0]  # learners that do not agree
         expected = torch.autograd.grad(dkm_loss(apart, c), [apart])
-        found, saved = gradients(lambda: dkm_loss(apart, c), [apart], weights=[apart], unique=True, shard=dist.group.WORLD)
+        found, saved = gradients(
+            lambda: dkm_loss(apart, c), [apart], weights=[apart], unique=True, shard=dist.group.WORLD
+        )
         assert equal(found, list(expected))
         assert saved.maps >= 8
         assert saved.shards == 0

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import laconic as lc
+from laconic.disk.store import MANIFEST, Compressed
 from laconic.errors import CheckpointError, DataError, OutputError, SchemeError, VerificationError
-from laconic.evaluate import evaluate_source
+from laconic.measure.quality import evaluate_source
 from laconic.pipeline import Options, compress_directory
-from laconic.scheme import parse
-from laconic.store import MANIFEST, Compressed
+from laconic.scheme.text import parse
 from tests.conftest import tiny_config
 from tests.processes import THREADS
 
@@ -66,7 +66,9 @@ def test_what_is_stored_is_what_is_reported(scheme: str, tiny: Path, text: Path,
     with torch.no_grad():
         logits = theirs(input_ids=_tokens(out, text, 32, 512)).logits[:, :-1].log_softmax(-1)
     targets = _tokens(out, text, 32, 512)[:, 1:]
-    assert measured["nats_per_token"] == pytest.approx(float(-logits.gather(-1, targets.unsqueeze(-1)).mean()), abs=1e-4)
+    assert measured["nats_per_token"] == pytest.approx(
+        float(-logits.gather(-1, targets.unsqueeze(-1)).mean()), abs=1e-4
+    )
     # what was not compressed is the original's, bit for bit
     original = load_file(tiny / "model.safetensors")
     for name, tensor in stored.files.tensors.items():
@@ -76,7 +78,9 @@ def test_what_is_stored_is_what_is_reported(scheme: str, tiny: Path, text: Path,
 
 
 def _tokens(model: Path, text: Path, length: int, tokens: int) -> torch.Tensor:
-    ids = transformers.AutoTokenizer.from_pretrained(model)(text.read_text(), add_special_tokens=False)["input_ids"][:tokens]
+    ids = transformers.AutoTokenizer.from_pretrained(model)(text.read_text(), add_special_tokens=False)["input_ids"][
+        :tokens
+    ]
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
@@ -91,7 +95,9 @@ def test_the_report_says_it_all(compressed: tuple[Path, lc.Report]) -> None:
     assert m["kl"] > 0
     assert m["kl_interval"][0] <= m["kl"] <= m["kl_interval"][1]
     assert 0 < m["top1"] <= 1
-    assert m["excess"] == pytest.approx(m["nats_per_token"] - float(torch.log(torch.tensor(m["reference_perplexity"]))), abs=1e-5)
+    assert m["excess"] == pytest.approx(
+        m["nats_per_token"] - float(torch.log(torch.tensor(m["reference_perplexity"]))), abs=1e-5
+    )
     assert [s["model"] for s in stored["samples"]] == ["prompt", "original", "compressed"]
     assert stored["versions"]["torch"]
     assert stored["peak_memory"]["actual"] > 0
@@ -138,9 +144,9 @@ def test_the_same_seed_gives_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
 KILLED = """
 import sys, os, signal
 from pathlib import Path
-from laconic import assemble, files
+from laconic.disk import assemble, files
 from laconic.pipeline import Options, compress_directory
-from laconic.scheme import parse
+from laconic.scheme.text import parse
 out, source, text, at = sys.argv[1:5]
 count = 0
 settle = files.settle
@@ -151,7 +157,7 @@ def dying(temporary, file):
         os.kill(os.getpid(), signal.SIGKILL)
     settle(temporary, file)
 files.settle = assemble.settle = dying
-from laconic.calibrate import Shelf
+from laconic.engine.walk import Shelf
 put = Shelf.put
 def shelved(self, key, tensors):
     global count
@@ -170,7 +176,9 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(tiny: Path, text: Pat
 
     def child(out: Path, at: int) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", KILLED, str(out), str(tiny), str(text), str(at)]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)}, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)}, check=False
+        )
 
     whole = child(tmp_path / "whole", 10**9)
     assert whole.returncode == 0, whole.stderr
@@ -192,21 +200,42 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(tiny: Path, text: Pat
 def test_a_killed_process_from_outside(tiny: Path, text: Path, tmp_path: Path) -> None:
     """The command line itself, killed by the clock wherever it happens to be, then run again with --resume."""
     environment = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
-    base = [sys.executable, "-m", "laconic", "compress", str(tiny), "--scheme", "GPTQ(bits=3, group=32)", "--data", str(text), "--samples", "8"]
+    base = [
+        sys.executable,
+        "-m",
+        "laconic",
+        "compress",
+        str(tiny),
+        "--scheme",
+        "GPTQ(bits=3, group=32)",
+        "--data",
+        str(text),
+        "--samples",
+        "8",
+    ]
     base += ["--length", "32", "--test-tokens", "256", "--json"]
     subprocess.run([*base, "--out", str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
-    process = subprocess.Popen([*base, "--out", str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*base, "--out", str(tmp_path / "killed")],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not list((tmp_path / "killed").glob(".laconic/part-*")) and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     process.wait()
-    subprocess.run([*base, "--out", str(tmp_path / "killed"), "--resume"], env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [*base, "--out", str(tmp_path / "killed"), "--resume"], env=environment, check=True, capture_output=True
+    )
     for file in ("model.safetensors", MANIFEST):
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
-def test_a_full_disk_keeps_what_is_finished(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import laconic.run as run_module
+def test_a_full_disk_keeps_what_is_finished(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import laconic.disk.output as run_module
 
     writes = []
     original = run_module.atomically
@@ -228,7 +257,9 @@ def test_a_full_disk_keeps_what_is_finished(tiny: Path, text: Path, tmp_path: Pa
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
-def test_another_runs_directory_is_left_alone(compressed: tuple[Path, lc.Report], tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_another_runs_directory_is_left_alone(
+    compressed: tuple[Path, lc.Report], tiny: Path, text: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(compressed[0], out)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -251,7 +282,9 @@ def test_somebody_elses_files_are_never_removed(tiny: Path, tmp_path: Path) -> N
     assert (tmp_path / "source" / "model.safetensors").stat().st_size == (tiny / "model.safetensors").stat().st_size
 
 
-def test_an_unfinished_run_is_continued_by_itself_only(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_run_is_continued_by_itself_only(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import laconic.pipeline as pipeline
 
     out = tmp_path / "out"
@@ -327,7 +360,9 @@ def test_missing_and_truncated_files(tiny: Path, tmp_path: Path) -> None:
     (copy / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(CheckpointError, match="pickle, which is never read"):
         run(copy, "RTN(bits=4, group=32)", tmp_path / "out")
-    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    (copy / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+    )
     with pytest.raises(CheckpointError, match="model-00001-of-00002.safetensors: no such file"):
         run(copy, "RTN(bits=4, group=32)", tmp_path / "out")
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
@@ -343,7 +378,9 @@ def test_a_config_of_other_shapes(tiny: Path, tmp_path: Path) -> None:
     copy = broken(tiny, tmp_path)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
-    with pytest.raises(CheckpointError, match=r"mlp.gate_proj.weight is stored with shape \(96, 64\), the config asks for \(128, 64\)"):
+    with pytest.raises(
+        CheckpointError, match=r"mlp.gate_proj.weight is stored with shape \(96, 64\), the config asks for \(128, 64\)"
+    ):
         run(copy, "RTN(bits=4, group=32)", tmp_path / "out")
     (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     with pytest.raises(CheckpointError, match=r"asks for model.layers.3.* not stored"):
@@ -358,7 +395,9 @@ def test_weights_that_are_not_finite_are_named_or_left_alone(tiny: Path, text: P
     tensors = load_file(copy / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"NaN or infinity in model.layers.1.mlp.up_proj.weight; pass --skip-nonfinite"):
+    with pytest.raises(
+        CheckpointError, match=r"NaN or infinity in model.layers.1.mlp.up_proj.weight; pass --skip-nonfinite"
+    ):
         run(copy, "RTN(bits=4, group=32)", tmp_path / "out", data=str(text))
     report = run(copy, "RTN(bits=4, group=32)", tmp_path / "out", data=str(text), skip_nonfinite=True, evaluate=False)
     assert "model.layers.1.mlp.up_proj" not in {site["name"] for site in report.sites}
@@ -372,7 +411,9 @@ def test_weights_stored_in_8_bits_are_refused_by_name(dtype: torch.dtype, tiny: 
     tensors = load_file(copy / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(dtype)
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"layers.0.mlp.up_proj.weight is stored as (I8|F8_E4M3); expected float32"):
+    with pytest.raises(
+        CheckpointError, match=r"layers.0.mlp.up_proj.weight is stored as (I8|F8_E4M3); expected float32"
+    ):
         run(copy, "RTN(bits=4, group=32)", tmp_path / "out")
 
 
@@ -387,7 +428,9 @@ def test_remote_code_is_never_run_unasked(tiny: Path, tmp_path: Path) -> None:
     assert not witness.exists()
 
 
-def test_what_is_compressed_or_quantized_already_is_refused(compressed: tuple[Path, lc.Report], tiny: Path, tmp_path: Path) -> None:
+def test_what_is_compressed_or_quantized_already_is_refused(
+    compressed: tuple[Path, lc.Report], tiny: Path, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match="already compressed by laconic"):
         run(compressed[0], "RTN(bits=4, group=32)", tmp_path / "out")
     copy = broken(tiny, tmp_path)
@@ -398,8 +441,8 @@ def test_what_is_compressed_or_quantized_already_is_refused(compressed: tuple[Pa
 
 
 def test_a_model_without_a_matrix_is_refused(tiny: Path, tmp_path: Path) -> None:
-    from laconic.choice import resolve
-    from laconic.sites import find_slots
+    from laconic.engine.choice import resolve
+    from laconic.model.sites import find_slots
 
     with pytest.raises(SchemeError, match="no linear, convolution or embedding layer"):
         resolve(parse("RTN()"), find_slots(torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.ReLU())))
@@ -418,13 +461,22 @@ def test_short_data_fails_before_anything_is_written(tiny: Path, tmp_path: Path)
 
 
 LIES: dict[str, tuple[Any, str]] = {
-    "another shape": (lambda m: m["specs"][0].update(shape=[64, 128]), "asks for|should be|does not describe|damaged|need"),
+    "another shape": (
+        lambda m: m["specs"][0].update(shape=[64, 128]),
+        "asks for|should be|does not describe|damaged|need",
+    ),
     "absurd shape": (lambda m: m["specs"][0].update(shape=[2**30, 2**30]), "asks for|positive|damaged|does not"),
     "negative shape": (lambda m: m["specs"][0].update(shape=[-1, 64]), "two positive integers"),
-    "huge inner part": (lambda m: m["specs"][0].update(scale={"kind": "dense", "shape": [2**20, 2**20], "dtype": "float32"}), "damaged"),
+    "huge inner part": (
+        lambda m: m["specs"][0].update(scale={"kind": "dense", "shape": [2**20, 2**20], "dtype": "float32"}),
+        "damaged",
+    ),
     "unknown kind": (lambda m: m["specs"][0].update(kind="pickle"), "unknown kind"),
     "spec that is not there": (lambda m: m["weights"].update({next(iter(m["weights"])): 99}), "do not refer"),
-    "weight that is not there": (lambda m: m["weights"].update({"model.layers.9.mlp.up_proj.weight": 0}), "does not have|lacks"),
+    "weight that is not there": (
+        lambda m: m["weights"].update({"model.layers.9.mlp.up_proj.weight": 0}),
+        "does not have|lacks",
+    ),
     "newer schema": (lambda m: m.update(schema=99), "schema 99"),
     "another format": (lambda m: m.update(format="gguf"), "damaged"),
     "no specs": (lambda m: m.pop("specs"), "damaged"),
@@ -456,9 +508,11 @@ def test_damaged_weights_are_found_when_they_are_read(compressed: tuple[Path, lc
         lc.load(out)
 
 
-def test_verification_notices_a_wrong_byte(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verification_notices_a_wrong_byte(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A fault between computing and writing is caught by reading back, not by a user."""
-    import laconic.passes as passes
+    import laconic.engine.passes as passes
 
     original = passes.pack_weights
 
@@ -482,7 +536,9 @@ def test_experts_are_all_covered_or_listed(tmp_path: Path, tokenizer: Any, text:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.Qwen3MoeForCausalLM(config)
-    for layer in model.model.layers:  # of two opposite rows one has a positive score, so an expert with the score 0 is never among the best two
+    for layer in (
+        model.model.layers
+    ):  # of two opposite rows one has a positive score, so an expert with the score 0 is never among the best two
         layer.mlp.gate.weight.data[3] = 0
         layer.mlp.gate.weight.data[[4, 5]] = -layer.mlp.gate.weight.data[[0, 1]]
     model.to(torch.bfloat16).save_pretrained(tmp_path / "moe")
@@ -513,11 +569,15 @@ def test_tensors_no_module_uses_are_carried_over(tiny: Path, text: Path, tmp_pat
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     report = run(copy, "RTN(bits=4, group=32)", tmp_path / "out", data=str(text), evaluate=False)
     assert report["unused"] == ["mtp.layers.0.weight"]
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["mtp.layers.0.weight"], tensors["mtp.layers.0.weight"])
+    assert torch.equal(
+        load_file(tmp_path / "out" / "model.safetensors")["mtp.layers.0.weight"], tensors["mtp.layers.0.weight"]
+    )
 
 
-def test_large_models_are_sharded_and_read_back(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laconic.assemble._SHARD", 20_000)
+def test_large_models_are_sharded_and_read_back(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("laconic.disk.assemble._SHARD", 20_000)
     run(tiny, "RTN(bits=4, group=32)", tmp_path / "out", data=str(text), evaluate=False)
     shards = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 3
@@ -539,18 +599,30 @@ def test_a_sharded_original_is_read(tiny: Path, text: Path, tmp_path: Path) -> N
 
 def test_only_one_block_is_in_memory_at_a_time(tmp_path: Path, tokenizer: Any) -> None:
     """Peak memory is counted in a process of its own: a model of 24 blocks and 190 MB adds a few blocks' worth, not itself."""
-    config = tiny_config(hidden_size=512, intermediate_size=1536, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=8, head_dim=64)
+    config = tiny_config(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+    )
     transformers.LlamaForCausalLM(config).to(torch.float32).save_pretrained(tmp_path / "deep")
     tokenizer.save_pretrained(tmp_path / "deep")
     size = (tmp_path / "deep" / "model.safetensors").stat().st_size
     assert size > 300e6
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
-        "from laconic.pipeline import *; from laconic.progress import peak_memory\n"
-        "import laconic.report\n"
+        "from laconic.pipeline import *; from laconic.host.progress import peak_memory\n"
+        "import laconic.show.page\n"
         "before = peak_memory()\n"
         "compress_directory(sys.argv[1], parse('RTN(bits=4)'), sys.argv[2], Options(evaluate=False))\n"
         "print(peak_memory() - before)"
     )
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "deep"), str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "deep"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert int(result.stdout.split()[-1]) < 0.3 * size

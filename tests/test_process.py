@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import laconic as lc
-from laconic.threads import SETTINGS, quota
+from laconic.host.threads import SETTINGS, quota
 
 PLAN = ["compress", "model", "--plan", "plan.py", "--out", "out", "--json"]
-PREPARED = "import sys; sys.argv[0] = 'laconic'; from laconic.start import main; "
+PREPARED = "import sys; sys.argv[0] = 'laconic'; from laconic.command.start import main; "
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,9 @@ def small(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*words: object, program: str = PREPARED + "main()", **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", program, *map(str, words)], text=True, check=False, stderr=subprocess.PIPE, **options)
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, words)], text=True, check=False, stderr=subprocess.PIPE, **options
+    )
 
 
 def test_a_reader_that_goes_away() -> None:
@@ -48,10 +50,18 @@ def test_a_full_disk_behind_stdout() -> None:
 
 
 def test_a_log_on_a_full_disk_ends_no_work(small: Path) -> None:
-    program = PREPARED + "import laconic.inspect as i; from laconic.commands import note; read = i.inspect_directory\n"
+    program = (
+        PREPARED
+        + "import laconic.show.inspect as i; from laconic.command.commands import note; read = i.inspect_directory\n"
+    )
     program += "i.inspect_directory = lambda *a, **k: note('x' * 9999) or read(*a, **k)\nmain()"
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run([sys.executable, "-c", program, "inspect", str(small), "--json"], stdout=subprocess.PIPE, stderr=full, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", program, "inspect", str(small), "--json"],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            check=False,
+        )
     assert json.loads(done.stdout)["weights"]
     assert done.returncode == 0
 
@@ -67,7 +77,12 @@ def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_terminal_that_knows_ascii_only(tmp_path: Path, small: Path) -> None:
     (tmp_path / "mødel").symlink_to(small)
-    environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = os.environ | {
+        "LC_ALL": "C",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }
     done = run("inspect", tmp_path / "mødel", env=environment, stdout=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()
@@ -75,7 +90,7 @@ def test_a_terminal_that_knows_ascii_only(tmp_path: Path, small: Path) -> None:
 
 
 def test_our_own_error_asks_to_be_reported(small: Path) -> None:
-    broken = PREPARED + "import laconic.inspect as i; i.read_header = 3; main()"
+    broken = PREPARED + "import laconic.show.inspect as i; i.read_header = 3; main()"
     done = run("inspect", small, program=broken, stdout=subprocess.PIPE)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -100,7 +115,10 @@ main()
 )
 
 
-@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted; nothing was begun"), (signal.SIGTERM, "told to end; nothing was begun")])
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGINT, "interrupted; nothing was begun"), (signal.SIGTERM, "told to end; nothing was begun")],
+)
 def test_a_signal_while_pytorch_is_imported(number: signal.Signals, said: str) -> None:
     done = run("inspect", "nothing", int(number), program=STARTING, stdout=subprocess.PIPE)
     assert done.returncode == 128 + number
@@ -119,7 +137,9 @@ finally:
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["term", "twice"])
-def test_a_signal_while_a_plan_runs(numbers: list[signal.Signals], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_a_plan_runs(
+    numbers: list[signal.Signals], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.py").write_text(WAITING)
     words = [sys.executable, "-c", PREPARED + "main()", *PLAN]
@@ -141,7 +161,7 @@ def test_a_signal_while_a_plan_runs(numbers: list[signal.Signals], tmp_path: Pat
 
 WORKER = """
 import multiprocessing, signal, time
-from laconic.start import _hold_signals, release_signals
+from laconic.command.start import _hold_signals, release_signals
 
 def work(pipe):
     pipe.send("here")
@@ -168,7 +188,7 @@ def test_a_worker_is_ended_without_a_word() -> None:
 
 WAITS = """
 import os, sys
-from laconic.threads import wait_asleep
+from laconic.host.threads import wait_asleep
 wait_asleep()
 print({name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")})
 assert "torch" not in sys.modules
@@ -182,12 +202,22 @@ def test_threads_wait_asleep_unless_the_user_says_otherwise() -> None:
         assert done.returncode == 0, done.stderr
         assert f"'OMP_WAIT_POLICY': {policy!r}" in done.stdout
     library = "import os, laconic; laconic.parse('RTN'); print(os.environ.get('OMP_WAIT_POLICY'))"
-    assert run(program=library, env=bare, stdout=subprocess.PIPE).stdout == "None\n", "a library does not change a program's environment"
+    assert run(program=library, env=bare, stdout=subprocess.PIPE).stdout == "None\n", (
+        "a library does not change a program's environment"
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "cores"),
-    [("max 100000", None), ("200000 100000", 2), ("50000 100000", 1), ("350000 100000", 3), ("", None), ("a b", None), ("1 0", None)],
+    [
+        ("max 100000", None),
+        ("200000 100000", 2),
+        ("50000 100000", 1),
+        ("350000 100000", 3),
+        ("", None),
+        ("a b", None),
+        ("1 0", None),
+    ],
 )
 def test_the_cores_of_a_container(content: str, cores: int | None, tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text(content)

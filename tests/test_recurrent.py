@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import laconic as lc
-from laconic.calibrate import random_projection
-from laconic.sites import Slot, Stats, find_slots
-from laconic.statistics import Statistics
+from laconic.engine.statistics import Statistics
+from laconic.engine.walk import random_projection
+from laconic.model.sites import Slot, Stats, find_slots
 from laconic.weights.install import bake, installed
 
 
@@ -45,7 +45,11 @@ def build(kind: str) -> tuple[nn.Module, list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = Attention() if kind == "attention" else Words(*kind.split("-")[:1], **({"bidirectional": True} if "-" in kind else {}))
+        net = (
+            Attention()
+            if kind == "attention"
+            else Words(*kind.split("-")[:1], **({"bidirectional": True} if "-" in kind else {}))
+        )
     if kind == "attention":
         return net.eval(), [torch.randn(4, 7, 32, generator=generator) for _ in range(4)]
     return net.eval(), [torch.randint(50, (4, 9), generator=generator) for _ in range(4)]
@@ -84,7 +88,9 @@ def test_compressed_they_run_on_their_stored_weights(kind: str, scheme: str, tmp
     with torch.no_grad():
         for slot in find_slots(plain):  # the same network, with what the weights decode to
             if slot.parameter in installed(net):
-                getattr(plain.get_submodule(slot.users[0][0]), slot.users[0][1]).copy_(slot.view.restore(installed(net)[slot.parameter]()))
+                getattr(plain.get_submodule(slot.users[0][0]), slot.users[0][1]).copy_(
+                    slot.view.restore(installed(net)[slot.parameter]())
+                )
         expected = plain(batches[0])
         after = net(batches[0])
     assert torch.equal(after, expected)
@@ -105,7 +111,9 @@ def test_compressed_they_run_on_their_stored_weights(kind: str, scheme: str, tmp
 def test_gradients_of_fused_weights_are_those_of_autograd(kind: str) -> None:
     net, batches = build(kind)
     slots = [slot for slot in find_slots(net) if slot.role == "body"]
-    parameters: dict[Slot, nn.Parameter] = {slot: getattr(net.get_submodule(slot.users[0][0]), slot.users[0][1]) for slot in slots}
+    parameters: dict[Slot, nn.Parameter] = {
+        slot: getattr(net.get_submodule(slot.users[0][0]), slot.users[0][1]) for slot in slots
+    }
     random_projection(net(batches[0]), torch.Generator().manual_seed(1)).backward()
     expected = {slot: slot.view.matrix(parameter.grad).square() for slot, parameter in parameters.items()}  # type: ignore[arg-type]
     net.zero_grad()

@@ -12,11 +12,27 @@ import pytest
 import torch
 
 import laconic as lc
-from laconic.report import by_class, human_bytes, render
-from laconic.store import stored_bytes
+from laconic.disk.store import stored_bytes
+from laconic.engine.report import by_class
+from laconic.host.units import human_bytes
+from laconic.show.page import render
 from tests.processes import PATIENCE
 
-FIELDS = ("source", "scheme", "command", "note", "data", "metrics data", "name", "alias", "method", "kind", "site note", "speaker", "sample")
+FIELDS = (
+    "source",
+    "scheme",
+    "command",
+    "note",
+    "data",
+    "metrics data",
+    "name",
+    "alias",
+    "method",
+    "kind",
+    "site note",
+    "speaker",
+    "sample",
+)
 
 
 def hostile(field: str) -> str:
@@ -86,9 +102,15 @@ def hostile_report(made: Path) -> lc.Report:
     values |= {name: hostile(name) for name in ("source", "scheme", "command")} | {"notes": [hostile("note")]}
     values["samples"] = [{"model": hostile("speaker"), "text": hostile("sample")}]
     values["data"]["source"], values["metrics"]["data"] = hostile("data"), hostile("metrics data")
-    site = {name: hostile(name) for name in ("name", "method", "kind")} | {"aliases": [hostile("alias")], "notes": [hostile("site note")]}
+    site = {name: hostile(name) for name in ("name", "method", "kind")} | {
+        "aliases": [hostile("alias")],
+        "notes": [hostile("site note")],
+    }
     values["sites"][0] |= site | {"error": 1e9}  # the worst, so that it is shown twice
-    values["sites"][1] |= {"name": "model.layers.0.$\\fracture{$", "error": 0.0}  # mathematics that a plot must not typeset
+    values["sites"][1] |= {
+        "name": "model.layers.0.$\\fracture{$",
+        "error": 0.0,
+    }  # mathematics that a plot must not typeset
     return lc.Report(values)
 
 
@@ -104,7 +126,10 @@ def test_the_page_needs_nothing_else(made: Path) -> None:
     assert re.findall(r"url\((?!#)[^)]*\)", html) == []
     assert "@import" not in html
     assert {"table", "svg", "style"} <= {tag for tag, _ in page.tags}
-    assert set(re.findall(r"https?://[\w./-]+", html)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, "names, never fetched"
+    assert set(re.findall(r"https?://[\w./-]+", html)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }, "names, never fetched"
 
 
 def test_the_page_shows_the_figures_of_the_json(made: Path) -> None:
@@ -113,7 +138,10 @@ def test_the_page_shows_the_figures_of_the_json(made: Path) -> None:
     size = [human_bytes(values["original_bytes"]), human_bytes(stored_bytes(made))]
     assert page.row("files of weights")[1:3] == size
     bits = page.row(f"bits per weight, all {values['parameters']:,} parameters")
-    assert bits[1:3] == [f"{8 * values['original_bytes'] / values['parameters']:.3f}", f"{values['bits_per_weight']:.3f}"]
+    assert bits[1:3] == [
+        f"{8 * values['original_bytes'] / values['parameters']:.3f}",
+        f"{values['bits_per_weight']:.3f}",
+    ]
     assert page.row(f"perplexity on {m['data']}")[1:3] == [f"{m['reference_perplexity']:.3f}", f"{m['perplexity']:.3f}"]
     assert page.row("KL(original || stored), nats per token")[2] == f"{m['kl']:.4g}"
     assert page.row("same most likely token")[2] == f"{100 * m['top1']:.2f} %"
@@ -146,7 +174,10 @@ def test_hostile_text_is_shown_and_does_nothing(made: Path) -> None:
 
 
 def browser() -> str:
-    found = next((path for name in ("chromium", "google-chrome", "chromium-browser", "chrome") if (path := shutil.which(name))), None)
+    found = next(
+        (path for name in ("chromium", "google-chrome", "chromium-browser", "chrome") if (path := shutil.which(name))),
+        None,
+    )
     if found is None:
         pytest.skip("no chromium or google-chrome on PATH")
     return found
@@ -154,14 +185,26 @@ def browser() -> str:
 
 def dump_dom(page: Path, profile: Path) -> str:
     """The page's DOM after a real browser has read it and run whatever would run."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={profile}", "--dump-dom"]
-    result = subprocess.run([browser(), *flags, page.as_uri()], capture_output=True, text=True, check=True, timeout=PATIENCE)
+    result = subprocess.run(
+        [browser(), *flags, page.as_uri()], capture_output=True, text=True, check=True, timeout=PATIENCE
+    )
     return result.stdout
 
 
 def test_a_browser_shows_the_rows(made: Path, tmp_path: Path) -> None:
-    shown, written = Page(dump_dom(made / "report.html", tmp_path / "profile")), Page((made / "report.html").read_text())
+    shown, written = (
+        Page(dump_dom(made / "report.html", tmp_path / "profile")),
+        Page((made / "report.html").read_text()),
+    )
     assert len(shown.table("stored as")) == 22
     assert shown.tables == written.tables
     assert sum(tag == "svg" for tag, _ in shown.tags) == 1
@@ -179,8 +222,13 @@ def test_a_browser_runs_nothing_of_a_hostile_report(made: Path, tmp_path: Path) 
 
 def test_the_page_of_a_module_in_memory() -> None:
     """There is no file yet and nothing was measured: the page shows the expected size and every site, and invents nothing."""
-    _, report = lc.compress(torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)), "RTN(4, 'channel')")
+    _, report = lc.compress(
+        torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)), "RTN(4, 'channel')"
+    )
     page = Page(render(report))
-    assert page.row("files of weights")[1:3] == [human_bytes(report["original_bytes"]), human_bytes(report["expected_bytes"])]
+    assert page.row("files of weights")[1:3] == [
+        human_bytes(report["original_bytes"]),
+        human_bytes(report["expected_bytes"]),
+    ]
     assert [row[0] for row in page.table("stored as")] == ["0", "2"]
     assert "perplexity" not in "".join(page.text).lower()

@@ -7,18 +7,23 @@ from pathlib import Path
 import pytest
 import transformers
 
-from laconic.choice import resolve
+from laconic.disk.load import build_skeleton
+from laconic.engine.choice import resolve
 from laconic.errors import SchemeError
-from laconic.load import build_skeleton
 from laconic.methods.base import Keep, Method
 from laconic.methods.gptq import GPTQ
 from laconic.methods.rtn import RTN
-from laconic.scheme import describe, known_methods, load_plan, parse
-from laconic.sites import Slot, find_slots
+from laconic.model.sites import Slot, find_slots
+from laconic.scheme.text import describe, known_methods, load_plan, parse
 from laconic.weights import View
 
 SLOTS = [
-    Slot("model.embed_tokens", (("model.embed_tokens", "weight"), ("lm_head", "weight")), View((320, 64)), role="embedding"),
+    Slot(
+        "model.embed_tokens",
+        (("model.embed_tokens", "weight"), ("lm_head", "weight")),
+        View((320, 64)),
+        role="embedding",
+    ),
     *(
         Slot(f"model.layers.{i}.mlp.{kind}_proj", ((f"model.layers.{i}.mlp.{kind}_proj", "weight"),), View(shape))
         for i in range(3)
@@ -100,7 +105,10 @@ def test_functions_decide_by_what_a_site_is() -> None:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ("[('*.dwn_proj', RTN(4, 32)), ('*', Keep())]", r"rule 1 \('\*.dwn_proj'\) matches no site; did you mean '\*.down_proj'"),
+        (
+            "[('*.dwn_proj', RTN(4, 32)), ('*', Keep())]",
+            r"rule 1 \('\*.dwn_proj'\) matches no site; did you mean '\*.down_proj'",
+        ),
         ("[(columns > 5000, RTN(4, 32)), ('*', Keep())]", r"rule 1 \('columns > 5000'\) matches no site"),
         ("[('*.down_proj', RTN(4, 32))]", "model.embed_tokens: no rule of the plan matches it"),
         ("[('*', RTN(4, group=0))]", "model.embed_tokens: Uniform: group must be a number of columns"),
@@ -203,7 +211,9 @@ def _mangled(count: int) -> list[str]:
         letters = list(good[i % len(good)])
         for _ in range(chosen.randint(1, 6)):
             at = chosen.randrange(len(letters))
-            letters[at : at + chosen.randint(0, 3)] = chosen.choices("()[]{}',.=*+>:0123456789eEjx\"\\ \n\0é\u2028\ud83d", k=chosen.randint(0, 3))
+            letters[at : at + chosen.randint(0, 3)] = chosen.choices(
+                "()[]{}',.=*+>:0123456789eEjx\"\\ \n\0é\u2028\ud83d", k=chosen.randint(0, 3)
+            )
         found.append("".join(letters))
     return found
 

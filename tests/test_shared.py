@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import laconic as lc
-from laconic.data import evaluation_windows
-from laconic.evaluate import Quality, perplexity
-from laconic.load import load_tokenizer, open_source
-from laconic.store import Compressed
+from laconic.data.text import evaluation_windows
+from laconic.disk.load import load_tokenizer, open_source
+from laconic.disk.store import Compressed
+from laconic.measure.quality import Quality, perplexity
 
 pytestmark = pytest.mark.shared
 
@@ -25,7 +25,9 @@ SMALL = dict(samples=32, length=128, keep="embedding", evaluate=False)
 def at_two_bits(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, lc.Report, Quality]]:
     """The language model by entropy-coded and by plain 2-bit GPTQ, each with its distance from the original on text of a held-out novel."""
     model, found = shared / "models" / "books-llama-7m", {}
-    windows = evaluation_windows((shared / "data" / "dracula.txt").read_text(), load_tokenizer(model), 128, 16 * 128, "dracula.txt")
+    windows = evaluation_windows(
+        (shared / "data" / "dracula.txt").read_text(), load_tokenizer(model), 128, 16 * 128, "dracula.txt"
+    )
     for name, scheme in {"rate": "GPTQ(rate=2.28)", "plain": "GPTQ(bits=2, group=64)"}.items():
         out = tmp_path_factory.mktemp("shared") / name
         report = lc.compress(model, scheme, data=str(shared / "data" / "books-train.txt"), out=out, **SMALL)
@@ -47,7 +49,9 @@ def test_a_rate_beats_bits_of_the_same_size(at_two_bits: dict[str, tuple[Path, l
     assert coded.top1 > fixed.top1  # type: ignore[operator]
 
 
-def test_the_rate_that_was_asked_for_is_the_rate_on_disk(at_two_bits: dict[str, tuple[Path, lc.Report, Quality]]) -> None:
+def test_the_rate_that_was_asked_for_is_the_rate_on_disk(
+    at_two_bits: dict[str, tuple[Path, lc.Report, Quality]],
+) -> None:
     path, report, _ = at_two_bits["rate"]
     entries = sum(site["shape"][0] * site["shape"][1] for site in report.sites)
     assert len(report.sites) == 7 * 8
@@ -76,7 +80,10 @@ class ResNet20(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         widths = [16, 16, 32, 64]
         for stage in (1, 2, 3):
-            blocks = [Block(widths[stage - 1] if i == 0 else widths[stage], widths[stage], 2 if i == 0 and stage > 1 else 1) for i in range(3)]
+            blocks = [
+                Block(widths[stage - 1] if i == 0 else widths[stage], widths[stage], 2 if i == 0 and stage > 1 else 1)
+                for i in range(3)
+            ]
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
         self.linear = nn.Linear(64, 10)
 
@@ -90,7 +97,10 @@ def images(file: Path, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     image = pytest.importorskip("PIL.Image", reason="the images are JPEG files: pip install pillow")
     with np.load(file) as data:
         jpeg, offsets, labels = data["jpeg"], data["offsets"], data["labels"]
-    pixels = [np.asarray(image.open(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]].tobytes())).convert("RGB")) for i in range(number)]
+    pixels = [
+        np.asarray(image.open(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]].tobytes())).convert("RGB"))
+        for i in range(number)
+    ]
     x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
     x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     return x, torch.from_numpy(labels[:number].astype(np.int64))

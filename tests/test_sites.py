@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import laconic as lc
+from laconic.engine.statistics import Statistics
+from laconic.engine.unmeasured import completed
 from laconic.errors import CheckpointError, DataError
-from laconic.sites import Slot, Stats, find_slots, uses_of
-from laconic.statistics import Statistics
-from laconic.unmeasured import completed
+from laconic.model.sites import Slot, Stats, find_slots, uses_of
 from laconic.weights import View
 
 
@@ -76,7 +76,16 @@ def test_a_rate_over_the_model_is_the_rate_of_what_nobody_measured() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 @pytest.mark.parametrize(
-    "scheme", ["GPTQ(bits=4)", "SmoothQuant()", "Wanda(0.5)", "GPTVQ()", "GPTQ(rate=3)", "RTN(4)+EoRA(rank=4)", "KMeans(3, weights='fisher')"]
+    "scheme",
+    [
+        "GPTQ(bits=4)",
+        "SmoothQuant()",
+        "Wanda(0.5)",
+        "GPTVQ()",
+        "GPTQ(rate=3)",
+        "RTN(4)+EoRA(rank=4)",
+        "KMeans(3, weights='fisher')",
+    ],
 )
 def test_inputs_that_are_not_finite_are_refused_before_anything_changes(scheme: str, value: float) -> None:
     net = seeded(lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)))
@@ -167,7 +176,10 @@ def test_a_raw_parameter_is_the_matrix_that_products_show(way: str, tmp_path: Pa
 
 def test_torch_s_grouped_kernel_is_seen() -> None:
     """Rows up to an offset belong to an expert: the sums are those of a loop."""
-    x, w = torch.randn(15, 8, generator=generator()).bfloat16(), nn.Parameter(torch.randn(3, 8, 16, generator=generator(1)).bfloat16())
+    x, w = (
+        torch.randn(15, 8, generator=generator()).bfloat16(),
+        nn.Parameter(torch.randn(3, 8, 16, generator=generator(1)).bfloat16()),
+    )
     slot = Slot("w", (("", "w"),), View((3, 8, 16), lead=2, transposed=True), 3)
     statistics = Statistics({slot: w}, {slot: Stats.HESSIAN})
     with torch.no_grad(), statistics.watch():
@@ -175,7 +187,9 @@ def test_torch_s_grouped_kernel_is_seen() -> None:
     site = completed(statistics.describe(slot, slot.view.matrix(w.detach()), 0), Stats.HESSIAN)
     assert site.tokens is not None
     assert site.tokens.tolist() == [2, 0, 13]
-    assert site.notes == ["w: experts 1 of 3 (33% of the site) saw no token; rounded to nearest or pruned by size, all its inputs counting alike"]
+    assert site.notes == [
+        "w: experts 1 of 3 (33% of the site) saw no token; rounded to nearest or pruned by size, all its inputs counting alike"
+    ]
 
 
 PRODUCTS: dict[str, Any] = {
@@ -219,7 +233,9 @@ class Flattened(nn.Module):
 def test_parameters_in_one_storage_are_told_apart() -> None:
     net, x = Flattened(), torch.randn(20, 8, generator=generator(1))
     first, second = find_slots(net)
-    statistics = Statistics({first: net.first.weight, second: net.second.weight}, dict.fromkeys((first, second), Stats.HESSIAN))
+    statistics = Statistics(
+        {first: net.first.weight, second: net.second.weight}, dict.fromkeys((first, second), Stats.HESSIAN)
+    )
     with torch.no_grad(), statistics.watch():
         net(x)
         hidden = torch.relu(net.first(x))
@@ -234,7 +250,9 @@ def test_parameters_in_one_storage_are_told_apart() -> None:
 def test_a_tensor_that_is_written_to_between_two_layers_is_two_inputs() -> None:
     net, x = Flattened(), torch.randn(20, 8, generator=generator(1))
     first, second = find_slots(net)
-    statistics = Statistics({first: net.first.weight, second: net.second.weight}, dict.fromkeys((first, second), Stats.HESSIAN))
+    statistics = Statistics(
+        {first: net.first.weight, second: net.second.weight}, dict.fromkeys((first, second), Stats.HESSIAN)
+    )
     before = x.clone()
     with torch.no_grad(), statistics.watch():
         net.first(x)
@@ -288,7 +306,13 @@ def test_what_no_product_shows_is_listed_and_not_compressed() -> None:
     ]
 
 
-TINY: dict[str, Any] = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TINY: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 HEADS: dict[str, Any] = {"num_key_value_heads": 2}
 EIGHT: dict[str, Any] = {"head_dim": 8}
 FOUR: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 1}
@@ -362,7 +386,9 @@ def test_experts_told_by_use_are_read_back_three_ways(kind: str, tmp_path: Path)
     assert float((dense - original).norm() / original.norm()) < 0.05
 
 
-@pytest.mark.parametrize("damage", [{"lead": 3, "transposed": False}, {"lead": 1}, [], {"lead": 1, "transposed": True, "dims": [3, 5]}])
+@pytest.mark.parametrize(
+    "damage", [{"lead": 3, "transposed": False}, {"lead": 1}, [], {"lead": 1, "transposed": True, "dims": [3, 5]}]
+)
 def test_a_damaged_view_is_refused(damage: Any, tmp_path: Path) -> None:
     net, x = seeded(lambda: Used("bmm")), torch.randn(3, 5, 8, generator=generator())
     fresh = copy.deepcopy(net)
@@ -381,7 +407,9 @@ def test_a_damaged_view_is_refused(damage: Any, tmp_path: Path) -> None:
 
 def test_heads_and_routers_stay_by_default_and_are_known_by_structure() -> None:
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-    vit = transformers.ViTForImageClassification(transformers.ViTConfig(**size, image_size=16, patch_size=8, num_labels=5))
+    vit = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**size, image_size=16, patch_size=8, num_labels=5)
+    )
     roles = {slot.name: slot.role for slot in find_slots(vit)}
     assert roles["classifier"] == "head"
     assert not any("position" in name or "token" in name for name in roles)
@@ -402,13 +430,19 @@ class Volumes(nn.Module):
         return self.last(self.words(ids) + self.volume(x).mean((2, 3, 4)))
 
 
-@pytest.mark.parametrize("scheme", ["RTN(4, 'channel')", "GPTQ(bits=4, group='channel')", "Magnitude(0.5)", "Wanda(0.5)"])
+@pytest.mark.parametrize(
+    "scheme", ["RTN(4, 'channel')", "GPTQ(bits=4, group='channel')", "Magnitude(0.5)", "Wanda(0.5)"]
+)
 def test_volumes_and_bags_are_sites_and_come_back(scheme: str, tmp_path: Path) -> None:
     net = seeded(Volumes).eval()
     fresh, x = copy.deepcopy(net), torch.randn(3, 2, 5, 6, 4, generator=generator())
     with torch.no_grad():
         before = net(x)
-    assert {slot.name: slot.role for slot in find_slots(net)} == {"words": "embedding", "volume": "body", "last": "body"}
+    assert {slot.name: slot.role for slot in find_slots(net)} == {
+        "words": "embedding",
+        "volume": "body",
+        "last": "body",
+    }
     _, report = lc.compress(net, f"[('*', {scheme})]", [x])
     assert all("unmeasured" not in record for record in report.sites)
     lc.save(net, tmp_path / "model")

@@ -12,9 +12,16 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 import laconic as lc
-from laconic.data import Vocabulary, calibration_windows, evaluation_windows, sample_windows, start_tokens, vocabulary_of
-from laconic.evaluate import evaluate_source, perplexity
-from laconic.load import open_source
+from laconic.data.text import (
+    Vocabulary,
+    calibration_windows,
+    evaluation_windows,
+    sample_windows,
+    start_tokens,
+    vocabulary_of,
+)
+from laconic.disk.load import open_source
+from laconic.measure.quality import evaluate_source, perplexity
 from laconic.recover.text import text_task
 
 LENGTH = 16
@@ -23,7 +30,9 @@ BOS = 293  # the first id after those of the tests' tokenizer
 
 def beginning(tokenizer: Any, template: str, **special: str) -> Any:
     """The tests' tokenizer with more tokens of its own around a text."""
-    changed = transformers.PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), eos_token="<end>", **special)
+    changed = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), eos_token="<end>", **special
+    )
     names = [word for word in template.split() if not word.startswith("$")]
     changed.backend_tokenizer.post_processor = TemplateProcessing(
         single=template, special_tokens=[(name, changed.convert_tokens_to_ids(name)) for name in names]
@@ -40,10 +49,19 @@ def with_bos(tokenizer: Any) -> Any:
 def folder(with_bos: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama that was trained with <bos>, id 293, before every text."""
     path = tmp_path_factory.mktemp("bos") / "model"
-    sizes = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    sizes = dict(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = transformers.LlamaConfig(**sizes, max_position_embeddings=64, bos_token_id=BOS, eos_token_id=[0, BOS + 1], initializer_range=0.3)
+        config = transformers.LlamaConfig(
+            **sizes, max_position_embeddings=64, bos_token_id=BOS, eos_token_id=[0, BOS + 1], initializer_range=0.3
+        )
         transformers.LlamaForCausalLM(config).save_pretrained(path)
     with_bos.save_pretrained(path)
     return path
@@ -51,7 +69,13 @@ def folder(with_bos: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("template", "expected"),
-    [("$A", []), ("<bos> $A", ["<bos>"]), ("$A <end>", []), ("<bos> $A <end>", ["<bos>"]), ("<x> <bos> $A", ["<x>", "<bos>"])],
+    [
+        ("$A", []),
+        ("<bos> $A", ["<bos>"]),
+        ("$A <end>", []),
+        ("<bos> $A <end>", ["<bos>"]),
+        ("<x> <bos> $A", ["<x>", "<bos>"]),
+    ],
 )
 def test_the_tokenizer_says_how_a_text_begins(template: str, expected: list[str], tokenizer: Any) -> None:
     changed = beginning(tokenizer, template, bos_token="<bos>", unk_token="<x>")
@@ -73,7 +97,9 @@ def test_every_window_begins_so_and_no_token_is_lost(with_bos: Any, text: Path) 
     count = len(ids) // (LENGTH - 1)
     assert windows.tokens[:, 1:].flatten().tolist() == ids[: count * (LENGTH - 1)]
     assert BOS not in windows.tokens[:, 1:]
-    assert evaluation_windows(body, with_bos, LENGTH, 100, "t").tokens.shape == (6, LENGTH), "100 positions, start tokens included"
+    assert evaluation_windows(body, with_bos, LENGTH, 100, "t").tokens.shape == (6, LENGTH), (
+        "100 positions, start tokens included"
+    )
     for samples, text_given in ((4, body), (4, body * 100)):  # tokenised whole, and at line starts
         drawn = calibration_windows(text_given, with_bos, samples, LENGTH, 0, "t")
         assert drawn.tokens.shape == (samples, LENGTH)
@@ -122,11 +148,15 @@ def test_start_tokens_are_not_predicted(folder: Path, tokenizer: Any, text: Path
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     logits = model(windows.tokens).logits[:, 1:-1].log_softmax(-1)
     assert found.tokens == 10 * (LENGTH - 2)
-    assert found.nats_per_token == pytest.approx(-float(logits.gather(-1, windows.tokens[:, 2:, None]).double().mean()), rel=1e-5)
+    assert found.nats_per_token == pytest.approx(
+        -float(logits.gather(-1, windows.tokens[:, 2:, None]).double().mean()), rel=1e-5
+    )
 
 
 def test_the_report_says_which(folder: Path, text: Path, tmp_path: Path) -> None:
-    report = lc.compress(folder, "GPTQ(4, 16)", data=str(text), out=tmp_path / "out", samples=4, length=LENGTH, test_tokens=128)
+    report = lc.compress(
+        folder, "GPTQ(4, 16)", data=str(text), out=tmp_path / "out", samples=4, length=LENGTH, test_tokens=128
+    )
     assert report["data"]["start"] == [BOS]
     assert list(report.metrics["start"]) == [BOS]
     assert report.metrics["tokens"] == 8 * (LENGTH - 1)
@@ -145,7 +175,9 @@ def test_own_text_begins_so_and_stays_inside_the_vocabulary(folder: Path, with_b
     windows = sample_windows(model, 40, LENGTH, 0, batch=16, vocabulary=words)
     assert windows.start == (BOS,)
     assert set(windows.tokens[:, 0].tolist()) == {BOS}
-    assert len({tuple(row) for row in windows.tokens[:, 1:5].tolist()}) > 30, "the first tokens are sampled, not the same every time"
+    assert len({tuple(row) for row in windows.tokens[:, 1:5].tolist()}) > 30, (
+        "the first tokens are sampled, not the same every time"
+    )
     rest = windows.tokens[:, 1:]
     assert int(rest.max()) < BOS
     assert 0 not in rest

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import laconic as lc
+from laconic.disk.store import MANIFEST
 from laconic.errors import CheckpointError, SchemeError
-from laconic.store import MANIFEST
 from laconic.weights import bake
 from tests.conftest import tiny_config
 
@@ -72,7 +72,12 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(16, 16)
-        for name, value in {"none": torch.zeros(0, 3), "one": torch.rand(()), "ids": torch.arange(5), "waves": torch.rand(16) * (1 + 2j)}.items():
+        for name, value in {
+            "none": torch.zeros(0, 3),
+            "one": torch.rand(()),
+            "ids": torch.arange(5),
+            "waves": torch.rand(16) * (1 + 2j),
+        }.items():
             self.register_buffer(name, value)
         self.register_buffer("conjugate", (torch.rand(16) * (1 + 2j)).conj())
 
@@ -103,7 +108,9 @@ class Turned(nn.Linear):
     def __init__(self, takes: bool = True) -> None:
         super().__init__(16, 16)
         self.scale = nn.Parameter(torch.rand(16, 16))
-        self.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({prefix + "scale": state[prefix + "scale"].t().clone()}))
+        self.register_state_dict_post_hook(
+            lambda module, state, prefix, _: state.update({prefix + "scale": state[prefix + "scale"].t().clone()})
+        )
         if takes:
             self.register_load_state_dict_pre_hook(
                 lambda module, state, prefix, *_: state.update({prefix + "scale": state[prefix + "scale"].t().clone()})
@@ -129,7 +136,18 @@ def deep() -> nn.Module:
     return net
 
 
-NETS = [weight_norm, spectral_norm, orthogonal, beside_ours, Tied, Odd, Stateful, lambda: nn.Sequential(Turned()), deep, lambda: nn.LSTM(16, 16, 2)]
+NETS = [
+    weight_norm,
+    spectral_norm,
+    orthogonal,
+    beside_ours,
+    Tied,
+    Odd,
+    Stateful,
+    lambda: nn.Sequential(Turned()),
+    deep,
+    lambda: nn.LSTM(16, 16, 2),
+]
 
 
 def build(make: Any, seed: int) -> nn.Module:
@@ -173,7 +191,9 @@ def test_what_a_file_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
     lc.compress(beside, "RTN(4, 'channel')")
     parametrize.register_parametrization(beside[0], "weight", nn.Identity())
     named = nn.Sequential(nn.Linear(4, 4))
-    named.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({"0.weight.codes": torch.zeros(2)}))
+    named.register_state_dict_post_hook(
+        lambda module, state, prefix, _: state.update({"0.weight.codes": torch.zeros(2)})
+    )
     numbered = nn.Sequential(nn.Linear(4, 4))
     numbered.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({5: torch.zeros(2)}))
     refused = {
@@ -202,11 +222,15 @@ def test_a_module_that_does_not_take_what_was_stored(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="lazy"):
         lc.load_into(nn.Sequential(nn.LazyLinear(4)), tmp_path / "plain")
     with pytest.raises(CheckpointError, match="int64"):
-        lc.load_into(nn.Sequential(nn.Linear(4, 4)), _with(tmp_path / "plain", tmp_path / "typed", {"0.bias": torch.arange(4)}))
+        lc.load_into(
+            nn.Sequential(nn.Linear(4, 4)), _with(tmp_path / "plain", tmp_path / "typed", {"0.bias": torch.arange(4)})
+        )
     with pytest.raises(CheckpointError, match="does not store 0.bias"):
         lc.load_into(nn.Sequential(nn.Linear(4, 4)), _with(tmp_path / "plain", tmp_path / "less", {"0.bias": None}))
     with pytest.raises(CheckpointError, match="stores more, which"):
-        lc.load_into(nn.Sequential(nn.Linear(4, 4)), _with(tmp_path / "plain", tmp_path / "more", {"more": torch.zeros(2)}))
+        lc.load_into(
+            nn.Sequential(nn.Linear(4, 4)), _with(tmp_path / "plain", tmp_path / "more", {"more": torch.zeros(2)})
+        )
 
 
 def _with(source: Path, out: Path, changes: dict[str, Tensor | None]) -> Path:
@@ -264,7 +288,9 @@ def test_buffers_that_are_not_stored_are_compared(tmp_path: Path, caplog: pytest
 
 def test_a_folder_is_saved_into_again(tmp_path: Path) -> None:
     """What an earlier model left there, ours or another's, is not read in its place."""
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}})
+    )
     for _ in range(2):
         net = nn.Sequential(nn.Linear(8, 8))
         lc.compress(net, "RTN(4, 'channel')")

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import laconic as lc
+from laconic.disk.load import Checkpoint, open_source
+from laconic.disk.store import Compressed
+from laconic.disk.ties import differing
 from laconic.errors import CheckpointError
-from laconic.evaluate import outputs
-from laconic.load import Checkpoint, open_source
-from laconic.residence import Residence
-from laconic.sites import tied_names
-from laconic.store import Compressed
-from laconic.ties import differing
+from laconic.measure.quality import outputs
+from laconic.model.residence import Residence
+from laconic.model.sites import tied_names
 from tests.conftest import tiny_config
 
 IDS = torch.tensor([[5, 99, 17, 300, 42, 7, 7, 256]])
@@ -35,7 +35,11 @@ def save(model: Any, folder: Path, tokenizer: Any, **more: torch.Tensor) -> Path
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     file = folder / "model.safetensors"
-    save_file(load_file(file) | {name.replace("__", "."): value for name, value in more.items()}, file, metadata={"format": "pt"})
+    save_file(
+        load_file(file) | {name.replace("__", "."): value for name, value in more.items()},
+        file,
+        metadata={"format": "pt"},
+    )
     return folder
 
 
@@ -73,7 +77,9 @@ def test_what_is_stored_holds_for_every_reader(contradicted: Path, scheme: str, 
 def test_equal_values_are_one_tensor_still(tmp_path: Path, tokenizer: Any) -> None:
     model = make(transformers.LlamaForCausalLM, tiny_config(dtype="float32", num_hidden_layers=1))
     source = save(model, tmp_path / "in", tokenizer, lm_head__weight=model.model.embed_tokens.weight.detach().clone())
-    report = lc.compress(source, "[('lm_head', RTN(8, 32)), ('*', Keep())]", "self", out=tmp_path / "out", evaluate=False)
+    report = lc.compress(
+        source, "[('lm_head', RTN(8, 32)), ('*', Keep())]", "self", out=tmp_path / "out", evaluate=False
+    )
     assert not report.notes
     stored = Compressed(tmp_path / "out")
     assert len({"lm_head.weight", "model.embed_tokens.weight"} & stored.names) == 1
@@ -82,7 +88,9 @@ def test_equal_values_are_one_tensor_still(tmp_path: Path, tokenizer: Any) -> No
 
 def test_an_encoder_and_a_decoder_stay_tied_where_the_head_is_not(tmp_path: Path, tokenizer: Any) -> None:
     """One switch in the config for two ties: off it would take both, so it stays on and readers go by what is stored."""
-    config = transformers.T5Config(vocab_size=320, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, tie_word_embeddings=True)
+    config = transformers.T5Config(
+        vocab_size=320, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, tie_word_embeddings=True
+    )
     model = make(transformers.T5ForConditionalGeneration, config)
     head = torch.randn(320, 32, generator=torch.Generator().manual_seed(3))
     source = save(model, tmp_path / "in", tokenizer, lm_head__weight=head)
@@ -103,18 +111,33 @@ def test_an_encoder_and_a_decoder_stay_tied_where_the_head_is_not(tmp_path: Path
 
 def test_a_head_that_is_nowhere_stored_is_asked_for(tmp_path: Path, tokenizer: Any) -> None:
     """The config says untied and only one is stored: transformers would make a head up."""
-    source = save(make(transformers.LlamaForCausalLM, tiny_config(dtype="float32", num_hidden_layers=1)), tmp_path / "in", tokenizer)
+    source = save(
+        make(transformers.LlamaForCausalLM, tiny_config(dtype="float32", num_hidden_layers=1)),
+        tmp_path / "in",
+        tokenizer,
+    )
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    with pytest.raises(CheckpointError, match="lm_head.weight, which is not stored; if the head is the embedding.*tie_word_embeddings"):
+    with pytest.raises(
+        CheckpointError, match="lm_head.weight, which is not stored; if the head is the embedding.*tie_word_embeddings"
+    ):
         lc.compress(source, "RTN(4, 32)", "self", out=tmp_path / "out")
 
 
 def test_which_names_differ() -> None:
     """The rule alone: the source decides where it is stored, else the first target; equal values stay tied."""
     values = {"s": 1, "a": 1, "b": 2, "c": 2}
-    for stored, expected in (("sab", ["b"]), ("sabc", ["b", "c"]), ("bc", []), ("abc", ["b", "c"]), ("bca", ["b", "c"]), ("s", [])):
-        found = differing([["s", "a", "b", "c"]], {"a": "s", "b": "s", "c": "s"}, set(stored), lambda x, y: values[x] == values[y])
+    for stored, expected in (
+        ("sab", ["b"]),
+        ("sabc", ["b", "c"]),
+        ("bc", []),
+        ("abc", ["b", "c"]),
+        ("bca", ["b", "c"]),
+        ("s", []),
+    ):
+        found = differing(
+            [["s", "a", "b", "c"]], {"a": "s", "b": "s", "c": "s"}, set(stored), lambda x, y: values[x] == values[y]
+        )
         assert [name for _, name in found] == expected
 
 

@@ -15,10 +15,10 @@ pytest.importorskip("torch_pruning")
 pytest.importorskip("sklearn")
 
 import laconic as lc
+from laconic.disk.store import MANIFEST, read_manifest, stored_bytes
 from laconic.recover.deliver import RESULT
 from laconic.recover.recipes import recipe
 from laconic.recover.text import text_task
-from laconic.store import MANIFEST, read_manifest, stored_bytes
 from laconic.weights import installed
 from tests.conftest import tiny_config
 from tests.recover.nets import bytes_of, mlp, task
@@ -81,9 +81,37 @@ def test_search_of_a_task_file(file: Path, tmp_path: Path) -> None:
 
 def test_search_for_two_objectives_with_a_plan(file: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.py"
-    plan.write_text("import laconic as lc\n\nscheme = [('0', lc.Keep()), ('*', lc.RTN(bits=lc.Free(choices=(3, 8)), group='channel'))]\n")
-    given = ["--objective", "stored_bytes", "--objective", "max parameters", "--sampler", "tpe", "--cold", "--no-early-stop", "--name", "two"]
-    done = laconic("search", "--task", file, "--plan", plan, "--recovery", "Direct()", "--keep", 1, "--trials", 3, "--out", tmp_path / "o", *given)
+    plan.write_text(
+        "import laconic as lc\n\nscheme = [('0', lc.Keep()), ('*', lc.RTN(bits=lc.Free(choices=(3, 8)), group='channel'))]\n"
+    )
+    given = [
+        "--objective",
+        "stored_bytes",
+        "--objective",
+        "max parameters",
+        "--sampler",
+        "tpe",
+        "--cold",
+        "--no-early-stop",
+        "--name",
+        "two",
+    ]
+    done = laconic(
+        "search",
+        "--task",
+        file,
+        "--plan",
+        plan,
+        "--recovery",
+        "Direct()",
+        "--keep",
+        1,
+        "--trials",
+        3,
+        "--out",
+        tmp_path / "o",
+        *given,
+    )
     assert done.exit_code == 0, done.stderr
     result = json.loads((tmp_path / "o" / "search.json").read_text())
     assert [goal["direction"] for goal in result["objective"]] == ["minimize", "maximize"]
@@ -111,21 +139,36 @@ def test_search_of_a_language_model(tiny: Path, text: Path, tmp_path: Path) -> N
     """The folder loads by itself, in laconic and in transformers, and holds the scores that were reported."""
     out = tmp_path / "out"
     scheme = "[('model.embed_tokens', Cast('bfloat16')), ('*', Magnitude(Free(0.1, 0.6), scope='model') >> RTN(bits=8, group=32))]"
-    given = ["--scheme", scheme, "--recovery", "LC(2, 2, mu=0.5, then=FineTune(2, checks=1))", "--keep", 2, "--trials", 2]
+    given = [
+        "--scheme",
+        scheme,
+        "--recovery",
+        "LC(2, 2, mu=0.5, then=FineTune(2, checks=1))",
+        "--keep",
+        2,
+        "--trials",
+        2,
+    ]
     done = laconic("search", tiny, *words(text), *given, "--out", out, "--json")
     assert done.exit_code == 0, done.stderr
     result = only_json(done.stdout)
     _, problem = text_task(tiny, text, length=32, batch=8, train_tokens=2048)
     for read in (lc.load, transformers.AutoModelForCausalLM.from_pretrained):
-        assert problem.judge(read(out / "model", dtype=torch.float32).eval(), problem.validation).score == pytest.approx(
-            result["best"]["score"], abs=1e-5
-        )
+        assert problem.judge(
+            read(out / "model", dtype=torch.float32).eval(), problem.validation
+        ).score == pytest.approx(result["best"]["score"], abs=1e-5)
     tokenizers = [transformers.AutoTokenizer.from_pretrained(folder) for folder in (out / "model", tiny)]
     assert tokenizers[0]("The old fox").input_ids == tokenizers[1]("The old fox").input_ids
-    assert result["reference"]["stored_bytes"] == sum(t.nbytes for t in transformers.AutoModelForCausalLM.from_pretrained(tiny).parameters())
+    assert result["reference"]["stored_bytes"] == sum(
+        t.nbytes for t in transformers.AutoModelForCausalLM.from_pretrained(tiny).parameters()
+    )
     assert result["best"]["ratio"] == pytest.approx(result["reference"]["stored_bytes"] / stored_bytes(out / "model"))
-    assert result["reference"]["nonzero_bytes"] == result["reference"]["stored_bytes"]  # no zeros; two bytes each, as in the file
-    assert result["reference"]["objective"] == pytest.approx(result["reference"]["stored_bytes"], rel=0.05)  # the headers
+    assert (
+        result["reference"]["nonzero_bytes"] == result["reference"]["stored_bytes"]
+    )  # no zeros; two bytes each, as in the file
+    assert result["reference"]["objective"] == pytest.approx(
+        result["reference"]["stored_bytes"], rel=0.05
+    )  # the headers
     assert result["best"]["ratio"] > 1.4
 
 
@@ -137,7 +180,19 @@ def test_search_that_thins_a_language_model(text: Path, tiny: Path, tmp_path: Pa
         transformers.LlamaForCausalLM(tiny_config(num_hidden_layers=1)).save_pretrained(one)
     transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(one)
     scheme = "[('*.mlp.*', NeuronPrune(Free(0.2, 0.6))), ('*', Keep())]"
-    given = [*words(text), "--scheme", scheme, "--recovery", "Direct()", "--keep", 9, "--trials", 1, "--objective", "flops"]
+    given = [
+        *words(text),
+        "--scheme",
+        scheme,
+        "--recovery",
+        "Direct()",
+        "--keep",
+        9,
+        "--trials",
+        1,
+        "--objective",
+        "flops",
+    ]
     done = laconic("search", one, *given, "--out", tmp_path / "a")
     assert done.exit_code == 0, done.stderr
     assert f"ordinary transformers checkpoint: {tmp_path / 'a' / 'transformers'}" in done.stderr.replace("\n", "")
@@ -170,7 +225,17 @@ def test_recover_of_a_task_file(file: Path, tmp_path: Path) -> None:
 
 
 def test_recover_prints_a_table(file: Path, tmp_path: Path) -> None:
-    done = laconic("recover", "--task", file, "--scheme", "RTN(2, 'channel')", "--recovery", "FineTune(6)", "--out", tmp_path / "out")
+    done = laconic(
+        "recover",
+        "--task",
+        file,
+        "--scheme",
+        "RTN(2, 'channel')",
+        "--recovery",
+        "FineTune(6)",
+        "--out",
+        tmp_path / "out",
+    )
     assert done.exit_code == 0, done.stderr
     for row in ("reference score", "direct score", "test score", "stored bytes", "minibatches"):
         assert row in done.stdout
@@ -178,17 +243,47 @@ def test_recover_prints_a_table(file: Path, tmp_path: Path) -> None:
 
 
 def test_recover_of_a_language_model(tiny: Path, text: Path, tmp_path: Path) -> None:
-    done = laconic("recover", tiny, *words(text), "--scheme", "RTN(3, 32)", "--recovery", "Direct()", "--out", tmp_path / "out", "--json")
+    done = laconic(
+        "recover",
+        tiny,
+        *words(text),
+        "--scheme",
+        "RTN(3, 32)",
+        "--recovery",
+        "Direct()",
+        "--out",
+        tmp_path / "out",
+        "--json",
+    )
     assert done.exit_code == 0, done.stderr
     result = only_json(done.stdout)
     _, problem = text_task(tiny, text, length=32, batch=8, train_tokens=2048)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert problem.judge(model.eval(), problem.validation).score == pytest.approx(result["score"], abs=1e-5)
-    assert result["original_bytes"] == sum(t.nbytes for t in transformers.AutoModelForCausalLM.from_pretrained(tiny).parameters())
-    kept = {name: t for name, t in load_file(tmp_path / "out" / "model.safetensors").items() if name in dict(model.named_parameters())}
-    assert {t.dtype for t in kept.values()} == {torch.bfloat16}, "what is not compressed is stored as wide as in the original"
+    assert result["original_bytes"] == sum(
+        t.nbytes for t in transformers.AutoModelForCausalLM.from_pretrained(tiny).parameters()
+    )
+    kept = {
+        name: t
+        for name, t in load_file(tmp_path / "out" / "model.safetensors").items()
+        if name in dict(model.named_parameters())
+    }
+    assert {t.dtype for t in kept.values()} == {torch.bfloat16}, (
+        "what is not compressed is stored as wide as in the original"
+    )
     assert "model.embed_tokens.weight" in kept
-    again = laconic("recover", tiny, *words(text), "--scheme", "RTN(4, 32)", "--recovery", "Direct()", "--out", tmp_path / "out", "--overwrite")
+    again = laconic(
+        "recover",
+        tiny,
+        *words(text),
+        "--scheme",
+        "RTN(4, 32)",
+        "--recovery",
+        "Direct()",
+        "--out",
+        tmp_path / "out",
+        "--overwrite",
+    )
     assert again.exit_code == 0, again.stderr
     assert read_manifest(tmp_path / "out")["scheme"] == "RTN(bits=4, group=32)"
 
@@ -214,7 +309,10 @@ def test_recipes(method: str, tiny: Path, text: Path, tmp_path: Path, monkeypatc
 def test_recover_goes_on_where_it_was_interrupted(file: Path, tmp_path: Path) -> None:
     """Killed in the second L-step by its own score; the weights come out as from a run that was not."""
     out = tmp_path / "out"
-    file.write_text(TASK + "\nclock = iter([0, 0, 0, 0, 1])\n\n\ndef score(output, batch):\n    if next(clock):\n        raise KeyboardInterrupt\n")
+    file.write_text(
+        TASK
+        + "\nclock = iter([0, 0, 0, 0, 1])\n\n\ndef score(output, batch):\n    if next(clock):\n        raise KeyboardInterrupt\n"
+    )
     file.write_text(file.read_text() + "    return (output.argmax(1) == batch[1]).float()\n")
     stopped = laconic("recover", "--task", file, *RECOVER, "--out", out)
     assert stopped.exit_code == 130
@@ -302,7 +400,9 @@ def test_what_cannot_be_done_is_refused(case: str, file: Path, tiny: Path, text:
     code, message, given = REFUSED[case]
     (tmp_path / "empty.py").write_text("")
     names = {"file": file, "tiny": tiny, "text": text, "empty": tmp_path / "empty.py"}
-    result = laconic(*(word.format(**names) if word.startswith("{") else word for word in given), "--out", tmp_path / "out", "--json")
+    result = laconic(
+        *(word.format(**names) if word.startswith("{") else word for word in given), "--out", tmp_path / "out", "--json"
+    )
     assert result.exit_code == code, result.stderr
     assert message in result.stderr
     assert result.stderr.count("error ") == 1
@@ -335,7 +435,20 @@ def test_a_network_that_cannot_be_traced(file: Path, tmp_path: Path) -> None:
         "    def forward(self, x):\n        x = torch.relu(self.a(x))\n        return self.b(x if x.sum() > 0 else -x)\n\n\n"
         "from tests.recover.nets import task\nmade = task()\ntrain, validation, model = made.train, made.validation, Net()\n"
     )
-    given = ["--task", file, "--scheme", "NeuronPrune(Free(0.2, 0.6))", "--recovery", "Direct()", "--keep", 1, "--trials", 1, "--out", tmp_path / "o"]
+    given = [
+        "--task",
+        file,
+        "--scheme",
+        "NeuronPrune(Free(0.2, 0.6))",
+        "--recovery",
+        "Direct()",
+        "--keep",
+        1,
+        "--trials",
+        1,
+        "--out",
+        tmp_path / "o",
+    ]
     refused = laconic("search", *given)
     assert refused.exit_code == 7
     assert "Net: Tensor.__bool__" in refused.stderr

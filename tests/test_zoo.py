@@ -9,9 +9,9 @@ import transformers
 from torch import Tensor, nn
 
 import laconic as lc
-from laconic.blocks import InMemory, call, find_chain, open_chain, tensors_in
-from laconic.evaluate import outputs
-from laconic.load import CompressedCheckpoint
+from laconic.disk.load import CompressedCheckpoint
+from laconic.measure.quality import outputs
+from laconic.model.blocks import InMemory, call, find_chain, open_chain, tensors_in
 from tests.zoo import LANGUAGE, ZOO, Row
 
 SCHEME = "GPTQ(rate=3.25)"
@@ -74,13 +74,20 @@ def test_as_a_directory(name: str, tmp_path: Path) -> None:
     model = row.build()
     before = answer(model, row)
     model.save_pretrained(tmp_path / "original")  # type: ignore[operator]
-    report = lc.compress(str(tmp_path / "original"), SCHEME, out=str(tmp_path / "out"), samples=4, length=16, evaluate=False)
+    report = lc.compress(
+        str(tmp_path / "original"), SCHEME, out=str(tmp_path / "out"), samples=4, length=16, evaluate=False
+    )
     assert report.sites
     loaded = lc.load(tmp_path / "out")
     theirs = getattr(transformers, row.model).from_pretrained(tmp_path / "out")
-    assert_same(dict(loaded.named_parameters()) | dict(loaded.named_buffers()), dict(theirs.named_parameters()) | dict(theirs.named_buffers()))
+    assert_same(
+        dict(loaded.named_parameters()) | dict(loaded.named_buffers()),
+        dict(theirs.named_parameters()) | dict(theirs.named_buffers()),
+    )
     after = answer(loaded, row)
     assert 0 < error(after, before) < 1
     assert_close(answer(theirs, row), after)
-    apart = next(iter(outputs(CompressedCheckpoint(tmp_path / "out"), row.batches()[:1], torch.float32, torch.device("cpu"))))
+    apart = next(
+        iter(outputs(CompressedCheckpoint(tmp_path / "out"), row.batches()[:1], torch.float32, torch.device("cpu")))
+    )
     assert_close(answers(apart)[:1], after[:1])

@@ -11,15 +11,23 @@ from torch import Tensor, nn
 WORDS, WIDTH, LENGTH = 320, 32, 12
 IMAGE = 32
 
-TEXT: dict[str, Any] = dict(vocab_size=WORDS, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
-LLAMA: dict[str, Any] = TEXT | dict(intermediate_size=64, num_key_value_heads=1, head_dim=16, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+TEXT: dict[str, Any] = dict(
+    vocab_size=WORDS, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64
+)
+LLAMA: dict[str, Any] = TEXT | dict(
+    intermediate_size=64, num_key_value_heads=1, head_dim=16, bos_token_id=1, eos_token_id=2, pad_token_id=0
+)
 EXPERTS: dict[str, Any] = dict(num_experts_per_tok=2, moe_intermediate_size=32)
-VISION: dict[str, Any] = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=IMAGE, patch_size=8)
+VISION: dict[str, Any] = dict(
+    hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=IMAGE, patch_size=8
+)
 SEQ2SEQ: dict[str, Any] = dict(
     vocab_size=WORDS, d_model=WIDTH, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
     encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
 )  # fmt: skip
-DETECTOR: dict[str, Any] = {key: value for key, value in SEQ2SEQ.items() if key.endswith(("model", "layers", "heads", "dim"))}
+DETECTOR: dict[str, Any] = {
+    key: value for key, value in SEQ2SEQ.items() if key.endswith(("model", "layers", "heads", "dim"))
+}
 PAIR: dict[str, Any] = dict(hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 Batch = dict[str, Any]
 

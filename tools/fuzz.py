@@ -26,9 +26,9 @@ import transformers
 from torch import Tensor, nn
 
 import laconic as lc
+from laconic.disk.store import MANIFEST
+from laconic.disk.tensors import INDEX
 from laconic.errors import LaconicError
-from laconic.store import MANIFEST
-from laconic.tensors import INDEX
 
 SECONDS = 60  # after which a read counts as a hang
 SCHEMES = {
@@ -55,7 +55,12 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm, self.second, self.third = nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32), nn.Linear(32, 16)
+        self.first, self.norm, self.second, self.third = (
+            nn.Linear(32, 32),
+            nn.BatchNorm1d(32),
+            nn.Linear(32, 32),
+            nn.Linear(32, 16),
+        )
         self.second.weight = self.first.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +80,10 @@ def read_net(folder: Path, verify: bool = True) -> dict[str, Tensor]:
     with torch.no_grad():
         values = {"output": net.eval()(torch.linspace(-1, 1, 96).view(3, 32)), "norm": net.norm.running_mean.clone()}
         for name in ("first", "second", "third"):
-            values |= {f"{name}.weight": getattr(net, name).weight.detach().clone(), f"{name}.bias": getattr(net, name).bias.detach().clone()}
+            values |= {
+                f"{name}.weight": getattr(net, name).weight.detach().clone(),
+                f"{name}.bias": getattr(net, name).bias.detach().clone(),
+            }
     return values
 
 
@@ -126,7 +134,7 @@ def split(source: Path, out: Path) -> Path:
     """The same model in two files and an index."""
     from safetensors.torch import load_file, save_file
 
-    from laconic.store import read_manifest, write_manifest
+    from laconic.disk.store import read_manifest, write_manifest
 
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")
@@ -257,7 +265,16 @@ def another_kind(folder: Path, rng: random.Random) -> None:
 
 def more(folder: Path, rng: random.Random) -> None:
     """Files beside the model's."""
-    name = rng.choice(("notes.txt", "consolidated.safetensors", INDEX, "pytorch_model.bin", "model.safetensors.tmp", "adapter_config.txt"))
+    name = rng.choice(
+        (
+            "notes.txt",
+            "consolidated.safetensors",
+            INDEX,
+            "pytorch_model.bin",
+            "model.safetensors.tmp",
+            "adapter_config.txt",
+        )
+    )
     if not (folder / name).exists():
         (folder / name).write_bytes(rng.choice((b"{}", b'{"weight_map": {"x": "y.safetensors"}}', rng.randbytes(64))))
 
@@ -273,7 +290,9 @@ DAMAGES: dict[str, tuple[Damage, int]] = {
 
 
 def any_file(folder: Path, rng: random.Random) -> Path:
-    return rng.choice([file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("report")])
+    return rng.choice(
+        [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("report")]
+    )
 
 
 def weights_file(folder: Path, rng: random.Random) -> Path:
@@ -313,9 +332,13 @@ def edit(value: Any, rng: random.Random) -> None:
     elif isinstance(old, bool) or old is None:
         holder[key] = rng.choice((not old, 1, "true", []))
     elif isinstance(old, int | float):
-        holder[key] = rng.choice((old + 1, old - 1, -old, 0, old * 2, 2**31, 2**63, 10**30, 1e300, float("nan"), str(old), None, [old], True))
+        holder[key] = rng.choice(
+            (old + 1, old - 1, -old, 0, old * 2, 2**31, 2**63, 10**30, 1e300, float("nan"), str(old), None, [old], True)
+        )
     elif isinstance(old, str):
-        holder[key] = rng.choice((old + "x", old[:-1], "", old.upper(), "../" + old, "\0", "a" * 10_000, 7, None, [old]))
+        holder[key] = rng.choice(
+            (old + "x", old[:-1], "", old.upper(), "../" + old, "\0", "a" * 10_000, 7, None, [old])
+        )
     else:
         holder[key] = rng.choice((None, 0, "x", [], {}, [old], {"x": old}))
 
@@ -361,7 +384,9 @@ def _late(*_: Any) -> None:
     raise _Late
 
 
-def run(count: int, seed: int, root: Path, *, verify: bool = True, only: str | None = None) -> list[tuple[str, str, str, str, int]]:
+def run(
+    count: int, seed: int, root: Path, *, verify: bool = True, only: str | None = None
+) -> list[tuple[str, str, str, str, int]]:
     """Damage and read `count` directories; returns (damage, case, outcome, message, number) of each."""
     rng = random.Random(seed)
     known = cases(root)
@@ -395,7 +420,9 @@ def main() -> int:
     lines += [f"{damage:18}" + "".join(f"{table[damage, outcome]:11}" for outcome in outcomes) for damage in DAMAGES]
     lines += [f"{'all':18}" + "".join(f"{sum(table[d, outcome] for d in DAMAGES):11}" for outcome in outcomes)]
     faults = [row for row in results if row[2].isupper()]
-    lines += [f"{number}: {damage} in {case}: {outcome} {message[:300]}" for damage, case, outcome, message, number in faults]
+    lines += [
+        f"{number}: {damage} in {case}: {outcome} {message[:300]}" for damage, case, outcome, message, number in faults
+    ]
     sys.stdout.write("\n".join(lines) + "\n")
     if options.only is not None:
         sys.stdout.write("".join(f"{row}\n" for row in results))

@@ -4,9 +4,9 @@
     python tools/golden.py --base REV --only gptq lc  # the cases whose names begin so
     python tools/golden.py --write FOLDER             # the cases of the laconic that Python finds, into FOLDER, and their digests
 
-Both sides run this file, with one thread, each with its own `laconic` on the path. Reports are left out: they hold seconds. What REV wrote is kept
-(`--cache`) and made again only for another revision or another text of this file. A refactoring keeps every digest; a mended fault says which it changed.
-Exit code 1 where a file differs.
+Both sides run this file, with one thread, each with its own `laconic` on the path. Reports are left out: they hold
+seconds. What REV wrote is kept (`--cache`) and made again only for another revision or another text of this file. A
+refactoring keeps every digest; a mended fault says which it changed. Exit code 1 where a file differs.
 """
 
 import argparse
@@ -63,12 +63,21 @@ def recoveries() -> dict[str, tuple[str, Any]]:
     return {
         "direct": ("Magnitude(sparsity=0.5, scope='model') >> Cast('float16')", lc.Direct(norm_batches=2)),
         "direct-gptq": ("GPTQ(bits=3, group='channel')", lc.Direct()),
-        "lc": ("Magnitude(sparsity=0.6, scope='model') >> KMeans(bits=3)", lc.LC(3, 3, mu=0.3, learn=steps, norm_batches=2)),
-        "lc-then": ("RTN(bits=2, group='channel')", lc.LC(2, 3, learn=steps, then=lc.FineTune(4, learn=steps, checks=2))),
+        "lc": (
+            "Magnitude(sparsity=0.6, scope='model') >> KMeans(bits=3)",
+            lc.LC(3, 3, mu=0.3, learn=steps, norm_batches=2),
+        ),
+        "lc-then": (
+            "RTN(bits=2, group='channel')",
+            lc.LC(2, 3, learn=steps, then=lc.FineTune(4, learn=steps, checks=2)),
+        ),
         "lc-filters": ("FilterPrune(sparsity=0.4)", lc.LC(2, 3, mu=0.3, learn=steps, norm_batches=2)),
         "finetune": ("RTN(bits=3, group='channel')", lc.FineTune(6, learn=steps, checks=2, norm_batches=2)),
         "finetune-dkm": ("DKM(bits=2, tau=0.01)", lc.FineTune(6, learn=steps, checks=2)),
-        "finetune-distilled": ("KMeans(bits=3)", lc.FineTune(4, learn=lc.Steps(lr=0.01, optimizer="adam", distill=1.0), checks=2)),
+        "finetune-distilled": (
+            "KMeans(bits=3)",
+            lc.FineTune(4, learn=lc.Steps(lr=0.01, optimizer="adam", distill=1.0), checks=2),
+        ),
     }
 
 
@@ -88,9 +97,19 @@ def write(folder: Path, only: list[str]) -> dict[str, dict[str, str]]:
         except Exception as error:  # noqa: BLE001 - whatever a version says is what is compared
             found[name] = {"error": f"{type(error).__name__}: {error}"}
         else:
-            files = sorted(file for file in place.rglob("*") if file.is_file() and file.name not in LEFT_OUT and not file.name.startswith("."))
-            found[name] = {str(file.relative_to(place)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-        print(f"{name}: {'; '.join(f'{file} {digest[:8]}' for file, digest in found[name].items())[:150]}", file=sys.stderr, flush=True)
+            files = sorted(
+                file
+                for file in place.rglob("*")
+                if file.is_file() and file.name not in LEFT_OUT and not file.name.startswith(".")
+            )
+            found[name] = {
+                str(file.relative_to(place)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+            }
+        print(
+            f"{name}: {'; '.join(f'{file} {digest[:8]}' for file, digest in found[name].items())[:150]}",
+            file=sys.stderr,
+            flush=True,
+        )
     return found
 
 
@@ -101,7 +120,16 @@ def cases() -> dict[str, Callable[[Path], Any]]:
         found[name] = lambda place, scheme=scheme: _directory(place, scheme)
     for name, scheme in MODULE.items():
         found[name] = lambda place, scheme=scheme: _module(place, scheme)
-    for name in ("direct", "direct-gptq", "lc", "lc-then", "lc-filters", "finetune", "finetune-dkm", "finetune-distilled"):
+    for name in (
+        "direct",
+        "direct-gptq",
+        "lc",
+        "lc-then",
+        "lc-filters",
+        "finetune",
+        "finetune-dkm",
+        "finetune-distilled",
+    ):
         found[name] = lambda place, name=name: _recovered(place, name)
     found["search"] = _searched
     return found
@@ -164,8 +192,8 @@ def _searched(place: Path) -> None:
     how = lc.LC(2, 3, mu=0.3, learn=lc.Steps(lr=0.02, lr_end=0.005))
     scheme = "Magnitude(sparsity=Free(0, 1), scope='model') >> Cast('float16')"
     lc.search(
-        _net(), scheme, objective=lc.Maximize("sparsity"), keep=lc.within(0.5), recover=how, train=_batches(1), validation=_batches(2, 2), test=_batches(3, 2),
-        out=place, trials=3,
+        _net(), scheme, objective=lc.Maximize("sparsity"), keep=lc.within(0.5), recover=how, train=_batches(1),
+        validation=_batches(2, 2), test=_batches(3, 2), out=place, trials=3,
     )  # fmt: skip
 
 
@@ -181,15 +209,21 @@ def side(tree: Path, only: list[str]) -> dict[str, dict[str, str]]:
 
 def of_revision(revision: str, cache: Path, only: list[str]) -> dict[str, dict[str, str]]:
     """The digests of a revision, from the cache or from a checkout of it."""
-    full = subprocess.run(["git", "rev-parse", revision], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    full = subprocess.run(
+        ["git", "rev-parse", revision], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
     text = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     file = cache / f"golden-{full[:12]}-{text[:12]}.json"
     known: dict[str, dict[str, str]] = json.loads(file.read_text()) if file.is_file() else {}
-    missing = [name for name in cases() if name not in known and (not only or any(name.startswith(start) for start in only))]
+    missing = [
+        name for name in cases() if name not in known and (not only or any(name.startswith(start) for start in only))
+    ]
     if missing:
         with tempfile.TemporaryDirectory(prefix="laconic-base-") as folder:
             tree = Path(folder) / "tree"
-            subprocess.run(["git", "worktree", "add", "--detach", str(tree), full], cwd=ROOT, check=True, capture_output=True)
+            subprocess.run(
+                ["git", "worktree", "add", "--detach", str(tree), full], cwd=ROOT, check=True, capture_output=True
+            )
             try:
                 known |= side(tree, missing)
             finally:
@@ -202,9 +236,16 @@ def of_revision(revision: str, cache: Path, only: list[str]) -> dict[str, dict[s
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--base", metavar="REV", help="the revision to compare the working tree with")
-    options.add_argument("--write", type=Path, metavar="FOLDER", help="carry out the cases here and print their digests")
+    options.add_argument(
+        "--write", type=Path, metavar="FOLDER", help="carry out the cases here and print their digests"
+    )
     options.add_argument("--only", nargs="+", default=[], metavar="NAME", help="the cases whose names begin so")
-    options.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "laconic-golden", help="where digests of revisions are kept")
+    options.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "laconic-golden",
+        help="where digests of revisions are kept",
+    )
     args = options.parse_args()
     if args.write is not None:
         print(json.dumps(write(args.write, args.only)))
@@ -214,10 +255,14 @@ def main() -> None:
     before, now = of_revision(args.base, args.cache, args.only), side(ROOT, args.only)
     differing = 0
     for name, files in now.items():
-        changed = sorted(file for file in files.keys() | before[name].keys() if files.get(file) != before[name].get(file))
+        changed = sorted(
+            file for file in files.keys() | before[name].keys() if files.get(file) != before[name].get(file)
+        )
         differing += bool(changed)
         error = files.get("error") or before[name].get("error")
-        print(f"{name:22} {'same' if not changed else 'differs: ' + ', '.join(changed)}{f' ({error})' if error else ''}")
+        print(
+            f"{name:22} {'same' if not changed else 'differs: ' + ', '.join(changed)}{f' ({error})' if error else ''}"
+        )
     print(f"{len(now)} cases, {differing} differ")
     sys.exit(1 if differing else 0)
 

@@ -32,7 +32,9 @@ def computing() -> list[str]:
 
 def run(files: list[str], setting: dict[str, str], arguments: list[str]) -> bool:
     """Whether the tests of all files pass under a setting."""
-    environment = os.environ | {"OMP_NUM_THREADS": setting["LACONIC_TEST_THREADS"], "OMP_WAIT_POLICY": "PASSIVE"} | setting
+    environment = (
+        os.environ | {"OMP_NUM_THREADS": setting["LACONIC_TEST_THREADS"], "OMP_WAIT_POLICY": "PASSIVE"} | setting
+    )
     command = [sys.executable, "-m", "pytest", *arguments, *files]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
 
@@ -40,7 +42,9 @@ def run(files: list[str], setting: dict[str, str], arguments: list[str]) -> bool
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="test files; by default all that compute")
-    parser.add_argument("--only", choices=list(SETTINGS), action="append", help="one setting instead of all; may be repeated")
+    parser.add_argument(
+        "--only", choices=list(SETTINGS), action="append", help="one setting instead of all; may be repeated"
+    )
     given, arguments = parser.parse_known_args()
     failed = []
     for name in given.only or SETTINGS:
@@ -48,7 +52,9 @@ def main() -> int:
         print(f"== {name}: {' '.join(f'{k}={v}' for k, v in SETTINGS[name].items())}", flush=True)
         if not run(given.files or computing(), SETTINGS[name], arguments):
             failed.append(name)
-        print(f"== {name}: {'FAILED' if name in failed else 'passed'} in {time.monotonic() - started:.0f} s", flush=True)
+        print(
+            f"== {name}: {'FAILED' if name in failed else 'passed'} in {time.monotonic() - started:.0f} s", flush=True
+        )
     return 1 if failed else 0
 
 

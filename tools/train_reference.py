@@ -28,7 +28,9 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=512)
 
@@ -51,7 +53,12 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, length: int, wi
 
 
 def save(
-    args: argparse.Namespace, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, curve: list[dict[str, float]], seconds: float
+    args: argparse.Namespace,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tokens: int,
+    curve: list[dict[str, float]],
+    seconds: float,
 ) -> None:
     """Writes the model as it stands, in bfloat16, with its tokenizer and the recipe, so that a stopped training leaves a usable model."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(args.out)
@@ -108,7 +115,11 @@ def main() -> None:
             save(args, model, tokenizer, len(train), curve, time.time() - started)
         if step == args.steps:
             break
-        scale = step / warmup if step < warmup else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup)))
+        scale = (
+            step / warmup
+            if step < warmup
+            else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (args.steps - warmup)))
+        )
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.rate * scale

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin", ".pth")
 NOT_COMPRESSED = ("embed_tokens", "lm_head")  # the embedding and the head tied to it
-LOGIT_TOLERANCE = 1e-2  # of the largest logit: fp32 noise is 1e-5, a wrong zero point or group order moves it by 0.1 and more
+LOGIT_TOLERANCE = (
+    1e-2  # of the largest logit: fp32 noise is 1e-5, a wrong zero point or group order moves it by 0.1 and more
+)
 
 
 @dataclass(frozen=True)

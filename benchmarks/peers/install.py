@@ -16,7 +16,10 @@ TORCH = "torch==2.13.0"  # exactly this: a CPU wheel exists for it, any other re
 PEERS: dict[str, tuple[str, ...]] = {
     "llmcompressor": ("llmcompressor==0.14.0",),
     "gptqmodel": ("gptqmodel==7.6.0",),
-    "autoround": ("auto-round==0.16.0", "auto-round-lib==0.16.0"),  # without the kernels its 4-bit files do not load on a CPU
+    "autoround": (
+        "auto-round==0.16.0",
+        "auto-round-lib==0.16.0",
+    ),  # without the kernels its 4-bit files do not load on a CPU
     "hqq": ("hqq==0.2.8",),
     "quanto": ("optimum-quanto==0.2.7", "transformers==5.23.0", "accelerate==1.15.0"),
 }

@@ -14,7 +14,16 @@ PEER = "AutoRound"
 BATCH = 8  # the peer's default batch size
 ITERATIONS = {"autoround": 200, "rtn": 0}  # 200 is the peer's default
 WORD = 32  # bits of a stored integer
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each nibble of a word holds in the AWQ layout, lowest nibble first
+AWQ_ORDER = (
+    0,
+    2,
+    4,
+    6,
+    1,
+    3,
+    5,
+    7,
+)  # the column that each nibble of a word holds in the AWQ layout, lowest nibble first
 
 
 def compress(task: common.Task) -> float:
@@ -110,7 +119,12 @@ def main() -> None:
         task,
         PEER,
         release,
-        {"seconds": seconds, "seconds_save": 0.0, "config": config, "options": {"iters": ITERATIONS[task.method], "batch_size": BATCH}}
+        {
+            "seconds": seconds,
+            "seconds_save": 0.0,
+            "config": config,
+            "options": {"iters": ITERATIONS[task.method], "batch_size": BATCH},
+        }
         | common.compare_logits(dense_model, peer_model, common.read_windows(task.calibration)[0])
         | common.count_files(task.native)
         | common.count_tensors(stored, original, common.ideal_bits(original, task.bits, 16 + task.bits, task.group)),

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 PEER = "GPTQModel"
-WORKERS = "GPTQMODEL_CPU_WORKERS"  # 7.6 takes one worker on two cores, and its pool of model loaders then refuses to start
+WORKERS = (
+    "GPTQMODEL_CPU_WORKERS"  # 7.6 takes one worker on two cores, and its pool of model loaders then refuses to start
+)
 
 
 def compress(task: common.Task, peer: Any) -> float:
@@ -52,7 +54,9 @@ def main() -> None:
     reloaded = GPTQModel.load(str(task.native), device="cpu", backend=BACKEND.GPTQ_TORCH).model.float().eval()
     dense = common.save_dense(task.out / "dense.safetensors", decode(stored, reloaded), original)
     undivided = common.undivided(original, task.group)
-    notes = [f"the last group of a row is shorter in {len(undivided)} layers, such as {undivided[0]}"] if undivided else []
+    notes = (
+        [f"the last group of a row is shorter in {len(undivided)} layers, such as {undivided[0]}"] if undivided else []
+    )
     dense_model = common.load_dense(AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32), dense)
     common.write_result(
         task,

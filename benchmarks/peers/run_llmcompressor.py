@@ -76,7 +76,9 @@ def main() -> None:
     model.save_pretrained(task.native, save_compressed=True)
     timing = {"seconds": seconds, "seconds_save": time.perf_counter() - start}
     stored = common.read_tensors(task.native)
-    dense = common.save_dense(task.out / "dense.safetensors", decode(stored, common.linear_names(original), task), original)
+    dense = common.save_dense(
+        task.out / "dense.safetensors", decode(stored, common.linear_names(original), task), original
+    )
     dense_model = common.load_dense(AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32), dense)
     peer_model = AutoModelForCausalLM.from_pretrained(task.native, dtype=torch.float32).eval()
     common.write_result(
@@ -84,7 +86,10 @@ def main() -> None:
         PEER,
         release,
         timing
-        | {"options": recipe.model_dump(mode="json", exclude_none=True, exclude={"config_groups"}), "config": common.read_config(task)}
+        | {
+            "options": recipe.model_dump(mode="json", exclude_none=True, exclude={"config_groups"}),
+            "config": common.read_config(task),
+        }
         | common.compare_logits(dense_model, peer_model, common.read_windows(task.calibration)[0])
         | common.count_files(task.native)
         | common.count_tensors(stored, original, common.ideal_bits(original, task.bits, 16 + task.bits, task.group)),

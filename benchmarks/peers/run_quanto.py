@@ -50,7 +50,10 @@ def reload(task: common.Task, model: nn.Module, stored: Mapping[str, Tensor]) ->
     The peer's own loader cannot do it: the file does not say which group was used, and the loader assumes the peer's choice.
     """
     quantize_linears(model, task)
-    model.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}, strict=False)
+    model.load_state_dict(
+        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()},
+        strict=False,
+    )
     return model.eval()
 
 
@@ -58,7 +61,10 @@ def decode(model: nn.Module) -> dict[str, Tensor]:
     """Decodes the weights of the reloaded quantized modules with the peer's own `dequantize`."""
     from optimum.quanto import QTensor
 
-    return {name: weight.dequantize() if isinstance(weight, QTensor) else weight for name, weight in model.named_parameters()}
+    return {
+        name: weight.dequantize() if isinstance(weight, QTensor) else weight
+        for name, weight in model.named_parameters()
+    }
 
 
 def options(task: common.Task, groups: Mapping[str, int]) -> dict[str, Any]:

@@ -20,7 +20,9 @@ def forward(values: Tensor, start: Tensor, rule: Rule, reduce: Reduce, dtype: to
     return decoded, last
 
 
-def backward(values: Tensor, start: Tensor, grad: Tensor, grad_last: Tensor, rule: Rule, reduce: Reduce, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def backward(
+    values: Tensor, start: Tensor, grad: Tensor, grad_last: Tensor, rule: Rule, reduce: Reduce, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Gradients of values, in `dtype`, and of starting centroids, given those of decoded values and last centroids."""
     into, first = torch.zeros(values.shape, dtype=start.dtype, device=values.device), torch.empty_like(start)
     for tables in _tables(values, start):

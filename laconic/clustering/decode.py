@@ -56,7 +56,13 @@ def dkm_decode(
     """
     shape = centroids.shape
     weight, group, restore = _local(weight, group)
-    tables = centroids.reshape(1, -1, 1) if centroids.dim() == 1 else centroids.unsqueeze(0) if centroids.dim() == 2 else centroids
+    tables = (
+        centroids.reshape(1, -1, 1)
+        if centroids.dim() == 1
+        else centroids.unsqueeze(0)
+        if centroids.dim() == 2
+        else centroids
+    )
     warmth = tau.detach() if isinstance(tau, Tensor) else None
     how = _How(
         tau=1.0 if isinstance(tau, Tensor) else tau,
@@ -94,11 +100,17 @@ class _How:
     def check(self, weight: Tensor, tables: Tensor, scale: Tensor | None, warmth: Tensor | None, shared: bool) -> None:
         """Whether the shapes and numbers fit together. Raises: SchemeError."""
         if not 0 < self.tau < math.inf or (warmth is not None and warmth.numel() != 1):
-            raise SchemeError(f"dkm_decode: tau must be a positive number, got {self.tau if warmth is None else list(warmth.shape)}; {_COLD}")
+            raise SchemeError(
+                f"dkm_decode: tau must be a positive number, got {self.tau if warmth is None else list(warmth.shape)}; {_COLD}"
+            )
         if self.iterations < 0 or not self.tolerance >= 0:
-            raise SchemeError(f"dkm_decode: iterations and tolerance must be 0 or more, got {self.iterations} and {self.tolerance}")
+            raise SchemeError(
+                f"dkm_decode: iterations and tolerance must be 0 or more, got {self.iterations} and {self.tolerance}"
+            )
         if not weight.is_floating_point() or weight.dim() == 0 or not tables.is_floating_point():
-            raise SchemeError(f"dkm_decode: expected a float tensor with rows, got {weight.dtype} {list(weight.shape)}, centroids {tables.dtype}")
+            raise SchemeError(
+                f"dkm_decode: expected a float tensor with rows, got {weight.dtype} {list(weight.shape)}, centroids {tables.dtype}"
+            )
         if tables.dim() != 3 or 0 in tables.shape:
             raise SchemeError(f"dkm_decode: centroids must be [K], [K, d] or [tables, K, d], got {list(tables.shape)}")
         count, K, d = tables.shape
@@ -108,13 +120,21 @@ class _How:
         if shared and count > 1:
             raise SchemeError(f"dkm_decode: a group shares one table; {count} tables of whole rows need no group")
         if count * served != rows or self.rows_per_table < 0:
-            raise SchemeError(f"dkm_decode: {count} tables of {served} rows do not serve {rows} rows; give rows_per_table = rows / tables")
+            raise SchemeError(
+                f"dkm_decode: {count} tables of {served} rows do not serve {rows} rows; give rows_per_table = rows / tables"
+            )
         if (columns if weight.dim() > 1 else rows) % d:
-            raise SchemeError(f"dkm_decode: vectors of {d} do not divide {columns if weight.dim() > 1 else rows} columns")
+            raise SchemeError(
+                f"dkm_decode: vectors of {d} do not divide {columns if weight.dim() > 1 else rows} columns"
+            )
         if not shared and served * columns // d < K:
-            raise SchemeError(f"dkm_decode: {K} centroids for {served * columns // d} weights or vectors; use fewer bits")
+            raise SchemeError(
+                f"dkm_decode: {K} centroids for {served * columns // d} weights or vectors; use fewer bits"
+            )
         if scale is not None and (scale.shape != (rows,) or scale.requires_grad):
-            raise SchemeError(f"dkm_decode: scale must be a constant [{rows}], one number per row, got {list(scale.shape)}")
+            raise SchemeError(
+                f"dkm_decode: scale must be a constant [{rows}], one number per row, got {list(scale.shape)}"
+            )
         if self.rounded not in (None, *table.HALVES):
             raise SchemeError(f"dkm_decode: rounded must be torch.bfloat16 or torch.float16, got {self.rounded}")
 
@@ -126,13 +146,19 @@ def _by_table(weight: Tensor, tables: Tensor, rounded: torch.dtype | None, way: 
         if d > 1:
             raise SchemeError(f"dkm_decode: way='table' needs scalars, got vectors of {d}")
         if dtype == torch.float32:
-            raise SchemeError("dkm_decode: way='table' needs 16-bit weights, got float32; rounded=torch.bfloat16 clusters them as bfloat16 has them")
+            raise SchemeError(
+                "dkm_decode: way='table' needs 16-bit weights, got float32; rounded=torch.bfloat16 clusters them as bfloat16 has them"
+            )
         if shared and dtype not in table.HALVES:
-            raise SchemeError(f"dkm_decode: processes count values of 16 bits together, got {dtype}; way='blocks' shares any")
+            raise SchemeError(
+                f"dkm_decode: processes count values of 16 bits together, got {dtype}; way='blocks' shares any"
+            )
         return True
     if way not in ("auto", "blocks"):
         raise SchemeError(f"dkm_decode: way must be 'auto', 'table' or 'blocks', got {way!r}")
-    return way == "auto" and d == 1 and dtype in table.HALVES and (shared or weight.numel() // len(tables) >= _TABLE_FROM)
+    return (
+        way == "auto" and d == 1 and dtype in table.HALVES and (shared or weight.numel() // len(tables) >= _TABLE_FROM)
+    )
 
 
 def _local(weight: Tensor, group: "dist.ProcessGroup | None") -> tuple[Tensor, "dist.ProcessGroup | None", Any]:
@@ -145,7 +171,9 @@ def _local(weight: Tensor, group: "dist.ProcessGroup | None") -> tuple[Tensor, "
         return weight, group, lambda decoded: decoded
     mesh, placements, size, stride = weight.device_mesh, weight.placements, weight.shape, weight.stride()
     if mesh.ndim != 1 or placements != (Shard(0),):
-        raise SchemeError(f"dkm_decode: a DTensor must be split by rows over one mesh dimension, got {placements} over {mesh.ndim}")
+        raise SchemeError(
+            f"dkm_decode: a DTensor must be split by rows over one mesh dimension, got {placements} over {mesh.ndim}"
+        )
     return (
         weight.to_local(),
         group or mesh.get_group(),
@@ -157,7 +185,9 @@ class _Decode(torch.autograd.Function):
     """Two opaque operators, so that a compiler sees one node forward and one backward."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, tables: Tensor, scale: Tensor | None, warmth: Tensor | None, how: _How) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, weight: Tensor, tables: Tensor, scale: Tensor | None, warmth: Tensor | None, how: _How
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(weight, tables, scale, warmth)
         ctx.how = how
         return _forward(weight, tables, scale, warmth, *how.flat)
@@ -175,11 +205,18 @@ def _forward(
     tau: float, iterations: int, tolerance: float, zero: bool, rounded: torch.dtype | None, by_table: bool, group: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     values, start = _clustered(weight, tables, scale, rounded), tables.to(_precision(weight, by_table))
-    rule, decode = Rule(_number(tau, warmth), iterations, tolerance, zero), table.forward if by_table else blocks.forward
-    with torch.autocast(weight.device.type, enabled=False):  # products in 16 bits would be neither exact nor those of the backward pass
+    rule, decode = (
+        Rule(_number(tau, warmth), iterations, tolerance, zero),
+        table.forward if by_table else blocks.forward,
+    )
+    with torch.autocast(
+        weight.device.type, enabled=False
+    ):  # products in 16 bits would be neither exact nor those of the backward pass
         decoded, last = decode(values, start, rule, _sum_over(group), weight.dtype)
     if not (bool(last.isfinite().all()) and (by_table or bool(decoded.isfinite().all()))):
-        raise SchemeError("dkm_decode: the weight or the centroids hold NaN or infinity, or numbers whose squares overflow")
+        raise SchemeError(
+            "dkm_decode: the weight or the centroids hold NaN or infinity, or numbers whose squares overflow"
+        )
     decoded = decoded.view(weight.shape)
     if scale is not None:
         decoded.mul_(_per_row(scale, weight))
@@ -193,7 +230,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     values, start = _clustered(weight, tables, scale, rounded), tables.to(_precision(weight, by_table))
     grad = (grad if scale is None else grad * _per_row(scale, weight)).reshape(values.shape)
-    rule, backward = Rule(_number(tau, warmth), iterations, tolerance, zero), table.backward if by_table else blocks.backward
+    rule, backward = (
+        Rule(_number(tau, warmth), iterations, tolerance, zero),
+        table.backward if by_table else blocks.backward,
+    )
     with torch.autocast(weight.device.type, enabled=False):
         into, first = backward(values, start, grad, grad_last.to(start.dtype), rule, _sum_over(group), weight.dtype)
     into = into.view(weight.shape)

@@ -7,7 +7,14 @@ from laconic.clustering.recursion import LEAST_MASS
 
 
 def dkm_naive(
-    weight: Tensor, centroids: Tensor, *, tau: float, iterations: int, tolerance: float = 0.0, zero: bool = False, rows_per_table: int | None = None
+    weight: Tensor,
+    centroids: Tensor,
+    *,
+    tau: float,
+    iterations: int,
+    tolerance: float = 0.0,
+    zero: bool = False,
+    rows_per_table: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `dkm_decode` computes, with every attention matrix kept for the backward pass.
 
@@ -19,19 +26,26 @@ def dkm_naive(
     exact = weight.double() if weight.dtype == torch.float64 else weight.float()
     groups = exact.reshape(len(centroids), -1, centroids.shape[-1])
     assert rows_per_table is None or rows_per_table * len(centroids) == len(weight)
-    done = [_one_table(w, c, tau, iterations, tolerance, zero) for w, c in zip(groups, centroids.to(exact.dtype), strict=True)]
+    done = [
+        _one_table(w, c, tau, iterations, tolerance, zero)
+        for w, c in zip(groups, centroids.to(exact.dtype), strict=True)
+    ]
     decoded = torch.stack([part for part, _ in done]).reshape(weight.shape)
     return decoded.to(weight.dtype), torch.stack([c for _, c in done]).to(centroids.dtype)
 
 
-def _one_table(w: Tensor, c: Tensor, tau: float, iterations: int, tolerance: float, zero: bool) -> tuple[Tensor, Tensor]:
+def _one_table(
+    w: Tensor, c: Tensor, tau: float, iterations: int, tolerance: float, zero: bool
+) -> tuple[Tensor, Tensor]:
     """The decoded vectors [n, d] and the last centroids [K, d]."""
     c = _held(c, zero)
     for _ in range(iterations):
         A = _attention(w, c, tau)
         mass = A.sum(0).unsqueeze(1)
         served = mass > LEAST_MASS
-        new = _held(torch.where(served, A.t() @ w / torch.where(served, mass, 1.0), c), zero)  # a centroid that nothing is near stays
+        new = _held(
+            torch.where(served, A.t() @ w / torch.where(served, mass, 1.0), c), zero
+        )  # a centroid that nothing is near stays
         moved = (new - c).abs().max()
         c = new
         if tolerance > 0 and moved <= tolerance:

@@ -70,7 +70,9 @@ class Path:
 def attention(v: Tensor, c: Tensor, tau: float) -> Tensor:
     """A [tables, K, b] for points [tables, b, d] and centroids [tables, K, d]; points last, where processors add many at a time."""
     distance = (v[..., 0].unsqueeze(1) - c[..., 0].unsqueeze(2)).square_()
-    for j in range(1, v.shape[2]):  # one coordinate after the other: differences are not cancelled away, and no [b, K, d] is made
+    for j in range(
+        1, v.shape[2]
+    ):  # one coordinate after the other: differences are not cancelled away, and no [b, K, d] is made
         distance += (v[..., j].unsqueeze(1) - c[..., j].unsqueeze(2)).square_()
     return torch.softmax(distance.mul_(-1 / tau), 1)
 
@@ -81,7 +83,13 @@ def follow(points: Points, start: Tensor, rule: Rule) -> Path:
     path = Path([c], [], [])
     active = torch.ones(len(c), 1, 1, dtype=torch.bool, device=c.device)
     for _ in range(rule.iterations):
-        sums = torch.zeros(len(c), c.shape[1], 1 + c.shape[2], dtype=torch.float64 if c.device.type != "mps" else c.dtype, device=c.device)
+        sums = torch.zeros(
+            len(c),
+            c.shape[1],
+            1 + c.shape[2],
+            dtype=torch.float64 if c.device.type != "mps" else c.dtype,
+            device=c.device,
+        )
         for _, v, n in points.blocks(c.shape[1]):
             A = attention(v, c, rule.tau)
             A = A if n is None else A * n

@@ -47,9 +47,13 @@ class SoftClusters(Relaxation):
         self.register_buffer("start", tables.clone())  # where passes start while w is what `seen` says
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64, device=tables.device))
         self.register_buffer("mask", weight.mask if isinstance(weight, Sparse) else None)
-        self.register_buffer("scale", None if book.row_scale is None else book.row_scale.forward().detach().flatten().clone())
+        self.register_buffer(
+            "scale", None if book.row_scale is None else book.row_scale.forward().detach().flatten().clone()
+        )
         spread = torch.tensor(variance, dtype=torch.float32, device=tables.device)
-        self.register_buffer("variance", torch.where(spread > 0, spread, 1.0))  # a constant is decoded alike at any temperature
+        self.register_buffer(
+            "variance", torch.where(spread > 0, spread, 1.0)
+        )  # a constant is decoded alike at any temperature
         self.register_buffer("tau", how.first * self.variance)
 
     centroids: Tensor
@@ -69,7 +73,13 @@ class SoftClusters(Relaxation):
         return found
 
     def takes_shard(self, w: Tensor) -> bool:
-        return self.training and self.mask is None and self.scale is None and len(self.start) == 1 and is_sharded(w, by_rows=True)
+        return (
+            self.training
+            and self.mask is None
+            and self.scale is None
+            and len(self.start) == 1
+            and is_sharded(w, by_rows=True)
+        )
 
     def advance(self, progress: float) -> None:
         self.tau.copy_(annealed(self.how.first, self.how.last, progress) * self.variance)

@@ -7,12 +7,19 @@ from torch import Tensor
 
 from laconic.errors import SchemeError
 from laconic.methods.kmeans import fit_tables
-from laconic.sites import Site
+from laconic.model.sites import Site
 from laconic.weights import Codebook
 
 
 def init_centroids(
-    weight: Tensor, bits: int, *, dimension: int = 1, rows_per_table: int | None = None, zero: bool = False, iterations: int = 25, seed: int = 0
+    weight: Tensor,
+    bits: int,
+    *,
+    dimension: int = 1,
+    rows_per_table: int | None = None,
+    zero: bool = False,
+    iterations: int = 25,
+    seed: int = 0,
 ) -> Tensor:
     """Starting centroids [tables, 2**bits, dimension], float32: the k-means optimum for scalars, k-means++ and Lloyd for vectors.
 
@@ -60,12 +67,19 @@ def temperature(weight: Tensor, relative: float, *, dimension: int = 1, scale: T
 def annealed(first: float, last: float, progress: float) -> float:
     """The temperature at `progress` 0 to 1 of the training, falling (or rising) by equal factors: first (last / first)^progress."""
     if not (first > 0 and last > 0 and 0 <= progress <= 1):
-        raise SchemeError(f"annealed: temperatures must be positive and progress from 0 to 1, got {first}, {last} and {progress}")
+        raise SchemeError(
+            f"annealed: temperatures must be positive and progress from 0 to 1, got {first}, {last} and {progress}"
+        )
     return first * (last / first) ** progress
 
 
 def harden(
-    weight: Tensor, centroids: Tensor, *, rows_per_table: int | None = None, scale: Tensor | None = None, table_dtype: str = "float16"
+    weight: Tensor,
+    centroids: Tensor,
+    *,
+    rows_per_table: int | None = None,
+    scale: Tensor | None = None,
+    table_dtype: str = "float16",
 ) -> Codebook:
     """The trained weight [out, in] (further dimensions are flattened into `in`) with every entry at its nearest centroid, as a weight to be stored.
 
@@ -80,10 +94,17 @@ def harden(
     c = c.reshape(1, -1, 1) if c.dim() == 1 else c.reshape(-1, *c.shape[-2:])
     bits = max(1, math.ceil(math.log2(c.shape[1])))
     book = Codebook(
-        (W.shape[0], W.shape[1]), bits=bits, dimension=c.shape[2], rows_per_table=rows_per_table, row_scale=scale is not None, table_dtype=table_dtype
+        (W.shape[0], W.shape[1]),
+        bits=bits,
+        dimension=c.shape[2],
+        rows_per_table=rows_per_table,
+        row_scale=scale is not None,
+        table_dtype=table_dtype,
     )
     if W.shape[0] // book.rows_per_table != len(c):
-        raise SchemeError(f"harden: {len(c)} tables do not serve {W.shape[0]} rows with rows_per_table={rows_per_table}")
+        raise SchemeError(
+            f"harden: {len(c)} tables do not serve {W.shape[0]} rows with rows_per_table={rows_per_table}"
+        )
     book.set_tables(torch.cat([c, c[:, -1:].expand(-1, 2**bits - c.shape[1], -1)], 1), scale)
     book.to(W.device).right_inverse(W.float())
     return book

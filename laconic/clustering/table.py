@@ -10,7 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laconic.clustering.recursion import Points, Reduce, Rule, decode_backward, decode_points, decode_slope, follow, follow_backward
+from laconic.clustering.recursion import (
+    Points,
+    Reduce,
+    Rule,
+    decode_backward,
+    decode_points,
+    decode_slope,
+    follow,
+    follow_backward,
+)
 from laconic.errors import SchemeError
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -28,7 +37,9 @@ def forward(values: Tensor, start: Tensor, rule: Rule, reduce: Reduce, dtype: to
     return decoded, last
 
 
-def backward(values: Tensor, start: Tensor, grad: Tensor, grad_last: Tensor, rule: Rule, reduce: Reduce, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def backward(
+    values: Tensor, start: Tensor, grad: Tensor, grad_last: Tensor, rule: Rule, reduce: Reduce, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Gradients of values, in `dtype`, and of starting centroids, given those of decoded values and last centroids."""
     into, first = torch.empty(values.shape, dtype=dtype, device=values.device), torch.empty_like(start)
     for t, entries in enumerate(values.flatten(1)):

@@ -9,10 +9,32 @@ from pathlib import Path
 
 from laconic.errors import DataError
 
-HELD_OUT = ("argparse", "bisect", "calendar", "configparser", "csv", "fractions", "heapq", "queue", "shlex", "statistics", "textwrap")
+HELD_OUT = (
+    "argparse",
+    "bisect",
+    "calendar",
+    "configparser",
+    "csv",
+    "fractions",
+    "heapq",
+    "queue",
+    "shlex",
+    "statistics",
+    "textwrap",
+)
 """Modules used for evaluation only. Each is one source file that has been in Python for years."""
 
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "lib2to3", "turtledemo"}
+_SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "encodings",
+    "lib2to3",
+    "turtledemo",
+}
 """Not the standard library (site-packages), not prose or plain code (encodings' tables), or gone from newer Pythons."""
 
 
@@ -24,7 +46,9 @@ def _sources() -> list[Path]:
         if not any(folder in _SKIPPED_FOLDERS or folder.startswith("config-") for folder in folders):
             files.append(path)
     if not files:
-        raise DataError(f"{root}: expected the standard library's .py sources there, found none; pass a text with --data")
+        raise DataError(
+            f"{root}: expected the standard library's .py sources there, found none; pass a text with --data"
+        )
     return files
 
 

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from laconic.compare import row_of, write_comparison
 from laconic.demo.corpus import HELD_OUT, held_out_text, training_text
+from laconic.disk.files import write_json
+from laconic.disk.lock import locked
+from laconic.engine.report import Report
 from laconic.errors import CheckpointError
-from laconic.files import write_json
-from laconic.lock import locked
-from laconic.machine import machine, versions
+from laconic.host.machine import machine, versions
+from laconic.host.progress import Progress
 from laconic.pipeline import Options, compress_directory
-from laconic.progress import Progress
-from laconic.report import Report
-from laconic.scheme import parse
+from laconic.scheme.text import parse
+from laconic.show.compare import row_of, write_comparison
 
 MODEL = Path(__file__).parent / "model"
 GROUP = 64
@@ -42,7 +42,9 @@ def run_demo(out: Path, samples: int, progress: Progress) -> dict[str, Any]:
     Raises: CheckpointError when the package was installed without its model; OutputError when `out` holds somebody's files.
     """
     if not (MODEL / "config.json").is_file():
-        raise CheckpointError(f"{MODEL}: the embedded model is missing from this installation; tools/train_reference.py makes it")
+        raise CheckpointError(
+            f"{MODEL}: the embedded model is missing from this installation; tools/train_reference.py makes it"
+        )
     with locked(out):
         return _run(out, samples, progress)
 

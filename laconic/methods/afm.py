@@ -8,7 +8,7 @@ from torch import Tensor
 from laconic.errors import SchemeError
 from laconic.methods.base import Method
 from laconic.methods.lowrank import LowRank, principal_directions
-from laconic.sites import Site, Stats
+from laconic.model.sites import Site, Stats
 from laconic.weights import Dense, Weight
 from laconic.weights import LowRank as Factors
 
@@ -88,7 +88,9 @@ class AFM(Method):
             A, B, _ = table_components(site.W, site.uses, rank)
             return low.stored(site, A.to(site.W.dtype), B.to(site.W.dtype))
         if site.hessian is None or site.centre is None or site.groups > 1:
-            raise SchemeError(f"{site.name}: AFM needs one covariance for the whole matrix (groups: {site.groups}); give it a rule of its own")
+            raise SchemeError(
+                f"{site.name}: AFM needs one covariance for the whole matrix (groups: {site.groups}); give it a rule of its own"
+            )
         U, B, offset, _ = output_components(site.W, site.hessian[0], site.centre[0], rank)
         weight = low.stored(site, U.float(), B.float())
         bias = Dense((1, len(offset)), dtype="float32")

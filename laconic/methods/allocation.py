@@ -4,9 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from laconic.engine.unmeasured import completed
 from laconic.methods.base import Method, Plus, Then
-from laconic.sites import MEASURED, NONE, Site, Stats
-from laconic.unmeasured import completed
+from laconic.model.sites import MEASURED, NONE, Site, Stats
 
 
 class Allocation(ABC):
@@ -51,7 +51,9 @@ class _Composed(Allocation):
         second = self.second.resolve() if self.second is not None else {}
         self.notes = [note for part in (self.first, self.second) if part is not None for note in part.notes]
         kind = type(self.whole)
-        return {name: kind(first.get(name, self.whole.first), second.get(name, self.whole.second)) for name in self.names}
+        return {
+            name: kind(first.get(name, self.whole.first), second.get(name, self.whole.second)) for name in self.names
+        }
 
 
 def composed(whole: Then | Plus, first: Method, second: Method) -> Allocation | None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from laconic.errors import SchemeError
 from laconic.methods.base import Method, energy
-from laconic.methods.scaling import bounded, scaled, stored_scale
-from laconic.sites import Site, Stats
+from laconic.model.sites import Site, Stats
+from laconic.solvers.scaling import bounded, scaled, stored_scale
 from laconic.weights import Uniform, Weight
 from laconic.weights.uniform import Group, uniform_bits
 
@@ -70,7 +70,9 @@ class AWQ(Method):
         for k in range(self.grid):
             s = size ** (k / self.grid)
             s = stored_scale(s / (s.max() * s.min()).sqrt())
-            loss = sum(self._loss(W, s, _hessian(site)) * len(site.W) / len(W) for site, W in zip(sites, samples, strict=True))
+            loss = sum(
+                self._loss(W, s, _hessian(site)) * len(site.W) / len(W) for site, W in zip(sites, samples, strict=True)
+            )
             if loss < least:
                 best, least = s, loss
         if not least < float("inf"):
@@ -122,7 +124,9 @@ class AWQ(Method):
 
 def _group_errors(E: Tensor, blocks: Tensor) -> Tensor:
     """e H_gg e^T [rows, groups] of every group e of every row of E [rows, in], by its own block of the Hessian only."""
-    e = E.unflatten(0, (len(blocks), -1)).unflatten(2, (-1, blocks.shape[-1])).transpose(1, 2)  # [row groups, groups, rows, width]
+    e = (
+        E.unflatten(0, (len(blocks), -1)).unflatten(2, (-1, blocks.shape[-1])).transpose(1, 2)
+    )  # [row groups, groups, rows, width]
     return ((e @ blocks) * e).sum(3).transpose(1, 2).flatten(0, 1)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from laconic.errors import SchemeError
 from laconic.methods.free import free_within
-from laconic.sites import NONE, Site, Stats
+from laconic.model.sites import NONE, Site, Stats
 from laconic.weights import EntryWeight, Sparse, Sum, Weight
 from laconic.weights.relax import Relaxation, StraightThrough
 
@@ -43,7 +43,13 @@ def _refused(compute: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-_GUARDS = {"__post_init__": _skipped, "__call__": _refused, "together": _refused, "expected_bits": _refused, "allocation": _refused}
+_GUARDS = {
+    "__post_init__": _skipped,
+    "__call__": _refused,
+    "together": _refused,
+    "expected_bits": _refused,
+    "allocation": _refused,
+}
 
 
 class Method(ABC):
@@ -125,7 +131,13 @@ class Method(ABC):
     def __repr__(self) -> str:
         """The expression that makes this method: its first hyper-parameter, and the others that are not the defaults."""
         known = fields(self)  # type: ignore[arg-type]
-        given = [f for f in known if f.default is MISSING or getattr(self, f.name) != f.default or (f is known[0] and f.default not in (None, ""))]
+        given = [
+            f
+            for f in known
+            if f.default is MISSING
+            or getattr(self, f.name) != f.default
+            or (f is known[0] and f.default not in (None, ""))
+        ]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
 
 
@@ -164,7 +176,9 @@ def check_unbiased(whole: Method, *parts: Method) -> None:
     """Raises SchemeError where a part of a composition asks its layer to add to its outputs."""
     for part in parts:
         if part.biased:
-            raise SchemeError(f"{whole!r}: {part!r} adds a bias to the layer's outputs and cannot be a part; LowRank and EoRA add none")
+            raise SchemeError(
+                f"{whole!r}: {part!r} adds a bias to the layer's outputs and cannot be a part; LowRank and EoRA add none"
+            )
 
 
 @dataclass(frozen=True, repr=False)
@@ -185,7 +199,9 @@ class Then(Method):
                 f"{self!r}: a rate counts every entry, but only the survivors of {self.first!r} are stored; give {type(self.second).__name__} bits"
             )
         if self._pruning() is not None and self.second.joint:
-            raise SchemeError(f"{self!r}: {self.second!r} scales whole columns, which a sparse weight of single surviving entries has no place for")
+            raise SchemeError(
+                f"{self!r}: {self.second!r} scales whole columns, which a sparse weight of single surviving entries has no place for"
+            )
 
     def _pruning(self) -> Pruning | None:
         """The method at the head of the chain, if it prunes."""
@@ -206,7 +222,9 @@ class Then(Method):
         if not self.joint:
             return super().together(sites)
         firsts = self.first.together([site.having(values_dtype="float32") for site in sites])
-        return self.second.together([site.having(W=self._values(site, first)) for site, first in zip(sites, firsts, strict=True)])
+        return self.second.together(
+            [site.having(W=self._values(site, first)) for site, first in zip(sites, firsts, strict=True)]
+        )
 
     def __call__(self, site: Site) -> Weight:
         first = self.first(site.having(values_dtype="float32"))
@@ -215,14 +233,18 @@ class Then(Method):
             return self.second(site.having(W=W))
         values = self.second(site.having(W=W, mask=first.mask))
         if not isinstance(values, EntryWeight):
-            raise SchemeError(f"{site.name}: {self.second} makes a {type(values).__name__}, which cannot store single surviving entries")
+            raise SchemeError(
+                f"{site.name}: {self.second} makes a {type(values).__name__}, which cannot store single surviving entries"
+            )
         sparse = Sparse(values, pattern=first.pattern, sparsity=first.sparsity)
         sparse.set_mask(first.mask)
         return sparse
 
     def _values(self, site: Site, first: Weight) -> Tensor:
         if first.input_bits is not None:
-            raise SchemeError(f"{site.name}: {self.first!r} rounds inputs, which {self.second!r} would forget: it has to come last")
+            raise SchemeError(
+                f"{site.name}: {self.first!r} rounds inputs, which {self.second!r} would forget: it has to come last"
+            )
         return first.forward().detach().to(site.W)
 
     @property
@@ -278,7 +300,10 @@ class Plus(Method):
 
     def together(self, sites: Sequence[Site]) -> list[Weight]:
         firsts = self.first.together(sites)
-        residuals = [site.having(W=site.W - first.forward().detach().to(site.W)) for site, first in zip(sites, firsts, strict=True)]
+        residuals = [
+            site.having(W=site.W - first.forward().detach().to(site.W))
+            for site, first in zip(sites, firsts, strict=True)
+        ]
         return [Sum(*terms) for terms in zip(firsts, self.second.together(residuals), strict=True)]
 
     def __call__(self, site: Site) -> Weight:
@@ -325,7 +350,9 @@ def output_error(site: Site, weight: Weight) -> float:
                 left += (b * (b - 2 * (E @ site.centre[g].to(W)))).sum(dtype=torch.float64).item()
             total += energy(W, metric)
     if not math.isfinite(left) or not math.isfinite(total):
-        raise SchemeError(f"{site.name}: its output error is not finite ({left} of {total}): the statistics or the decoded values are not")
+        raise SchemeError(
+            f"{site.name}: its output error is not finite ({left} of {total}): the statistics or the decoded values are not"
+        )
     return max(left, 0.0) / total if total > 0 else 0.0
 
 

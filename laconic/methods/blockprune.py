@@ -12,9 +12,9 @@ from laconic.methods.base import Pruning
 from laconic.methods.channels import is_convolution
 from laconic.methods.magnitude import check_scope
 from laconic.methods.patterned import check_sparsity, sparse
-from laconic.methods.scores import Criterion, Scale, block_scores, check_criterion, gradients_for, lowest, relative
 from laconic.methods.threshold import Threshold
-from laconic.sites import Site, Stats
+from laconic.model.sites import Site, Stats
+from laconic.solvers.scores import Criterion, Scale, block_scores, check_criterion, gradients_for, lowest, relative
 from laconic.weights import Weight
 from laconic.weights.blocks import Blocks
 from laconic.weights.codes import dense_bytes
@@ -46,7 +46,9 @@ class BlockPrune(Pruning):
         check_scope(self, self.scope)
         sizes = (self.block, self.block) if isinstance(self.block, int) else self.block
         if not isinstance(sizes, tuple) or len(sizes) < 2 or not all(type(n) is int and n > 0 for n in sizes):
-            raise SchemeError(f"BlockPrune: block should be a size, or a tuple of two or more sizes, from 1, got {self.block!r}")
+            raise SchemeError(
+                f"BlockPrune: block should be a size, or a tuple of two or more sizes, from 1, got {self.block!r}"
+            )
 
     @property
     def wants(self) -> Stats:
@@ -68,7 +70,9 @@ class BlockPrune(Pruning):
         if len(sizes) == 2 and len(dims) > 2:
             sizes = (*sizes, *dims[2:]) if is_convolution(site) else (1, *sizes)
         if len(sizes) != len(dims):
-            raise SchemeError(f"{site.name}: a block of {len(sizes)} sizes {sizes} does not fit a parameter of {len(dims)} dimensions {dims}")
+            raise SchemeError(
+                f"{site.name}: a block of {len(sizes)} sizes {sizes} does not fit a parameter of {len(dims)} dimensions {dims}"
+            )
         return Blocks(dims, sizes)
 
     def units(self, site: Site) -> tuple[Tensor, Tensor | None]:

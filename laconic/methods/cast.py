@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from laconic.methods.base import Method
-from laconic.sites import Site
+from laconic.model.sites import Site
 from laconic.weights import Dense, Weight
 
 

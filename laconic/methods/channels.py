@@ -11,8 +11,8 @@ from laconic.methods.allocation import Allocation
 from laconic.methods.base import Method
 from laconic.methods.cast import Cast
 from laconic.methods.cut import Cut
-from laconic.methods.scores import finish, gather, lowest, relative, terms
-from laconic.sites import Site
+from laconic.model.sites import Site
+from laconic.solvers.scores import finish, gather, lowest, relative, terms
 
 Kind = Literal["neuron", "filter"]
 """A channel with a row in a convolution is a filter, any other a neuron."""
@@ -35,8 +35,17 @@ class Channels(Allocation):
     Resolves to `Cut` for sites that lose rows and to a float32 `Cast` for the others.
     """
 
-    def __init__(self, method: Method, kinds: tuple[Kind, ...], sparsity: float, criterion: str, scale: str, align: int) -> None:
-        self.method, self.kinds, self.sparsity, self.criterion, self.scale, self.align = method, kinds, sparsity, criterion, scale, align
+    def __init__(
+        self, method: Method, kinds: tuple[Kind, ...], sparsity: float, criterion: str, scale: str, align: int
+    ) -> None:
+        self.method, self.kinds, self.sparsity, self.criterion, self.scale, self.align = (
+            method,
+            kinds,
+            sparsity,
+            criterion,
+            scale,
+            align,
+        )
         self.wants = method.wants
         self.seen: dict[str, _Rows | None] = {}
 
@@ -47,7 +56,9 @@ class Channels(Allocation):
         filters = is_convolution(site) if site.dims else "neuron" not in self.kinds
         if site.channels is None:
             if ("filter" if filters else "neuron") in self.kinds:
-                raise SchemeError(f"{site.name}: {self.method!r} has to know which rows are one channel; {MODULES_ONLY}")
+                raise SchemeError(
+                    f"{site.name}: {self.method!r} has to know which rows are one channel; {MODULES_ONLY}"
+                )
             return
         joined = gather(self.criterion)(terms(site, self.criterion), 1)
         self.seen[site.name] = _Rows(joined.cpu().double(), site.channels.cpu(), site.W.shape[1], filters)
@@ -76,14 +87,21 @@ class Channels(Allocation):
     def _of_kind(self, sites: list[_Rows], known: Tensor, index: Tensor) -> Tensor:
         filters = torch.zeros(len(known), dtype=torch.bool)
         if sites:
-            filters[index[torch.cat([torch.full_like(rows.channels, rows.filters, dtype=torch.bool) for rows in sites])]] = True
+            filters[
+                index[torch.cat([torch.full_like(rows.channels, rows.filters, dtype=torch.bool) for rows in sites])]
+            ] = True
         return (filters & ("filter" in self.kinds)) | (~filters & ("neuron" in self.kinds))
 
     def _joined(self, sites: list[_Rows], count: int, index: Tensor) -> tuple[Tensor, Tensor]:
         """Joined terms and entries of every channel."""
         how = "amax" if self.criterion == "linf" else "sum"
-        zeros, columns = torch.zeros(count, dtype=torch.float64), torch.cat([torch.full_like(rows.totals, rows.columns) for rows in sites])
-        return zeros.scatter_reduce(0, index, torch.cat([rows.totals for rows in sites]), how), zeros.scatter_reduce(0, index, columns, "sum")
+        zeros, columns = (
+            torch.zeros(count, dtype=torch.float64),
+            torch.cat([torch.full_like(rows.totals, rows.columns) for rows in sites]),
+        )
+        return zeros.scatter_reduce(0, index, torch.cat([rows.totals for rows in sites]), how), zeros.scatter_reduce(
+            0, index, columns, "sum"
+        )
 
 
 MODULES_ONLY = "structures need a module in memory with an example input (lc.search, lc.recover)"

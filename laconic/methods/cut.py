@@ -8,7 +8,7 @@ import torch
 from laconic.errors import SchemeError
 from laconic.methods.base import Pruning
 from laconic.methods.patterned import sparse
-from laconic.sites import Site
+from laconic.model.sites import Site
 from laconic.weights import Weight
 from laconic.weights.codes import dense_bytes
 from laconic.weights.dense import DTYPES
@@ -49,7 +49,9 @@ class Cut(Pruning):
 
     def mask_bits(self, shape: tuple[int, int]) -> float:
         self._check(shape)
-        return 8 * dense_bytes((shape[0] if self.rows or not self.columns else 0) + (shape[1] if self.columns else 0), 1)
+        return 8 * dense_bytes(
+            (shape[0] if self.rows or not self.columns else 0) + (shape[1] if self.columns else 0), 1
+        )
 
     def expected_bits(self, shape: tuple[int, int]) -> float:
         return 8 * DTYPES[self.dtype].itemsize * self.survivors(shape) * shape[0] * shape[1] + self.mask_bits(shape)

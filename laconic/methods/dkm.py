@@ -11,7 +11,7 @@ from laconic.clustering.start import with_zero
 from laconic.errors import SchemeError
 from laconic.methods.base import Method
 from laconic.methods.kmeans import WEIGHTS, check_weights, fit_tables, table_weights
-from laconic.sites import Site, Stats
+from laconic.model.sites import Site, Stats
 from laconic.weights import Codebook, Sparse, Weight
 from laconic.weights.codebook import codebook_bits
 from laconic.weights.relax import Relaxation
@@ -62,7 +62,9 @@ class DKM(Method):
         if not 1 <= self.bits <= 8:
             raise SchemeError(f"DKM: bits must be 1 to 8, got {self.bits!r}")
         if not all(tau is None or tau > 0 for tau in (self.tau, self.tau_end)):
-            raise SchemeError(f"DKM: tau must be positive, got {self.tau!r} and {self.tau_end!r}; towards 0 the nearest centroid is taken")
+            raise SchemeError(
+                f"DKM: tau must be positive, got {self.tau!r} and {self.tau_end!r}; towards 0 the nearest centroid is taken"
+            )
         if self.iterations < 1:
             raise SchemeError(f"DKM: expected at least 1 iteration a step, got {self.iterations!r}")
         if self.rounded not in _HALVES:
@@ -77,7 +79,9 @@ class DKM(Method):
             codec=self.codec,
         )  # fmt: skip
         if site.W.numel() // (self.dimension * len(book.tables())) < 2**self.bits:
-            raise SchemeError(f"{site.name}: {2**self.bits} centroids for {site.W.numel() // len(book.tables())} weights a table; use fewer bits")
+            raise SchemeError(
+                f"{site.name}: {2**self.bits} centroids for {site.W.numel() // len(book.tables())} weights a table; use fewer bits"
+            )
         f, clustered, scale = table_weights(site, self.weights, "DKM"), site, None
         if self.row_scale:
             scale = _row_scale(site)
@@ -89,7 +93,13 @@ class DKM(Method):
 
     def relax(self, weight: Weight, W: Tensor) -> Relaxation:
         first = 4.0 ** (1 - self.bits / self.dimension) if self.tau is None else self.tau
-        how = Softness(first, first * _COOLS if self.tau_end is None else self.tau_end, self.iterations, self.zero, _HALVES[self.rounded])
+        how = Softness(
+            first,
+            first * _COOLS if self.tau_end is None else self.tau_end,
+            self.iterations,
+            self.zero,
+            _HALVES[self.rounded],
+        )
         return SoftClusters(weight, how, _variance(weight, W.detach().float()) * self.dimension)
 
 

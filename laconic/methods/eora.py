@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from laconic.methods.base import Method
 from laconic.methods.lowrank import LowRank
-from laconic.sites import Site, Stats
+from laconic.model.sites import Site, Stats
 from laconic.weights import Weight
 
 

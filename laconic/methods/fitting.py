@@ -28,7 +28,9 @@ def fitted(method: Method, *shapes: Shape) -> Method:
     for f in fields(method):  # type: ignore[arg-type]
         value = getattr(method, f.name)
         if isinstance(value, Method):
-            changes[f.name] = fitted(value, *(inner for shape in shapes for inner in method.inner_shapes(f.name, shape)))
+            changes[f.name] = fitted(
+                value, *(inner for shape in shapes for inner in method.inner_shapes(f.name, shape))
+            )
     changes |= _tiles(method, [columns for _, columns in shapes], [rows for rows, _ in shapes])
     changes = {name: value for name, value in changes.items() if value != getattr(method, name)}
     return replace(method, **changes) if changes else method  # type: ignore[type-var]

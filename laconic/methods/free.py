@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from laconic.errors import SchemeError
 
 if TYPE_CHECKING:
-    from laconic.scheme import Scheme
-    from laconic.sites import Slot
+    from laconic.model.sites import Slot
+    from laconic.scheme.text import Scheme
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,14 +33,22 @@ class Free:
 
     def __post_init__(self) -> None:
         if self.choices is not None:
-            if not isinstance(self.choices, tuple) or not self.choices or any(c in self.choices[:i] for i, c in enumerate(self.choices)):
-                raise SchemeError(f"Free: choices should be a tuple of one or more different values, got {self.choices!r}")
+            if (
+                not isinstance(self.choices, tuple)
+                or not self.choices
+                or any(c in self.choices[:i] for i, c in enumerate(self.choices))
+            ):
+                raise SchemeError(
+                    f"Free: choices should be a tuple of one or more different values, got {self.choices!r}"
+                )
             if self.low is not None or self.high is not None or self.integer or self.log:
                 raise SchemeError(f"Free: give choices or bounds, not both, got {self!r}")
             return
         low, high = self.low, self.high
         if not (_is_finite(low) and _is_finite(high)) or low is None or high is None or low >= high:
-            raise SchemeError(f"Free: the bounds should be two finite numbers, the lower one first, got {low!r} and {high!r}")
+            raise SchemeError(
+                f"Free: the bounds should be two finite numbers, the lower one first, got {low!r} and {high!r}"
+            )
         if self.log and low <= 0:
             raise SchemeError(f"Free: a logarithm needs bounds above 0, got {low!r}")
         if self.integer and not (isinstance(low, int) and isinstance(high, int)):
@@ -50,7 +58,9 @@ class Free:
         if self.choices is not None:
             parts = [f"choices={self.choices!r}"]
         else:
-            parts = [repr(self.low), repr(self.high)] + [f"{flag}=True" for flag in ("integer", "log") if getattr(self, flag)]
+            parts = [repr(self.low), repr(self.high)] + [
+                f"{flag}=True" for flag in ("integer", "log") if getattr(self, flag)
+            ]
         return f"Free({', '.join(parts + ([f'name={self.name!r}'] if self.name is not None else []))})"
 
     def accept(self, value: Any) -> Any:
@@ -63,7 +73,9 @@ class Free:
         assert self.high is not None
         number = float(value) if isinstance(value, Real) else math.nan
         if not self.low <= number <= self.high or (self.integer and number != int(number)):
-            raise SchemeError(f"{self!r}: expected {'an integer' if self.integer else 'a number'} between the bounds, got {value!r}")
+            raise SchemeError(
+                f"{self!r}: expected {'an integer' if self.integer else 'a number'} between the bounds, got {value!r}"
+            )
         return int(number) if self.integer else number
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from laconic.errors import SchemeError
 from laconic.methods.allocation import Allocation
 from laconic.methods.base import Method
-from laconic.methods.column import Sweep, solve
 from laconic.methods.rate import WaterFilling, check_rate, fixed_width, is_small, solve_rate
-from laconic.sites import Site, Stats
+from laconic.model.sites import Site, Stats
+from laconic.solvers.column import Sweep, solve
 from laconic.weights import Uniform, Weight
 from laconic.weights.uniform import Group, uniform_bits
 
@@ -45,7 +45,9 @@ class GPTQ(Method):
 
     def __post_init__(self) -> None:
         if self.rate is not None and self.bits is not None:
-            raise SchemeError(f"GPTQ: give bits (a fixed width) or rate (entropy-coded), not both; got bits={self.bits}, rate={self.rate}")
+            raise SchemeError(
+                f"GPTQ: give bits (a fixed width) or rate (entropy-coded), not both; got bits={self.bits}, rate={self.rate}"
+            )
         if self.rate is not None and not 0 < self.rate <= 16:
             raise SchemeError(f"GPTQ: rate is in bits per weight, above 0 and up to 16, got {self.rate}")
         if self.over not in ("model", "matrix"):
@@ -68,7 +70,9 @@ class GPTQ(Method):
     def __call__(self, site: Site) -> Weight:
         if self.rate is not None:
             return solve_rate(site, self.rate, self.sweep)
-        weight = Uniform((site.W.shape[0], site.W.shape[1]), bits=self.bits or 4, group=self.group, symmetric=self.symmetric)
+        weight = Uniform(
+            (site.W.shape[0], site.W.shape[1]), bits=self.bits or 4, group=self.group, symmetric=self.symmetric
+        )
         weight.to(site.W.device)
 
         def fit(w: Tensor, j: int, importance: Tensor) -> None:

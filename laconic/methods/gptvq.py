@@ -8,9 +8,9 @@ from torch import Tensor
 
 from laconic.errors import SchemeError
 from laconic.methods.base import Method
-from laconic.methods.column import Sweep, solve
 from laconic.methods.kmeans import fit_tables
-from laconic.sites import Site, Stats
+from laconic.model.sites import Site, Stats
+from laconic.solvers.column import Sweep, solve
 from laconic.weights import Codebook, Weight
 from laconic.weights.codebook import codebook_bits
 
@@ -41,7 +41,9 @@ class GPTVQ(Method):
 
     def __call__(self, site: Site) -> Weight:
         if site.mask is not None and self.dimension > 1:
-            raise SchemeError(f"{site.name}: vectors of {self.dimension} columns cannot encode single surviving entries; use dimension=1")
+            raise SchemeError(
+                f"{site.name}: vectors of {self.dimension} columns cannot encode single surviving entries; use dimension=1"
+            )
         weight = Codebook(
             (site.W.shape[0], site.W.shape[1]), bits=self.bits, dimension=self.dimension, rows_per_table=self.rows, codec=self.codec
         )  # fmt: skip
@@ -93,5 +95,7 @@ def refit_tables(weight: Codebook, site: Site, steps: int) -> None:
         next_energy = residual.square().sum()
         direction, energy = residual + (next_energy / energy) * direction, next_energy
     weight.set_tables(t)
-    if loss(weight.tables().detach().float()) > before:  # rounding the tables to 16 bits can cost more than a few steps win
+    if (
+        loss(weight.tables().detach().float()) > before
+    ):  # rounding the tables to 16 bits can cost more than a few steps win
         weight.set_tables(tables)

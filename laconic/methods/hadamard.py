@@ -7,7 +7,7 @@ from torch import Tensor
 from laconic.errors import SchemeError
 from laconic.methods.allocation import Allocation
 from laconic.methods.base import Method
-from laconic.sites import Site, Stats
+from laconic.model.sites import Site, Stats
 from laconic.weights import Rotated, Weight
 from laconic.weights.rotated import hadamard, random_signs, rotate_columns
 
@@ -26,8 +26,12 @@ class Hadamard(Method):
     outputs: bool = True
 
     def __post_init__(self) -> None:
-        if self.method.wants & (Stats.SQUARES | Stats.MEAN | Stats.MAX | Stats.CENTRE | Stats.USES | Stats.FISHER | Stats.CHANNELS):
-            raise SchemeError(f"Hadamard: {self.method!r} weighs single entries, rows or columns, and their weights are not known in a rotated basis")
+        if self.method.wants & (
+            Stats.SQUARES | Stats.MEAN | Stats.MAX | Stats.CENTRE | Stats.USES | Stats.FISHER | Stats.CHANNELS
+        ):
+            raise SchemeError(
+                f"Hadamard: {self.method!r} weighs single entries, rows or columns, and their weights are not known in a rotated basis"
+            )
 
     @property
     def wants(self) -> Stats:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from laconic.errors import SchemeError
 from laconic.methods.base import Method
-from laconic.sites import NONE, Site, Stats
+from laconic.model.sites import NONE, Site, Stats
 from laconic.weights import Codebook, Weight
 from laconic.weights.codebook import codebook_bits
 
@@ -93,7 +93,9 @@ def fit_tables(site: Site, weight: Codebook, f: Tensor | None, iterations: int) 
 def _histogram(w: Tensor, f: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
     """The distinct values of w as 16-bit floats, sorted, and the sum of weights at each; values no weight falls on are left out."""
     scale = float(w.abs().max()) or 1.0
-    half = (w / scale).half() if w.dtype != torch.bfloat16 else w  # relative to the largest, so that float16 resolves all of them
+    half = (
+        (w / scale).half() if w.dtype != torch.bfloat16 else w
+    )  # relative to the largest, so that float16 resolves all of them
     values, index = half.reshape(-1).unique(return_inverse=True)
     counts = torch.zeros(len(values), dtype=torch.float64, device=w.device)
     counts.index_add_(0, index, torch.ones_like(index, dtype=torch.float64) if f is None else f.reshape(-1).double())
@@ -140,7 +142,9 @@ def exact_table(values: np.ndarray, weights: np.ndarray, k: int) -> np.ndarray:
 def _layer(D: np.ndarray, cost: Cost, clusters: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     """One layer of the dynamic programme: the cost of values 0..j in clusters + 1 clusters, and where the last cluster starts."""
     new, first = np.full(n, np.inf), np.zeros(n, np.int64)
-    todo = np.array([[clusters, n - 1, clusters, n - 1]])  # ranges of j whose best i lies in a range: [j low, j high, i low, i high]
+    todo = np.array(
+        [[clusters, n - 1, clusters, n - 1]]
+    )  # ranges of j whose best i lies in a range: [j low, j high, i low, i high]
     while len(todo):
         j = (todo[:, 0] + todo[:, 1]) // 2
         low, high = todo[:, 2], np.minimum(todo[:, 3], j)
@@ -187,7 +191,9 @@ def _plus_plus(vectors: Tensor, f: Tensor, k: int, generator: torch.Generator) -
     while len(table) < k:
         batch = min(max(1, len(table) // 4), k - len(table))
         p = distance.double().clamp(min=0) + 1e-30
-        drawn = torch.multinomial((p / p.sum()).cpu(), min(batch, len(vectors)), replacement=len(vectors) < batch, generator=generator)
+        drawn = torch.multinomial(
+            (p / p.sum()).cpu(), min(batch, len(vectors)), replacement=len(vectors) < batch, generator=generator
+        )
         new = vectors[drawn.to(vectors.device)]
         distance = torch.minimum(distance, _assign(vectors, f, new)[1])
         table = torch.cat([table, new])

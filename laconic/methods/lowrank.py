@@ -8,7 +8,7 @@ from torch import Tensor
 
 from laconic.errors import SchemeError
 from laconic.methods.base import Method
-from laconic.sites import NONE, Site, Stats
+from laconic.model.sites import NONE, Site, Stats
 from laconic.weights import LowRank as Factors
 from laconic.weights import Weight
 
@@ -83,12 +83,16 @@ class LowRank(Method):
 
     def expected_bits(self, shape: tuple[int, int]) -> float:
         sides = self.inner_shapes("factors", shape)
-        return sum(self.factors.expected_bits(side) if self.factors is not None else 16.0 * side[0] * side[1] for side in sides)
+        return sum(
+            self.factors.expected_bits(side) if self.factors is not None else 16.0 * side[0] * side[1] for side in sides
+        )
 
     def __call__(self, site: Site) -> Weight:
         rank = self.columns((site.W.shape[0], site.W.shape[1]))
         if self.weighted and (site.hessian is None or site.groups > 1):
-            raise SchemeError(f"{site.name}: weighted low rank needs one Hessian for the whole matrix (groups: {site.groups})")
+            raise SchemeError(
+                f"{site.name}: weighted low rank needs one Hessian for the whole matrix (groups: {site.groups})"
+            )
         C = site.hessian[0] if self.weighted and site.hessian is not None else None
         A, B, _ = weighted_lowrank(site.W.float(), C, rank)
         return self.stored(site, A, B)
@@ -99,7 +103,10 @@ class LowRank(Method):
             weight = Factors.of(A, B)
         else:
             # the factors see no inputs of their own, so their method must do without statistics
-            given = [Site(f"{site.name}.{side}", part, seed=site.seed, notes=site.notes) for side, part in (("left", A), ("right", B))]
+            given = [
+                Site(f"{site.name}.{side}", part, seed=site.seed, notes=site.notes)
+                for side, part in (("left", A), ("right", B))
+            ]
             weight = Factors(*map(self.factors, given))
         out, columns = site.W.shape
         if weight.bits() >= 16 * out * columns:

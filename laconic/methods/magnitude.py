@@ -9,9 +9,18 @@ from laconic.errors import SchemeError
 from laconic.methods.allocation import Allocation
 from laconic.methods.base import Method
 from laconic.methods.patterned import Patterned, sparse
-from laconic.methods.scores import Criterion, Scale, block_scores, check_criterion, gradients_for, lowest, relative, terms
 from laconic.methods.threshold import Threshold
-from laconic.sites import Site, Stats
+from laconic.model.sites import Site, Stats
+from laconic.solvers.scores import (
+    Criterion,
+    Scale,
+    block_scores,
+    check_criterion,
+    gradients_for,
+    lowest,
+    relative,
+    terms,
+)
 from laconic.weights import Weight
 from laconic.weights.masks import blocks_of, check_pattern, choose, n_of_m
 
@@ -37,7 +46,9 @@ class Magnitude(Patterned):
         check_scope(self, self.scope)
         check_criterion(self, self.criterion, self.scale)
         if self.scope == "model" and n_of_m(self.pattern):
-            raise SchemeError(f"Magnitude: pattern {self.pattern!r} says how much every group keeps, so one threshold needs scope='layer'")
+            raise SchemeError(
+                f"Magnitude: pattern {self.pattern!r} says how much every group keeps, so one threshold needs scope='layer'"
+            )
 
     @property
     def wants(self) -> Stats:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from laconic.errors import SchemeError
 from laconic.methods.base import Method, Pruning
-from laconic.sites import Site
+from laconic.model.sites import Site
 from laconic.weights import Dense, Sparse
 from laconic.weights.masks import Pattern, density_of, expected_mask_bits, n_of_m
 
@@ -34,7 +34,9 @@ class Patterned(Pruning):
 def check_sparsity(method: Method, sparsity: float) -> None:
     """Raises SchemeError unless the sparsity is a share of zeros."""
     if not (isinstance(sparsity, int | float) and 0 <= sparsity < 1):
-        raise SchemeError(f"{type(method).__name__}: sparsity is the share of zeros, at least 0 and below 1, got {sparsity!r}")
+        raise SchemeError(
+            f"{type(method).__name__}: sparsity is the share of zeros, at least 0 and below 1, got {sparsity!r}"
+        )
 
 
 def sparse(site: Site, pattern: Pattern, sparsity: float, dtype: str | None = None) -> Sparse:

@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from laconic.engine.unmeasured import completed
 from laconic.errors import SchemeError
 from laconic.methods.allocation import Allocation
 from laconic.methods.base import Method
-from laconic.methods.column import Sweep, factor, layout, solve
-from laconic.sites import Site, Stats
-from laconic.unmeasured import completed
+from laconic.model.sites import Site, Stats
+from laconic.solvers.column import Sweep, factor, layout, solve
 from laconic.weights import Codebook, ColumnWeight, Scaled, Uniform, entropy
 
 _EXPONENT = 0.5  # of the column steps, see above
@@ -54,7 +54,11 @@ class _Problem:
 
     def solved(self, step: float, rows: Tensor | None = None) -> ColumnWeight:
         """The weight at a step, of all rows or of some."""
-        site = self.site if rows is None else self.site.having(W=self.site.W[rows], mask=None if self.site.mask is None else self.site.mask[rows])
+        site = (
+            self.site
+            if rows is None
+            else self.site.having(W=self.site.W[rows], mask=None if self.site.mask is None else self.site.mask[rows])
+        )
         grid = Uniform((site.W.shape[0], site.W.shape[1]), bits=None, group="tensor", codec="ans").to(site.W.device)
         grid.set_step(step)
         weight: ColumnWeight = grid if self.columns is None else Scaled(grid, column_scale=self.columns)
@@ -132,14 +136,18 @@ def _search(problem: _Problem, step: float, target: float, rows: Tensor | None) 
         weight = best[1] if not known else problem.solved(step, rows)
         bits = float(weight.bits())
         known.append((math.log2(step), bits))
-        rank = (True, bits) if bits <= target else (False, -bits)  # below the target as high as possible, else as low as possible
+        rank = (
+            (True, bits) if bits <= target else (False, -bits)
+        )  # below the target as high as possible, else as low as possible
         if rank > best_rank:
             best, best_rank = (step, weight), rank
         if (1 - _CLOSE) * target <= bits <= target:
             break
         step = _next(known, (1 - _CLOSE / 3) * target, entries)
     growth = 1.01
-    while not best_rank[0]:  # the entropy does not fall smoothly with the step where few codes are left; in the end all codes are zero
+    while not best_rank[
+        0
+    ]:  # the entropy does not fall smoothly with the step where few codes are left; in the end all codes are zero
         step, growth = max(step, best[0]) * growth, growth**1.5
         weight = problem.solved(step, rows)
         if weight.bits() <= target or not math.isfinite(step) or not weight.forward().any():
@@ -244,7 +252,9 @@ class WaterFilling(Allocation):
         beside = sum(n for n, _ in self.small.values())
         left = self.rate * (entries + beside) - self.small_bits
         rates = self._rates(left / entries) if entries else {}
-        found: dict[str, Method] = {name: replace(self.method, rate=rate, over="matrix") for name, rate in rates.items()}  # type: ignore[type-var]
+        found: dict[str, Method] = {
+            name: replace(self.method, rate=rate, over="matrix") for name, rate in rates.items()
+        }  # type: ignore[type-var]
         self._tell(sum(site.entries * rates[name] for name, site in self.seen.items()), left, entries + beside)
         return found | {name: width for name, (_, width) in self.small.items()}
 
@@ -254,10 +264,14 @@ class WaterFilling(Allocation):
         if self.small:
             names = ", ".join(list(self.small)[:3]) + (" ..." if len(self.small) > 3 else "")
             count = "1 matrix is" if len(self.small) == 1 else f"{len(self.small)} matrices are"
-            self.notes.append(f"{count} too small for an entropy-coded grid at {self.rate} bits, and stored with 8 ({names})")
+            self.notes.append(
+                f"{count} too small for an entropy-coded grid at {self.rate} bits, and stored with 8 ({names})"
+            )
         if spent > 1.01 * left:
             mean = self.rate + (spent - left) / max(entries, 1)
-            self.notes.append(f"{self.method!r}: {mean:.3f} bits on average is the least that the format can hold of these matrices")
+            self.notes.append(
+                f"{self.method!r}: {mean:.3f} bits on average is the least that the format can hold of these matrices"
+            )
 
     def _rates(self, mean: float) -> dict[str, float]:
         entries = sum(site.entries for site in self.seen.values())
@@ -273,7 +287,10 @@ class WaterFilling(Allocation):
             total = sum(rates[name] * site.entries for name, site in self.seen.items()) / entries
             low, high = (middle, high) if total > mean else (low, middle)
         # rounded to be read, but never below what the format needs
-        return {name: max(math.floor(rate * 1e4), math.ceil(self.seen[name].floor * 1e4)) / 1e4 for name, rate in rates.items()}
+        return {
+            name: max(math.floor(rate * 1e4), math.ceil(self.seen[name].floor * 1e4)) / 1e4
+            for name, rate in rates.items()
+        }
 
 
 def fixed_width(method: Method, shape: tuple[int, int]) -> Method:
@@ -287,10 +304,14 @@ _CURVE = torch.linspace(-12, 4, 65)  # log2 of step / standard deviation at whic
 
 def _entropies(sample: Tensor) -> Tensor:
     """The entropy in bits of round(sample / step) at the tabulated steps, for a sample of unit standard deviation."""
-    limit = math.log2(len(sample)) - 4  # a sample cannot show more than log2 of its size; finer steps cost a bit per octave
+    limit = (
+        math.log2(len(sample)) - 4
+    )  # a sample cannot show more than log2 of its size; finer steps cost a bit per octave
     curve = torch.zeros_like(_CURVE)
     for i in reversed(range(len(_CURVE))):
-        codes = (sample / 2 ** float(_CURVE[i])).round().long()  # within 2^12 sqrt(n) of zero, since the sample has unit deviation
+        codes = (
+            (sample / 2 ** float(_CURVE[i])).round().long()
+        )  # within 2^12 sqrt(n) of zero, since the sample has unit deviation
         counts = (codes - codes.min()).bincount().double()
         p = counts[counts > 0] / len(codes)
         curve[i] = -(p * p.log2()).sum()

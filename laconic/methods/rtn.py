@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from laconic.methods.base import Method
-from laconic.sites import Site
+from laconic.model.sites import Site
 from laconic.weights import Uniform, Weight
 from laconic.weights.uniform import Group, uniform_bits
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from laconic.errors import SchemeError
 from laconic.methods.base import Method
-from laconic.methods.scaling import scaled
-from laconic.sites import Site, Stats
+from laconic.model.sites import Site, Stats
+from laconic.solvers.scaling import scaled
 from laconic.weights import Uniform, Weight
 from laconic.weights.base import check_bits
 from laconic.weights.uniform import Group, uniform_bits
@@ -36,7 +36,9 @@ class SmoothQuant(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
-            raise SchemeError(f"SmoothQuant: alpha is a share from 0 (all in the inputs) to 1 (all in the weights), got {self.alpha}")
+            raise SchemeError(
+                f"SmoothQuant: alpha is a share from 0 (all in the inputs) to 1 (all in the weights), got {self.alpha}"
+            )
         try:
             check_bits(self.activations)
         except SchemeError as error:
@@ -71,7 +73,9 @@ class SmoothQuant(Method):
         return torch.where((s > 0) & s.isfinite(), s, 1.0)
 
     def _rounded(self, site: Site, s: Tensor) -> Weight:
-        grid = Uniform((site.W.shape[0], site.W.shape[1]), bits=self.bits, group=self.group, symmetric=True, codec=self.codec)
+        grid = Uniform(
+            (site.W.shape[0], site.W.shape[1]), bits=self.bits, group=self.group, symmetric=True, codec=self.codec
+        )
         weight = scaled(grid, s)
         weight.fit(site.W)
         weight.right_inverse(site.W)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from laconic.methods.column import Sweep, solve
 from laconic.methods.patterned import Patterned, sparse
-from laconic.sites import Site, Stats
+from laconic.model.sites import Site, Stats
+from laconic.solvers.column import Sweep, solve
 from laconic.weights import Weight
 
 

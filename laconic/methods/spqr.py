@@ -7,8 +7,8 @@ from torch import Tensor
 
 from laconic.errors import SchemeError
 from laconic.methods.base import Method
-from laconic.methods.column import Sweep, factor, layout, solve
-from laconic.sites import Site, Stats
+from laconic.model.sites import Site, Stats
+from laconic.solvers.column import Sweep, factor, layout, solve
 from laconic.weights import Dense, Sparse, Sum, Uniform, Weight
 from laconic.weights.uniform import Group, uniform_bits
 
@@ -38,11 +38,15 @@ class SpQR(Method):
     def expected_bits(self, shape: tuple[int, int]) -> float:
         second = (self.second_bits, self.second_group) if self.second_bits else None
         grid = uniform_bits(shape, self.bits, self.group, zero="float", second=second)
-        return grid + (0 if self.outliers == float("inf") else 0.01 * 32 * shape[0] * shape[1])  # about 1 % of outliers near the default
+        return grid + (
+            0 if self.outliers == float("inf") else 0.01 * 32 * shape[0] * shape[1]
+        )  # about 1 % of outliers near the default
 
     def __call__(self, site: Site) -> Weight:
         if self.act_order:
-            raise SchemeError("SpQR: act_order needs an index per column in the file, which this format does not have; leave it False")
+            raise SchemeError(
+                "SpQR: act_order needs an index per column in the file, which this format does not have; leave it False"
+            )
         shape = (site.W.shape[0], site.W.shape[1])
         second = (self.second_bits, self.second_group) if self.second_bits else None
         grid = Uniform(shape, bits=self.bits, group=self.group, zero="float", second=second).to(site.W.device)

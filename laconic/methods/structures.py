@@ -9,8 +9,8 @@ from laconic.methods.allocation import Allocation
 from laconic.methods.base import Pruning
 from laconic.methods.channels import Channels, Kind
 from laconic.methods.patterned import check_sparsity
-from laconic.methods.scores import Criterion, Scale, check_criterion, gradients_for
-from laconic.sites import Site, Stats
+from laconic.model.sites import Site, Stats
+from laconic.solvers.scores import Criterion, Scale, check_criterion, gradients_for
 from laconic.weights import Weight
 from laconic.weights.codes import dense_bytes
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from laconic.methods.allocation import Allocation
 from laconic.methods.base import Method
-from laconic.methods.scores import lowest
-from laconic.sites import Site
+from laconic.model.sites import Site
+from laconic.solvers.scores import lowest
 
 _EXACT = 1 << 26  # entries whose scores are kept (256 MB); beyond, histograms
 _BINS = 1 << 16  # of a float32's upper bits: 256 per octave, so that every bfloat16 value has a bin of its own
@@ -38,7 +38,11 @@ class Threshold(Allocation):
         scores, sizes = self.units(site)
         scores, self.sizes[site.name] = scores.float().cpu(), sizes
         self.scores[site.name] = _histogram(scores) if self.coarse else scores
-        if not self.coarse and all(s is None for s in self.sizes.values()) and sum(s.numel() for s in self.scores.values()) > _EXACT:
+        if (
+            not self.coarse
+            and all(s is None for s in self.sizes.values())
+            and sum(s.numel() for s in self.scores.values()) > _EXACT
+        ):
             self.coarse = True
             self.scores = {name: _histogram(kept) for name, kept in self.scores.items()}
 
@@ -48,7 +52,9 @@ class Threshold(Allocation):
         elif all(sizes is None for sizes in self.sizes.values()):
             cut, entries = _from_entries(list(self.scores.values()), self.sparsity)
         else:
-            cut, entries = _from_blocks(list(self.scores.values()), [s for s in self.sizes.values() if s is not None], self.sparsity)
+            cut, entries = _from_blocks(
+                list(self.scores.values()), [s for s in self.sizes.values() if s is not None], self.sparsity
+            )
         changed: Any = self.method
         shares = {name: min(gone / n, 1 - 1e-9) for name, gone, n in zip(self.scores, cut, entries, strict=True)}
         return {name: replace(changed, sparsity=share, scope="layer") for name, share in shares.items()}

@@ -6,7 +6,7 @@ import torch
 
 from laconic.errors import SchemeError
 from laconic.methods.patterned import Patterned, sparse
-from laconic.sites import Site, Stats
+from laconic.model.sites import Site, Stats
 from laconic.weights import Weight
 from laconic.weights.masks import choose
 

@@ -91,7 +91,9 @@ class Owner:
 class Bytes:
     """The bytes `flat` on the CPU, `lead` bytes into a storage of their own; or this learner's share of them."""
 
-    def __init__(self, flat: Tensor, lead: int, group: "dist.ProcessGroup | None", saved: Saved, *, pinned: bool) -> None:
+    def __init__(
+        self, flat: Tensor, lead: int, group: "dist.ProcessGroup | None", saved: Saved, *, pinned: bool
+    ) -> None:
         self.length, self.group, self.device, self.lead = flat.numel(), group, flat.device, lead
         if group is not None:
             self.share = -(-self.length // dist.get_world_size(group))
@@ -166,7 +168,9 @@ class Piece:
         """Whether a tensor that lies so can be read off this piece."""
         if isinstance(self.content, Dense) and self.content.gapped is not None:
             return view == self.content.gapped
-        return self.start <= view.start and view.stop <= self.stop and (view.start - self.start) % view.dtype.itemsize == 0
+        return (
+            self.start <= view.start and view.stop <= self.stop and (view.start - self.start) % view.dtype.itemsize == 0
+        )
 
     def restore(self, view: View) -> Tensor:
         storage = self.rebuilt() if self.rebuilt is not None else None
@@ -176,7 +180,9 @@ class Piece:
             if self.once:
                 self.rebuilt = weakref.ref(storage)
         else:
-            flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, self.offset, (self.stop - self.start,), (1,))
+            flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(
+                storage, self.offset, (self.stop - self.start,), (1,)
+            )
         return view.on(flat, self.start)
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 from laconic.offload.held import CHUNK
 
 
-def agree(group: "dist.ProcessGroup | None", device: torch.device, about: Sequence[int] = (), part: Tensor | None = None) -> bool:
+def agree(
+    group: "dist.ProcessGroup | None", device: torch.device, about: Sequence[int] = (), part: Tensor | None = None
+) -> bool:
     """Whether every learner of the group has such a part, and with the same bytes. Collective; with no group there is nobody to agree with."""
     if group is None:
         return False
@@ -27,5 +29,7 @@ def checksum(flat: Tensor) -> int:
         part = flat[begin : begin + 8 * CHUNK]
         words = torch.nn.functional.pad(part, (0, -part.numel() % 8)).view(torch.int64)
         places = torch.arange(1, 2 * len(words) + 1, 2, device=flat.device)
-        total = (total * 6364136223846793005 + int(((words ^ (words >> 29)) * places).sum())) % (1 << 64)  # Knuth's MMIX multiplier
+        total = (total * 6364136223846793005 + int(((words ^ (words >> 29)) * places).sum())) % (
+            1 << 64
+        )  # Knuth's MMIX multiplier
     return total >> 1

@@ -18,7 +18,9 @@ class Storages:
     """What is held of which storage, found by the storage's identity. Holds neither of them itself."""
 
     def __init__(self) -> None:
-        self.known: dict[int, tuple[weakref.ref[Any], list[tuple[int, weakref.ref[Any]]]]] = {}  # by id: the storage, and (version, what is held)
+        self.known: dict[
+            int, tuple[weakref.ref[Any], list[tuple[int, weakref.ref[Any]]]]
+        ] = {}  # by id: the storage, and (version, what is held)
 
     def held(self, storage: Any, version: int | None) -> Iterator[Any]:
         """What is held of a storage at a version (None: any)."""
@@ -42,7 +44,9 @@ class Storages:
                     del storages.known[key]
 
             known = self.known[key] = (weakref.ref(storage, gone), [])
-        known[1][:] = [(at, reference) for at, reference in known[1] if reference() is not None] + [(version, weakref.ref(held))]
+        known[1][:] = [(at, reference) for at, reference in known[1] if reference() is not None] + [
+            (version, weakref.ref(held))
+        ]
 
 
 @dataclass(eq=False)
@@ -74,7 +78,14 @@ class Packer:
         size = t.numel() * t.element_size()
         self.saved.saves += 1
         self.saved.saved_bytes += size
-        if type(t) is not Tensor or t.layout is not torch.strided or t.is_conj() or t.is_neg() or t.is_quantized or t.is_meta:
+        if (
+            type(t) is not Tensor
+            or t.layout is not torch.strided
+            or t.is_conj()
+            or t.is_neg()
+            or t.is_quantized
+            or t.is_meta
+        ):
             self.saved.odd += 1
             self.saved.hold(alias := Alias(t, t._version), size)
             return alias

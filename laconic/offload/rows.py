@@ -100,7 +100,9 @@ class Rows:
             return None
         dims = sorted((d for d in range(t.dim()) if t.size(d) > 1), key=t.stride, reverse=True)
         for after, before in sorted({(b, a) for a, b in _splits([t.size(d) for d in dims], weight.n)}):
-            rows = t.as_strided((before, weight.n, after), (weight.n * after, after, 1)).view(_INTEGERS[t.element_size()])
+            rows = t.as_strided((before, weight.n, after), (weight.n * after, after, 1)).view(
+                _INTEGERS[t.element_size()]
+            )
             if not torch.equal(rows[:, one], rows[:, other]):
                 continue
             codes, standing, _ = ranks = self._ranks(weight)

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from laconic.blocks import Batch
+from laconic.disk.tensors import bytes_of
 from laconic.errors import DataError
-from laconic.randomness import private_randomness
-from laconic.tensors import bytes_of
+from laconic.host.randomness import private_randomness
+from laconic.model.blocks import Batch
 
 
 def size_of(batch: Batch) -> int:
@@ -57,7 +57,9 @@ def _inputs(batch: Batch) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             todo[:0] = list(value)
     if not found:
-        raise DataError(f"expected a batch (a tensor, a dict of tensors, or a tuple whose first entry is the input), got a {type(batch).__name__}")
+        raise DataError(
+            f"expected a batch (a tensor, a dict of tensors, or a tuple whose first entry is the input), got a {type(batch).__name__}"
+        )
     return found
 
 

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.ambient import undisturbed
-from laconic.blocks import Batch
-from laconic.memory import half_types
+from laconic.disk.tensors import bytes_of
+from laconic.engine.module import half_types
+from laconic.host.ambient import undisturbed
+from laconic.host.progress import Log, Progress
+from laconic.host.randomness import private_randomness
 from laconic.methods.free import methods_of
-from laconic.progress import Log, Progress
-from laconic.randomness import private_randomness
+from laconic.model.blocks import Batch
+from laconic.model.sites import find_slots
 from laconic.recover import lc
 from laconic.recover.batches import length_of, stream
 from laconic.recover.checkpoint import Checkpoints, Listener, StopRecovery
@@ -25,9 +27,7 @@ from laconic.recover.finetune import Direct, FineTune, run_direct, run_finetune
 from laconic.recover.projection import Projection, project_onto, reads_data
 from laconic.recover.recipes import dkm
 from laconic.recover.task import OutputLoss, OutputScore, Task
-from laconic.scheme import Scheme, parse
-from laconic.sites import find_slots
-from laconic.tensors import bytes_of
+from laconic.scheme.text import Scheme, parse
 
 How = lc.LC | FineTune | Direct
 _STATISTICS = 32  # minibatches of training data that statistics are gathered from
@@ -58,7 +58,9 @@ class Recovery:
 
     def as_dict(self) -> dict[str, Any]:
         """The figures, for JSON."""
-        return {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("state", "projection", "types")}
+        return {
+            key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("state", "projection", "types")
+        }
 
 
 def recover(
@@ -74,9 +76,20 @@ def recover(
     Returns the compressed module (installed weights, evaluation mode) and what happened. Raises: SchemeError, DataError (splits that
     share samples), RecoveryError (training diverged), SurgeryError (structures of a network that cannot be traced).
     """
-    task = Task(train if train is not None else [], validation if validation is not None else [], test, loss, score, example).checked()
+    task = Task(
+        train if train is not None else [], validation if validation is not None else [], test, loss, score, example
+    ).checked()
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
-    return recover_task(model, scheme, how or usual_recovery(scheme, model), task, folder=folder, resume=resume, seed=seed, progress=progress)
+    return recover_task(
+        model,
+        scheme,
+        how or usual_recovery(scheme, model),
+        task,
+        folder=folder,
+        resume=resume,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def usual_recovery(scheme: Scheme, model: nn.Module) -> How:
@@ -111,7 +124,9 @@ def recover_task(
     bench = Bench(model, projection, task, how.norm_batches, seed, teacher, types)
     mark = _mark(bench) if folder is not None else ""
     length = length_of(task.train)
-    passes = f", {length} minibatches a pass" if length is not None else ""  # what was asked of the data, as far as it shows
+    passes = (
+        f", {length} minibatches a pass" if length is not None else ""
+    )  # what was asked of the data, as far as it shows
     fingerprint = f"{projection.scheme} by {how!r}, seed {seed}{passes}{mark}"
     checkpoints = Checkpoints(Path(folder) if folder is not None else None, fingerprint, resume, strict, began)
     checkpoints.claim()
@@ -132,7 +147,9 @@ def recover_task(
     except StopRecovery:
         stopped = True
     snapshot, curve = best.finite(), checkpoints.curve
-    state = {} if _tunes(how) else _state(model)  # the w behind a straight-through estimate drifts within what rounds to the same: no model by itself
+    state = (
+        {} if _tunes(how) else _state(model)
+    )  # the w behind a straight-through estimate drifts within what rounds to the same: no model by itself
     bench.show(snapshot)
     state = state or _state(model)
     bench.install(snapshot)
@@ -180,8 +197,13 @@ def _working_copy(model: nn.Module) -> tuple[nn.Module, dict[str, bool]]:
 
 def _mark(bench: Bench) -> str:
     """What tells a run from another of the same scheme's text: a hash of the methods site by site and of the values it starts from."""
-    digest = hashlib.sha256(repr([(slot.name, bench.projection.chosen[slot]) for slot in bench.projection.slots]).encode())
-    for name, tensor in sorted([*bench.rest().items(), *((slot.name, value) for slot, value in bench.values().items())], key=lambda item: item[0]):
+    digest = hashlib.sha256(
+        repr([(slot.name, bench.projection.chosen[slot]) for slot in bench.projection.slots]).encode()
+    )
+    for name, tensor in sorted(
+        [*bench.rest().items(), *((slot.name, value) for slot, value in bench.values().items())],
+        key=lambda item: item[0],
+    ):
         digest.update(name.encode())
         digest.update(bytes_of(tensor))
     return f", start {digest.hexdigest()[:12]}"

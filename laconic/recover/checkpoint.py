@@ -12,14 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from laconic.disk.files import atomically, disk_errors
+from laconic.disk.tensors import checksum_of
 from laconic.errors import CheckpointError, OutputError
-from laconic.files import atomically, disk_errors
-from laconic.progress import logger
+from laconic.host.progress import logger
+from laconic.model.sites import Slot
 from laconic.recover.compressed import Bench, Best, Snapshot
 from laconic.recover.task import Judgement
 from laconic.recover.train import Trainer, optimizer_tensors, restore_optimizer
-from laconic.sites import Slot
-from laconic.tensors import checksum_of
 from laconic.weights import Weight, unpack
 from laconic.weights.base import nested, pack, prefixed
 
@@ -124,7 +124,8 @@ class Checkpoints:
         """The weights at the time, and those of the best model. Raises: CheckpointError for what this version does not know."""
         try:
             return {
-                which: [unpack(spec, nested(tensors, f"{which}-{i}")) for i, spec in enumerate(told["specs"][which])] for which in ("now", "best")
+                which: [unpack(spec, nested(tensors, f"{which}-{i}")) for i, spec in enumerate(told["specs"][which])]
+                for which in ("now", "best")
             }
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{self._file}: damaged, or of another version: {error}") from error
@@ -146,7 +147,9 @@ class Checkpoints:
             packed = [pack(these[slot]) for slot in bench.parameters]
             specs[which] = [spec for spec, _ in packed]
             parts |= {f"{which}-{i}": tensors for i, (_, tensors) in enumerate(packed)}
-        flat = {name: t.detach().cpu() for part, tensors in parts.items() for name, t in prefixed(part, tensors).items()}
+        flat = {
+            name: t.detach().cpu() for part, tensors in parts.items() for name, t in prefixed(part, tensors).items()
+        }
         told = {
             "fingerprint": self.fingerprint, "crc": checksum_of(flat), "done": done, "taken": trainer.taken, "skipped": trainer.skipped,
             "faults": trainer.faults,
@@ -197,4 +200,7 @@ class Checkpoints:
 
 def _placed(bench: Bench, weights: list[Weight]) -> dict[Slot, Weight]:
     """Weights at their sites, on the device of these."""
-    return {slot: weight.to(parameter.device) for (slot, parameter), weight in zip(bench.parameters.items(), weights, strict=True)}
+    return {
+        slot: weight.to(parameter.device)
+        for (slot, parameter), weight in zip(bench.parameters.items(), weights, strict=True)
+    }

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import call, in_evaluation, to_device
+from laconic.disk.state import guard
 from laconic.errors import RecoveryError
-from laconic.randomness import private_randomness
+from laconic.host.randomness import private_randomness
+from laconic.model.blocks import call, in_evaluation, to_device
+from laconic.model.sites import Slot
 from laconic.recover.batches import stream
 from laconic.recover.projection import Projection
 from laconic.recover.task import Judgement, Task
-from laconic.sites import Slot
-from laconic.state import guard
 from laconic.weights import Weight, install
 from laconic.weights.inputs import check_rounding, rounding_of, set_rounding
 
@@ -72,7 +72,10 @@ class Bench:
     parameters: dict[Slot, nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parameters = {slot: self.model.get_submodule(slot.users[0][0]).get_parameter(slot.users[0][1]) for slot in self.projection.slots}
+        self.parameters = {
+            slot: self.model.get_submodule(slot.users[0][0]).get_parameter(slot.users[0][1])
+            for slot in self.projection.slots
+        }
 
     def values(self) -> dict[Slot, Tensor]:
         """The sites' present values (not copies)."""
@@ -89,7 +92,9 @@ class Bench:
 
     def _others(self) -> dict[str, Tensor]:
         sites = {id(parameter) for parameter in self.parameters.values()}
-        return {name: t for name, t in (*self.model.named_parameters(), *self.model.named_buffers()) if id(t) not in sites}
+        return {
+            name: t for name, t in (*self.model.named_parameters(), *self.model.named_buffers()) if id(t) not in sites
+        }
 
     def put(self, weights: Mapping[Slot, Weight]) -> None:
         """Decoded weights in the sites' places; channels that fell silent are silenced whole."""
@@ -141,7 +146,9 @@ class Bench:
 
     def estimate_norms(self) -> None:
         """Running means and variances of batch norms as the plain average over `norm_batches` minibatches; seeded by the seed alone."""
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+        norms = [
+            m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+        ]
         if not (norms and self.norm_batches):
             return
         kept, device = {norm: norm.momentum for norm in norms}, next(self.model.parameters()).device

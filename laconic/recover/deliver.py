@@ -8,24 +8,24 @@ from typing import Any
 
 from torch import nn
 
-from laconic.choice import resolve
+from laconic.disk.files import disk_errors, write_json
+from laconic.disk.lock import LOCK, check_place, locked
+from laconic.disk.output import below, copied_names, finite, remove
+from laconic.disk.store import MANIFEST, Compressed, stored_bytes
+from laconic.disk.tensors import checksum_of
+from laconic.engine.choice import resolve
+from laconic.engine.module import half_types, load_into, plain_bytes, save
 from laconic.errors import OutputError, VerificationError
-from laconic.files import disk_errors, write_json
-from laconic.lock import LOCK, check_place, locked
-from laconic.machine import machine, versions
-from laconic.memory import half_types, load_into, plain_bytes, save
-from laconic.progress import Progress
+from laconic.host.machine import machine, versions
+from laconic.host.progress import Progress
+from laconic.model.sites import find_slots
 from laconic.recover.batches import length_of
 from laconic.recover.call import How, recover_task
 from laconic.recover.checkpoint import STATE
 from laconic.recover.own_text import is_own_text
 from laconic.recover.task import Task
 from laconic.recover.text import companions_of, complete_directory
-from laconic.run import below, copied_names, finite, remove
-from laconic.scheme import Scheme, describe
-from laconic.sites import find_slots
-from laconic.store import MANIFEST, Compressed, stored_bytes
-from laconic.tensors import checksum_of
+from laconic.scheme.text import Scheme, describe
 from laconic.weights import installed
 
 RESULT = "recovery.json"
@@ -48,7 +48,9 @@ def recover_directory(
         about = _about(model, scheme, how, task, seed)
         if resume and not overwrite and (found := _earlier(out, about)) is not None:
             return found
-        return _recovered(model, scheme, how, task, out, about, source, resume, overwrite, seed, command, progress, trust_remote_code)
+        return _recovered(
+            model, scheme, how, task, out, about, source, resume, overwrite, seed, command, progress, trust_remote_code
+        )
 
 
 def _about(model: nn.Module, scheme: Scheme, how: How, task: Task, seed: int) -> dict[str, Any]:
@@ -69,10 +71,14 @@ def _earlier(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         before = found["run"]
         changed = sorted(key for key in about if before.get(key) != about[key])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(f"{out}: holds a model, but no {RESULT} that says how it was made; pass --overwrite to replace it") from error
+        raise OutputError(
+            f"{out}: holds a model, but no {RESULT} that says how it was made; pass --overwrite to replace it"
+        ) from error
     if changed:
         what = "; ".join(f"{key}: {before.get(key)!r} then, {about[key]!r} now" for key in changed)
-        raise OutputError(f"{out}: holds the complete result of another recovery ({what}); use the same options, or pass --overwrite to replace it")
+        raise OutputError(
+            f"{out}: holds the complete result of another recovery ({what}); use the same options, or pass --overwrite to replace it"
+        )
     return found
 
 
@@ -87,11 +93,24 @@ def _recovered(
     reference = task.judge(model, task.validation)
     copied = companions_of(source, trust_remote_code).files if source is not None else []
     with disk_errors(out):
-        if overwrite and not (resume and (out / STATE).is_file()):  # of this very run, most likely; another's is refused
+        if overwrite and not (
+            resume and (out / STATE).is_file()
+        ):  # of this very run, most likely; another's is refused
             _clear(out)
         unseen = replace(task, test=None)
-        compressed, found = recover_task(model, scheme, how, unseen, folder=out, resume=resume, seed=seed, progress=progress, keep=True, types=types)
-        save(compressed, out, types=types, scheme=found.scheme, recovery=repr(how), seed=seed, versions=versions(), copied=copied)
+        compressed, found = recover_task(
+            model, scheme, how, unseen, folder=out, resume=resume, seed=seed, progress=progress, keep=True, types=types
+        )
+        save(
+            compressed,
+            out,
+            types=types,
+            scheme=found.scheme,
+            recovery=repr(how),
+            seed=seed,
+            versions=versions(),
+            copied=copied,
+        )
     stored = load_into(copy.deepcopy(model), out).to(next(model.parameters()).device).eval()
     theirs = installed(stored)
     for name, weight in installed(compressed).items():
@@ -99,7 +118,10 @@ def _recovered(
             raise VerificationError(f"{out}: {name} does not decode to what was trained")
     test = {}
     if task.test is not None:
-        test = {"reference_test_score": task.judge(model, task.test).score, "test_score": task.judge(stored, task.test).score}
+        test = {
+            "reference_test_score": task.judge(model, task.test).score,
+            "test_score": task.judge(stored, task.test).score,
+        }
     result = {
         **found.as_dict(), "recovery": repr(how), "reference_score": reference.score, "direct_score": found.direct,
         "original_bytes": original_bytes, "seed": seed, "command": command, "versions": versions(), "machine": machine(), "run": about, **test,
@@ -131,7 +153,9 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
             raise OutputError(f"{out}: holds a model; pass --overwrite to replace it")
     elif (out / STATE).is_file():
         if not resume:
-            raise OutputError(f"{out}: holds an unfinished recovery; pass --resume to go on with it or --overwrite to replace it")
+            raise OutputError(
+                f"{out}: holds an unfinished recovery; pass --resume to go on with it or --overwrite to replace it"
+            )
     elif there - set(_temporary(out)):
         raise OutputError(f"{out}: holds other files; choose another directory")
 
@@ -147,10 +171,14 @@ def _leftovers(out: Path) -> list[Path]:
     temporary, found = set(_temporary(out)), []
     for file in below(out, skip=(LOCK,)):
         if file.is_dir() or not (file in temporary or file.relative_to(out).as_posix().removesuffix(".tmp") in ours):
-            raise OutputError(f"{out}: holds files that no recovery wrote ({file.relative_to(out)}); choose another directory")
+            raise OutputError(
+                f"{out}: holds files that no recovery wrote ({file.relative_to(out)}); choose another directory"
+            )
         found.append(file)
     return sorted(found, key=lambda file: file == out / MANIFEST)
 
 
 def _clear(out: Path) -> None:
-    remove(out, [file for file in _leftovers(out) if not is_own_text(file)])  # which this run may have written a moment ago
+    remove(
+        out, [file for file in _leftovers(out) if not is_own_text(file)]
+    )  # which this run may have written a moment ago

@@ -5,14 +5,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from laconic.blocks import Batch
 from laconic.errors import SchemeError
+from laconic.model.blocks import Batch
+from laconic.model.sites import Slot
 from laconic.recover.batches import length_of
 from laconic.recover.checkpoint import Checkpoints, Listener
 from laconic.recover.compressed import Bench, Best, Snapshot
 from laconic.recover.relaxed import Trained
 from laconic.recover.train import Steps, Trainer
-from laconic.sites import Slot
 from laconic.weights import Weight
 
 
@@ -56,7 +56,9 @@ class FineTune:
     epochs: int | None = None
 
     def __post_init__(self) -> None:
-        check_counts(self, 1, minibatches=self.minibatches, checks=self.checks, epochs=1 if self.epochs is None else self.epochs)
+        check_counts(
+            self, 1, minibatches=self.minibatches, checks=self.checks, epochs=1 if self.epochs is None else self.epochs
+        )
         check_counts(self, 0, norm_batches=self.norm_batches)
         if not isinstance(self.learn, Steps):
             raise SchemeError(f"FineTune: learn should be Steps(...), got {self.learn!r}")
@@ -72,7 +74,9 @@ class FineTune:
             return self
         length = length_of(train)
         if length is None:
-            raise SchemeError(f"FineTune: epochs need training data that has a length, got a {type(train).__name__}; give minibatches instead")
+            raise SchemeError(
+                f"FineTune: epochs need training data that has a length, got a {type(train).__name__}; give minibatches instead"
+            )
         return replace(self, epochs=None, minibatches=max(1, self.epochs * length // self.learn.accumulate))
 
 
@@ -85,7 +89,12 @@ def check_counts(how: object, least: int, **numbers: object) -> None:
 
 def point(snapshot: Snapshot, **more: Any) -> dict[str, Any]:
     """A point of the learning curve."""
-    return {"minibatches": snapshot.minibatches, "score": snapshot.judgement.score, "validation_loss": snapshot.judgement.loss, **more}
+    return {
+        "minibatches": snapshot.minibatches,
+        "score": snapshot.judgement.score,
+        "validation_loss": snapshot.judgement.loss,
+        **more,
+    }
 
 
 def tune(
@@ -107,7 +116,9 @@ def tune(
     tell_faults(bench, trainer)
 
 
-def run_finetune(bench: Bench, how: FineTune, best: Best, listen: Listener, checkpoints: Checkpoints, seed: int) -> None:
+def run_finetune(
+    bench: Bench, how: FineTune, best: Best, listen: Listener, checkpoints: Checkpoints, seed: int
+) -> None:
     """Direct compression of the module's w, then `tune`; goes on from a checkpoint if there is one."""
     trainer = Trainer(bench.model, bench.task, how.learn, how.minibatches, seed, bench.teacher)
     resumed = checkpoints.resume(bench, trainer, {}, best, listen)
@@ -119,7 +130,9 @@ def run_finetune(bench: Bench, how: FineTune, best: Best, listen: Listener, chec
 def tell_faults(bench: Bench, trainer: Trainer) -> None:
     """A note about minibatches that were skipped."""
     if trainer.skipped:
-        bench.projection.notes.append(f"{trainer.skipped} of {trainer.taken} minibatches were skipped; not finite: {trainer.told_faults()}")
+        bench.projection.notes.append(
+            f"{trainer.skipped} of {trainer.taken} minibatches were skipped; not finite: {trainer.told_faults()}"
+        )
 
 
 def run_direct(bench: Bench, best: Best, listen: Listener) -> dict[Slot, Weight]:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from laconic.blocks import Batch
 from laconic.errors import SchemeError
+from laconic.model.blocks import Batch
+from laconic.model.sites import Slot
 from laconic.recover.checkpoint import Checkpoints, Listener, Resumed
 from laconic.recover.compressed import Bench, Best
 from laconic.recover.finetune import FineTune, check_counts, clones, point, tell_faults, tune
 from laconic.recover.relaxed import Trained
 from laconic.recover.train import Steps, Trainer
-from laconic.sites import Slot
 from laconic.weights import Weight
 
 _FAR = 0.5  # of ||w||: measured on digits, runs that end beyond it recover little (docs/recovery.md)
@@ -56,10 +56,14 @@ class LC:
     restart_optimizer: bool = False
 
     def __post_init__(self) -> None:
-        check_counts(self, 1, steps=self.steps, minibatches=self.minibatches, first=1 if self.first is None else self.first)
+        check_counts(
+            self, 1, steps=self.steps, minibatches=self.minibatches, first=1 if self.first is None else self.first
+        )
         check_counts(self, 0, norm_batches=self.norm_batches)
         if not isinstance(self.learn, Steps) or not isinstance(self.then, FineTune | None):
-            raise SchemeError(f"LC: learn should be Steps(...) and then FineTune(...) or None, got {self.learn!r} and {self.then!r}")
+            raise SchemeError(
+                f"LC: learn should be Steps(...) and then FineTune(...) or None, got {self.learn!r} and {self.then!r}"
+            )
         if not (0 < self.start_mu < math.inf and 1 <= self.a < math.inf):
             raise SchemeError(f"LC: expected mu > 0 and a >= 1, got {self.mu!r} and {self.a!r}")
 
@@ -99,7 +103,10 @@ def run(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkp
         _alternate(bench, how, best, listen, checkpoints, seed)
     if how.then is None:
         return
-    tail, resumed = Trainer(bench.model, bench.task, how.then.learn, how.then.minibatches, seed + 1, bench.teacher), Resumed()
+    tail, resumed = (
+        Trainer(bench.model, bench.task, how.then.learn, how.then.minibatches, seed + 1, bench.teacher),
+        Resumed(),
+    )
     if checked > 0:
         resumed = checkpoints.resume(bench, tail, {}, best, listen)
     else:  # from the best compressed point: w is what it decodes to, its masks stay
@@ -112,7 +119,9 @@ def run(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkp
 
 def _alternate(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkpoints, seed: int) -> None:
     """The L- and C-steps."""
-    trainer = Trainer(bench.model, bench.task, how.learn, sum(how.count(j) for j in range(how.steps)), seed, bench.teacher)
+    trainer = Trainer(
+        bench.model, bench.task, how.learn, sum(how.count(j) for j in range(how.steps)), seed, bench.teacher
+    )
     lam = {slot: torch.zeros_like(value) for slot, value in bench.values().items()}
     resumed = checkpoints.resume(bench, trainer, lam, best, listen)
     weights = resumed.weights
@@ -136,7 +145,17 @@ def _alternate(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints:
         found = bench.judged(clones(weights), trainer.taken)
         best.offer(found)
         try:
-            listen(point(found, step=j, mu=mu, loss=loss, phase="L-C", distance=_distance(bench, weights), skipped=trainer.skipped))
+            listen(
+                point(
+                    found,
+                    step=j,
+                    mu=mu,
+                    loss=loss,
+                    phase="L-C",
+                    distance=_distance(bench, weights),
+                    skipped=trainer.skipped,
+                )
+            )
         finally:  # also when that ends the run: another can go on from here
             checkpoints.write(bench, trainer, weights, lam, best.found, j + 1)
     tell_faults(bench, trainer)

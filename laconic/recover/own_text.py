@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from laconic.data import Vocabulary, Windows, sampled_batches
-from laconic.files import atomically, disk_errors
-from laconic.progress import Progress, logger
-from laconic.tensors import checksum_of
+from laconic.data.text import Vocabulary, Windows, sampled_batches
+from laconic.disk.files import atomically, disk_errors
+from laconic.disk.tensors import checksum_of
+from laconic.host.progress import Progress, logger
 
 _BATCH = 32  # windows written together
 _EVERY = 60.0  # seconds of writing that a kill may cost
@@ -28,7 +28,13 @@ def is_own_text(file: Path) -> bool:
 
 
 def own_text(
-    model: Any, counts: Sequence[int], length: int, seed: int, folder: Path | None, progress: Progress, vocabulary: Vocabulary | None = None
+    model: Any,
+    counts: Sequence[int],
+    length: int,
+    seed: int,
+    folder: Path | None,
+    progress: Progress,
+    vocabulary: Vocabulary | None = None,
 ) -> list[Windows]:
     """Parts of `counts` windows of `length` tokens each, part i as `sample_windows` draws it from seed + i and the vocabulary.
 

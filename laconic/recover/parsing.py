@@ -4,11 +4,11 @@ import ast
 from typing import Any
 
 from laconic.errors import SchemeError
-from laconic.expressions import instance, nearest, parsed
 from laconic.recover.call import How
 from laconic.recover.finetune import Direct, FineTune
 from laconic.recover.lc import LC
 from laconic.recover.train import Steps
+from laconic.scheme.expressions import instance, nearest, parsed
 
 _KNOWN: dict[str, Any] = {"LC": LC, "FineTune": FineTune, "Direct": Direct, "Steps": Steps}
 
@@ -31,7 +31,9 @@ def _build(node: ast.expr) -> Any:
         try:
             return ast.literal_eval(node)
         except ValueError as error:
-            raise SchemeError(f"recovery: expected a number, a text or one of {', '.join(_KNOWN)}, got {ast.unparse(node)!r}") from error
+            raise SchemeError(
+                f"recovery: expected a number, a text or one of {', '.join(_KNOWN)}, got {ast.unparse(node)!r}"
+            ) from error
     made = _KNOWN.get(node.func.id)
     if made is None:
         raise SchemeError(f"recovery: unknown {node.func.id!r}{nearest(node.func.id, list(_KNOWN))}")

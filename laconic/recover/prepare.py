@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from laconic.blocks import Batch
-from laconic.calibrate import Loss, parameters_of
+from laconic.disk.state import guard
+from laconic.engine.walk import Loss, parameters_of
 from laconic.errors import SchemeError
+from laconic.model.blocks import Batch
 from laconic.recover.projection import project_onto, reads_data
-from laconic.scheme import Scheme, parse
-from laconic.state import guard
+from laconic.scheme.text import Scheme, parse
 from laconic.weights import View, Weight, install
 from laconic.weights.inputs import check_rounding, set_rounding
 from laconic.weights.install import own_class
@@ -47,7 +47,13 @@ class Prepared(nn.Module):
 
 
 def prepare(
-    model: nn.Module, scheme: Scheme | str, data: Sequence[Batch] = (), *, example: Batch | None = None, loss: Loss | None = None, seed: int = 0
+    model: nn.Module,
+    scheme: Scheme | str,
+    data: Sequence[Batch] = (),
+    *,
+    example: Batch | None = None,
+    loss: Loss | None = None,
+    seed: int = 0,
 ) -> nn.Module:
     """Make a module one that trains under a scheme, in place: with any loop, optimizer or trainer, then `convert`.
 
@@ -68,11 +74,15 @@ def prepare(
     for slot, weight in weights.items():
         for layer in slot.layers(model):
             check_rounding(layer, weight, slot.name)
-    made = {slot: projection.chosen[slot].relax(weight, slot.view.matrix(values[slot])) for slot, weight in weights.items()}
+    made = {
+        slot: projection.chosen[slot].relax(weight, slot.view.matrix(values[slot])) for slot, weight in weights.items()
+    }
     for slot, relaxation in made.items():
         for i, (path, name) in enumerate(slot.users):
             module = model.get_submodule(path)
-            parametrize.register_parametrization(module, name, Prepared(relaxation, slot.view, first=i == 0).train(model.training), unsafe=True)
+            parametrize.register_parametrization(
+                module, name, Prepared(relaxation, slot.view, first=i == 0).train(model.training), unsafe=True
+            )
             set_rounding(module, relaxation.weight)
             if i > 0:
                 _declare_tied(module, name)
@@ -126,7 +136,9 @@ def _prepared(model: nn.Module) -> Iterator[tuple[nn.Module, str, Prepared]]:
 def _found(model: nn.Module, caller: str) -> list[tuple[nn.Module, str, Prepared]]:
     found = list(_prepared(model))
     if not found:
-        raise SchemeError(f"{caller}: expected a module that lc.prepare was called on, found no prepared parameter in it")
+        raise SchemeError(
+            f"{caller}: expected a module that lc.prepare was called on, found no prepared parameter in it"
+        )
     return found
 
 
@@ -140,9 +152,13 @@ def _check_fresh(model: nn.Module, scheme: Scheme) -> None:
 
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule | FullyShardedDataParallel):
-            raise SchemeError(f"prepare: {name or 'the module'} is sharded by FSDP already, which keeps track of its parameters; prepare it first")
+            raise SchemeError(
+                f"prepare: {name or 'the module'} is sharded by FSDP already, which keeps track of its parameters; prepare it first"
+            )
     if reads_data(model, scheme) and any(is_sharded(parameter) for parameter in model.parameters()):
-        raise SchemeError("prepare: statistics of a tensor-parallel module are not gathered; use a scheme that needs no data")
+        raise SchemeError(
+            "prepare: statistics of a tensor-parallel module are not gathered; use a scheme that needs no data"
+        )
 
 
 def _declare_tied(module: nn.Module, name: str) -> None:

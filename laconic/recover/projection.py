@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.ambient import undisturbed
-from laconic.blocks import Batch, call, in_evaluation, to_device
-from laconic.calibrate import Loss, default_loss, parameters_of, survey_whole
-from laconic.choice import resolve
+from laconic.disk.tensors import is_finite
+from laconic.engine.choice import resolve
+from laconic.engine.passes import allocations, needs_of
+from laconic.engine.solve import fed_alike, solve_sites
+from laconic.engine.statistics import Statistics
+from laconic.engine.unmeasured import completed
+from laconic.engine.walk import Loss, default_loss, parameters_of, survey_whole
 from laconic.errors import CheckpointError, DataError
+from laconic.host.ambient import undisturbed
 from laconic.methods.base import Keep, Method
 from laconic.methods.fitting import fitted
-from laconic.passes import allocations, needs_of
-from laconic.scheme import Scheme, describe
-from laconic.sites import GRADIENTS, MEASURED, Site, Slot, Stats, find_slots
-from laconic.solve import fed_alike, solve_sites
-from laconic.statistics import Statistics
-from laconic.tensors import is_finite
-from laconic.unmeasured import completed
-from laconic.usage import in_sight
+from laconic.model.blocks import Batch, call, in_evaluation, to_device
+from laconic.model.sites import GRADIENTS, MEASURED, Site, Slot, Stats, find_slots
+from laconic.model.usage import in_sight
+from laconic.scheme.text import Scheme, describe
 from laconic.weights import Weight
 
 
@@ -93,7 +93,10 @@ def project_onto(
     if any(measured.values()) and not data:
         raise DataError(f"{describe(scheme)}: needs data for its statistics")
     statistics = _gather(model, measured, data, loss or default_loss, seed)
-    sites = {slot: statistics.describe(slot, slot.view.matrix(p.detach()), seed) for slot, p in parameters_of(model, list(chosen)).items()}
+    sites = {
+        slot: statistics.describe(slot, slot.view.matrix(p.detach()), seed)
+        for slot, p in parameters_of(model, list(chosen)).items()
+    }
     notes: list[str] = []
     if any(need & Stats.CHANNELS for need in wanted.values()):
         if coupling is None:
@@ -114,7 +117,9 @@ def reads_data(model: nn.Module, scheme: Scheme) -> bool:
 
 def _wanted(model: nn.Module, scheme: Scheme) -> tuple[dict[Slot, Method], dict[Slot, Stats]]:
     """The method of every slot that is compressed, and the statistics it reads, those of its allocation included."""
-    chosen = {slot: method for slot, method in resolve(scheme, find_slots(model)).items() if not isinstance(method, Keep)}
+    chosen = {
+        slot: method for slot, method in resolve(scheme, find_slots(model)).items() if not isinstance(method, Keep)
+    }
     wanted = needs_of(chosen)
     for method, allocation in allocations(chosen).items():
         wanted |= {slot: wanted[slot] | allocation.wants for slot in chosen if chosen[slot] == method}
@@ -131,7 +136,9 @@ def _gather(model: nn.Module, needs: dict[Slot, Stats], data: Iterable[Batch], l
                 for parameter in flags:
                     parameter.requires_grad_(parameter.is_floating_point())
                     parameter.grad = None
-                batches = [_detached(batch) for batch in data]  # a gradient is asked of them, which the user's own must not carry
+                batches = [
+                    _detached(batch) for batch in data
+                ]  # a gradient is asked of them, which the user's own must not carry
                 statistics = survey_whole(model, batches, slots, needs, device, seed=seed, loss=loss).statistics
                 assert statistics is not None
                 return statistics

@@ -38,9 +38,8 @@ def llm_qat(bits: int = 4, embedding_bits: int = 8) -> Recipe:
     Source: Liu et al. 2023 (LLM-QAT) sections 3.1-3.3 and 4.1; there the rate falls by a cosine, here geometrically.
     """
     learn = Steps("adamw", lr=2e-5, lr_end=2e-6, momentum=0.9, clip=1.0, distill=1.0, temperature=1.0)
-    scheme = (
-        f"RTN(bits={embedding_bits}, group='channel', symmetric=True) if role == 'embedding' else RTN(bits={bits}, group='channel', symmetric=True)"
-    )
+    table, matrix = (f"RTN(bits={b}, group='channel', symmetric=True)" for b in (embedding_bits, bits))
+    scheme = f"{table} if role == 'embedding' else {matrix}"
     return Recipe(scheme, FineTune(epochs=1, checks=8, learn=learn), length=256, batch=8, data="self")
 
 
@@ -48,5 +47,7 @@ def recipe(name: str, bits: int | None = None) -> Recipe:
     """The recipe of a name, dkm or llm-qat, at its usual bits (3, 4) or others. Raises: SchemeError for another name."""
     known = {"dkm": dkm, "llm-qat": llm_qat}
     if name not in known:
-        raise SchemeError(f"unknown method {name!r}; known: {', '.join(known)}. Others are given by --scheme and --recovery")
+        raise SchemeError(
+            f"unknown method {name!r}; known: {', '.join(known)}. Others are given by --scheme and --recovery"
+        )
     return known[name]() if bits is None else known[name](bits)

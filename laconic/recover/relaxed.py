@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from laconic.model.sites import Slot
 from laconic.recover.compressed import Bench
 from laconic.recover.train import Trainer
-from laconic.sites import Slot
 from laconic.weights import Weight
 from laconic.weights.base import prefixed
 from laconic.weights.relax import Relaxation
@@ -27,7 +27,10 @@ class Trained:
     def __post_init__(self) -> None:
         chosen = self.bench.projection.chosen
         values = self.bench.values()
-        self.relaxations = {slot: chosen[slot].relax(weight, slot.view.matrix(values[slot])).train() for slot, weight in self.weights.items()}
+        self.relaxations = {
+            slot: chosen[slot].relax(weight, slot.view.matrix(values[slot])).train()
+            for slot, weight in self.weights.items()
+        }
         self._silent = _silent(self.bench, self.weights)
 
     def run(self, trainer: Trainer, count: int) -> float:
@@ -45,7 +48,9 @@ class Trained:
                     parameters[slot].copy_(shown[slot])
 
         def through() -> None:
-            seen = [slot for slot in shown if parameters[slot].grad is not None]  # the others are weights this batch did not use
+            seen = [
+                slot for slot in shown if parameters[slot].grad is not None
+            ]  # the others are weights this batch did not use
             if seen:
                 arrived = [parameters[slot].grad for slot in seen]
                 found = torch.autograd.grad([shown[slot] for slot in seen], [master[slot] for slot in seen], arrived)
@@ -67,11 +72,17 @@ class Trained:
 
     def stored(self) -> dict[Slot, Weight]:
         """The compressed weights at the present w, which later training does not move."""
-        return {slot: self.relaxations[slot].stored(slot.view.matrix(value)) for slot, value in self.bench.values().items()}
+        return {
+            slot: self.relaxations[slot].stored(slot.view.matrix(value)) for slot, value in self.bench.values().items()
+        }
 
     def state(self) -> dict[str, Tensor]:
         """What the relaxations carry from step to step, by the number of the site."""
-        return {name: t for i, r in enumerate(self.relaxations.values()) for name, t in prefixed(str(i), dict(r.named_buffers())).items()}
+        return {
+            name: t
+            for i, r in enumerate(self.relaxations.values())
+            for name, t in prefixed(str(i), dict(r.named_buffers())).items()
+        }
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`; nothing to restore is fine."""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.blocks import Batch, call, in_evaluation, to_device
 from laconic.errors import DataError
-from laconic.foreign import Foreign, run_file
-from laconic.randomness import private_randomness
+from laconic.host.foreign import Foreign, run_file
+from laconic.host.randomness import private_randomness
+from laconic.model.blocks import Batch, call, in_evaluation, to_device
 from laconic.recover.batches import digests, size_of, unlabelled
 
 OutputLoss = Callable[[Any, Batch], Tensor]
@@ -69,7 +69,12 @@ class Task:
         device = device or next(model.parameters()).device
         losses = scores = 0.0
         items = examples = 0
-        with in_evaluation(model), torch.no_grad(), nn.utils.parametrize.cached(), private_randomness(0, 0, device, data):
+        with (
+            in_evaluation(model),
+            torch.no_grad(),
+            nn.utils.parametrize.cached(),
+            private_randomness(0, 0, device, data),
+        ):
             for given in data:
                 batch = to_device(given, device)
                 output = call(model, batch)
@@ -98,17 +103,25 @@ class Task:
 
         Raises: DataError for a split that is not an iterable of batches, has none, or is exhausted after a pass, or an example in two splits.
         """
-        splits = {"train": self.train, "validation": self.validation} | ({"test": self.test} if self.test is not None else {})
+        splits = {"train": self.train, "validation": self.validation} | (
+            {"test": self.test} if self.test is not None else {}
+        )
         seen: dict[bytes, tuple[str, int]] = {}
         for name, data in reversed(splits.items()):
             if isinstance(data, Iterator):
-                raise DataError(f"{name}: expected data that can be gone through again (a list, a DataLoader), got the iterator {data!r}")
+                raise DataError(
+                    f"{name}: expected data that can be gone through again (a list, a DataLoader), got the iterator {data!r}"
+                )
             if not isinstance(data, Iterable):
-                raise DataError(f"{name}: expected an iterable of batches (a list, a DataLoader), got a {type(data).__name__}")
+                raise DataError(
+                    f"{name}: expected an iterable of batches (a list, a DataLoader), got a {type(data).__name__}"
+                )
             with private_randomness(0, 0, data=data):
                 self._compare(name, data, seen)
                 if next(iter(data), None) is None:
-                    raise DataError(f"{name}: expected data that can be gone through again; it was exhausted after one pass")
+                    raise DataError(
+                        f"{name}: expected data that can be gone through again; it was exhausted after one pass"
+                    )
         return self
 
     @staticmethod
@@ -129,14 +142,20 @@ def default_loss(output: Any, batch: Batch) -> Tensor:
         if "labels" in batch and isinstance(getattr(output, "loss", None), Tensor):
             return output.loss
         tokens = batch.get("input_ids")
-        if "labels" in batch or not (isinstance(tokens, Tensor) and isinstance(logits, Tensor) and logits.shape[:-1] == tokens.shape):
-            raise DataError(f"no loss for a batch with {sorted(batch)}: pass loss=, a function of the model's output and the batch")
+        if "labels" in batch or not (
+            isinstance(tokens, Tensor) and isinstance(logits, Tensor) and logits.shape[:-1] == tokens.shape
+        ):
+            raise DataError(
+                f"no loss for a batch with {sorted(batch)}: pass loss=, a function of the model's output and the batch"
+            )
         mask = batch.get("attention_mask")
         targets = tokens if mask is None else tokens.masked_fill(mask == 0, -100)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten())
     labels = batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
     if not (isinstance(labels, Tensor) and isinstance(logits, Tensor)):
-        raise DataError("no loss for this batch: expected (input, labels), or pass loss=, a function of the model's output and the batch")
+        raise DataError(
+            "no loss for this batch: expected (input, labels), or pass loss=, a function of the model's output and the batch"
+        )
     if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
         raise DataError(
             f"no loss for outputs of {tuple(logits.shape)} and targets of {tuple(labels.shape)} {labels.dtype}: pass loss=, "
@@ -148,7 +167,13 @@ def default_loss(output: Any, batch: Batch) -> Tensor:
 def default_score(output: Any, batch: Batch) -> Tensor | None:
     """1 where the largest output is the label, else 0; None where there is not one class per example."""
     logits = getattr(output, "logits", output)
-    labels = batch.get("labels") if isinstance(batch, dict) else batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
+    labels = (
+        batch.get("labels")
+        if isinstance(batch, dict)
+        else batch[1]
+        if isinstance(batch, list | tuple) and len(batch) == 2
+        else None
+    )
     if not (isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()):
         return None
     if not (isinstance(logits, Tensor) and logits.shape[:-1] == labels.shape):
@@ -165,16 +190,26 @@ def load_task(file: Path) -> tuple[nn.Module, Task]:
     names = run_file(file, DataError, "task")
     missing = [name for name in ("model", "train", "validation") if name not in names]
     if missing or not isinstance(names.get("model"), nn.Module):
-        what = f"no variable {missing[0]!r}" if missing else f"a model that is a {type(names['model']).__name__}, not an nn.Module"
-        raise DataError(f"{file}: a task file defines model, train and validation (and test, loss, score, example); found {what}")
+        what = (
+            f"no variable {missing[0]!r}"
+            if missing
+            else f"a model that is a {type(names['model']).__name__}, not an nn.Module"
+        )
+        raise DataError(
+            f"{file}: a task file defines model, train and validation (and test, loss, score, example); found {what}"
+        )
     model, task = names["model"], Task(names["train"], names["validation"])
     task = replace(task, **{key: names[key] for key in ("test", "loss", "score", "example") if key in names})
     for key, value in (("loss", task.loss), ("score", task.score)):
         if value is not None and not callable(value):
-            raise DataError(f"{file}: {key} should be a function of the model's output and the batch, got a {type(value).__name__}")
+            raise DataError(
+                f"{file}: {key} should be a function of the model's output and the batch, got a {type(value).__name__}"
+            )
     for key, data in (("train", task.train), ("validation", task.validation), ("test", task.test)):
         if data is not None and (isinstance(data, Iterator) or not isinstance(data, Iterable)):
-            raise DataError(f"{file}: {key} should be batches that can be gone through again (a list, a DataLoader), got a {type(data).__name__}")
+            raise DataError(
+                f"{file}: {key} should be batches that can be gone through again (a list, a DataLoader), got a {type(data).__name__}"
+            )
     _try(model, task, file)
     return model, task
 

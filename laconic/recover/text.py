@@ -9,19 +9,19 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from laconic.companions import Companions, companions
-from laconic.data import calibration_windows, evaluation_windows, read_text, split_text, vocabulary_of
+from laconic.data.inputs import find_tokenizer
+from laconic.data.modality import check_ids, check_length, is_language_model
+from laconic.data.text import calibration_windows, evaluation_windows, read_text, split_text, vocabulary_of
+from laconic.disk.companions import Companions, companions
+from laconic.disk.files import disk_errors, write_json
+from laconic.disk.load import fetch, load_tokenizer, read_config
+from laconic.disk.store import MANIFEST, SCHEMA, read_manifest, write_manifest
+from laconic.disk.tensors import TensorFiles
 from laconic.errors import CheckpointError, DataError
-from laconic.files import disk_errors, write_json
-from laconic.foreign import Foreign
-from laconic.inputs import find_tokenizer
-from laconic.load import fetch, load_tokenizer, read_config
-from laconic.modality import check_ids, check_length, is_language_model
-from laconic.progress import Log, Progress
+from laconic.host.foreign import Foreign
+from laconic.host.progress import Log, Progress
 from laconic.recover.own_text import own_text
 from laconic.recover.task import Task
-from laconic.store import MANIFEST, SCHEMA, read_manifest, write_manifest
-from laconic.tensors import TensorFiles
 
 _LONG = 32  # characters per token wanted: from here on windows are looked for in a text, below it is tokenised whole
 
@@ -42,14 +42,20 @@ class Shuffled:
             yield {"input_ids": self.tokens[order[i * self.batch : (i + 1) * self.batch]], "use_cache": False}
 
 
-def complete_directory(folder: Path, model: nn.Module, source: str | Path, trust_remote_code: bool = False) -> list[str]:
+def complete_directory(
+    folder: Path, model: nn.Module, source: str | Path, trust_remote_code: bool = False
+) -> list[str]:
     """Add to a saved language model what makes its folder one that `laconic.load` and transformers read: config, companions; returns notes.
 
     The config says float32, whatever the original's type: that is what the model was trained and measured in.
     """
     notes = copy_companions(folder, source, trust_remote_code)
     config = model.config.to_dict()  # type: ignore[union-attr, operator]
-    write_json(folder / "config.json", config | {"dtype": "float32", "quantization_config": {"quant_method": "laconic", "schema": SCHEMA}}, indent=2)
+    write_json(
+        folder / "config.json",
+        config | {"dtype": "float32", "quantization_config": {"quant_method": "laconic", "schema": SCHEMA}},
+        indent=2,
+    )
     write_manifest(folder, read_manifest(folder), config=True)
     return notes
 
@@ -65,7 +71,9 @@ def copy_companions(folder: Path, source: str | Path, trust_remote_code: bool = 
 def companions_of(source: str | Path, trust_remote_code: bool = False) -> Companions:
     """What of a language model's directory, or hub repository, goes with every form of it."""
     folder = fetch(str(source))
-    return companions(folder, trusted=trust_remote_code, model={tensor.file for tensor in TensorFiles(folder).tensors.values()})
+    return companions(
+        folder, trusted=trust_remote_code, model={tensor.file for tensor in TensorFiles(folder).tensors.values()}
+    )
 
 
 def text_task(
@@ -94,23 +102,33 @@ def text_task(
         ).eval()  # fmt: skip
     model = model.to(device)
     if not is_language_model(model):
-        raise DataError(f"{source}: text needs a model that predicts the next token; describe another task in a file (--task)")
+        raise DataError(
+            f"{source}: text needs a model that predicts the next token; describe another task in a file (--task)"
+        )
     check_length(model, length)
     if data == "self":
         if ready is not None:
             ready(model)
-        tokenizer = find_tokenizer(folder, trust_remote_code) if test is None else load_tokenizer(folder, trust_remote_code)
-        return model, _own_task(model, tokenizer, test, train_tokens, check_tokens, length, batch, seed, progress or Log(), out)
+        tokenizer = (
+            find_tokenizer(folder, trust_remote_code) if test is None else load_tokenizer(folder, trust_remote_code)
+        )
+        return model, _own_task(
+            model, tokenizer, test, train_tokens, check_tokens, length, batch, seed, progress or Log(), out
+        )
     tokenizer = load_tokenizer(folder, trust_remote_code)
     text = read_text(data)
     rest, last = (text, read_text(test)) if test is not None else split_text(text)
     learning, check = split_text(rest)
     tokens = _training(learning, tokenizer, train_tokens // length, length, seed, f"training part of {data}")
     if len(tokens) < batch:
-        raise DataError(f"training part of {data}: {len(tokens)} windows of {length} tokens do not fill a minibatch of {batch}")
+        raise DataError(
+            f"training part of {data}: {len(tokens)} windows of {length} tokens do not fill a minibatch of {batch}"
+        )
     check_ids(model, tokens, str(data), tokenizer)
     validation = evaluation_windows(check, tokenizer, length, check_tokens, f"validation part of {data}")
-    tested = evaluation_windows(last, tokenizer, length, check_tokens, str(test if test is not None else f"test part of {data}"))
+    tested = evaluation_windows(
+        last, tokenizer, length, check_tokens, str(test if test is not None else f"test part of {data}")
+    )
     return model, Task(Shuffled(tokens, batch), validation.batches(2 * batch), tested.batches(2 * batch))
 
 
@@ -120,7 +138,9 @@ def _own_task(
 ) -> Task:  # fmt: skip
     """The task of predicting text the model wrote itself."""
     if train_tokens < batch * length:
-        raise DataError(f"self: {train_tokens} tokens of training do not fill a minibatch of {batch} windows of {length}")
+        raise DataError(
+            f"self: {train_tokens} tokens of training do not fill a minibatch of {batch} windows of {length}"
+        )
     counts = [train_tokens // length] + [max(1, check_tokens // length)] * (1 if test is not None else 2)
     told = [] if test is None else [evaluation_windows(read_text(test), tokenizer, length, check_tokens, str(test))]
     for windows in told:

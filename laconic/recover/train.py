@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laconic.blocks import Batch, call, to_device
+from laconic.disk.tensors import is_finite
 from laconic.errors import RecoveryError, SchemeError
-from laconic.randomness import private_randomness
+from laconic.host.randomness import private_randomness
+from laconic.model.blocks import Batch, call, to_device
 from laconic.recover.batches import stream
 from laconic.recover.task import Task
-from laconic.tensors import is_finite
 
 _SKIPPED = 0.1  # of the minibatches may be skipped, beyond the first few, before training counts as diverged
 
@@ -47,7 +47,9 @@ class Steps:
 
     def __post_init__(self) -> None:
         if not (0 <= self.distill <= 1 and 0 < self.temperature < math.inf):
-            raise SchemeError(f"Steps: expected distill in 0 ... 1 and temperature > 0, got {self.distill!r} and {self.temperature!r}")
+            raise SchemeError(
+                f"Steps: expected distill in 0 ... 1 and temperature > 0, got {self.distill!r} and {self.temperature!r}"
+            )
         if self.optimizer not in ("sgd", "adam", "adamw") or self.precision not in ("float32", "bfloat16"):
             raise SchemeError(
                 f"Steps: optimizer must be sgd, adam or adamw and precision float32 or bfloat16, got {self.optimizer!r} and {self.precision!r}"
@@ -156,7 +158,9 @@ class Trainer:
             loss.backward()
             value += float(loss.detach())
         for parameter in self.parameters:
-            if parameter.grad is not None and parameter.grad.is_sparse:  # of an embedding: neither clipped nor added to as it is
+            if (
+                parameter.grad is not None and parameter.grad.is_sparse
+            ):  # of an embedding: neither clipped nor added to as it is
                 parameter.grad = parameter.grad.to_dense()
         if through is not None:
             through()
@@ -184,7 +188,9 @@ class Trainer:
         if not math.isfinite(value):
             return "the loss"
         named = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
-        return next((f"the gradient of {name}" for name, grad in named if not is_finite(grad)), "the norm of the gradient")
+        return next(
+            (f"the gradient of {name}" for name, grad in named if not is_finite(grad)), "the norm of the gradient"
+        )
 
     def told_faults(self) -> str:
         """`faults` in words."""
@@ -213,7 +219,9 @@ def distance_of(output: Any, wanted: Any, temperature: float) -> Tensor:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by the index of the parameter and the name of the quantity."""
     state: dict[Any, Any] = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": value for i, values in state.items() for key, value in values.items() if isinstance(value, Tensor)}
+    return {
+        f"{i}.{key}": value for i, values in state.items() for key, value in values.items() if isinstance(value, Tensor)
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

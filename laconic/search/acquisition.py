@@ -65,8 +65,12 @@ class Axis:
     log: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high) or (self.log and self.low <= 0):
-            raise SearchError(f"expected bounds (low, high) with low < high{' and low > 0' * self.log}, got ({self.low}, {self.high})")
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high) or (
+            self.log and self.low <= 0
+        ):
+            raise SearchError(
+                f"expected bounds (low, high) with low < high{' and low > 0' * self.log}, got ({self.low}, {self.high})"
+            )
 
     def unit(self, s: float) -> float:
         if self.log:
@@ -98,7 +102,12 @@ def best_of(grid: Array, acquisition: Array) -> float:
 
 
 def explained(
-    s: float, domain: tuple[float, float], axis: Axis, process: tuple[Array, Array, Array], exhausted: bool = False, wait: bool = False
+    s: float,
+    domain: tuple[float, float],
+    axis: Axis,
+    process: tuple[Array, Array, Array],
+    exhausted: bool = False,
+    wait: bool = False,
 ) -> Proposal:
     """A proposal with (mean, deviation, acquisition) at `axis.shown()`."""
     x = _rounded(axis.value(float(u)) for u in axis.shown())

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from laconic.choice import resolve
+from laconic.disk.lock import check_place
+from laconic.disk.output import earlier_files
+from laconic.engine.choice import resolve
 from laconic.errors import OutputError, SchemeError, SearchError
-from laconic.goals import Floor
-from laconic.lock import check_place
+from laconic.measure.goals import Floor
 from laconic.methods.free import Free, fix, free_of
+from laconic.model.sites import Slot, find_slots
 from laconic.recover import LC, Direct, FineTune, Task
 from laconic.recover.own_text import is_own_text
-from laconic.run import earlier_files
-from laconic.scheme import Scheme, describe
+from laconic.scheme.text import Scheme, describe
 from laconic.search.trial import Goal, Trials
-from laconic.sites import Slot, find_slots
 
 if TYPE_CHECKING:
     from laconic.search.run import SearchOptions
@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 STUDY = "study.db"  # where a search is kept if nothing else is said
 _OURS = ("trials", "model", "transformers", STUDY, "search.json", "search.html")
-_PARTS = (".model-", "search.json.", "search.html.", "study.db-")  # what is on its way, and what SQLite writes beside its file
+_PARTS = (
+    ".model-",
+    "search.json.",
+    "search.html.",
+    "study.db-",
+)  # what is on its way, and what SQLite writes beside its file
 
 
 def variables(scheme: Scheme, slots: Sequence[Slot]) -> dict[str, Free]:
@@ -36,7 +41,9 @@ def variables(scheme: Scheme, slots: Sequence[Slot]) -> dict[str, Free]:
 
     free = free_of(scheme, slots)
     if not free:
-        raise SearchError(f"{describe(scheme)}: nothing to search; leave a hyper-parameter open, as in FilterPrune(sparsity=Free(0, 1))")
+        raise SearchError(
+            f"{describe(scheme)}: nothing to search; leave a hyper-parameter open, as in FilterPrune(sparsity=Free(0, 1))"
+        )
     usual = {name: some_value(one) for name, one in free.items()}
     for name, one in free.items():
         distribution: Any = distribution_of(one)
@@ -102,7 +109,9 @@ def original_score(model: nn.Module, task: Task, keep: Floor) -> tuple[float, fl
     if not (math.isfinite(first) and math.isfinite(second)):
         raise SearchError(f"the original's score on validation data is {first}; expected a finite number")
     if not keep.floor(first) <= first:
-        raise SearchError(f"the floor {keep.floor(first):.6g} is above the score of the original, {first:.6g}: no compression is asked to gain that")
+        raise SearchError(
+            f"the floor {keep.floor(first):.6g} is above the score of the original, {first:.6g}: no compression is asked to gain that"
+        )
     return first, abs(first - second)
 
 
@@ -129,7 +138,10 @@ def check_folder(search: "Search", trials: Trials) -> None:
     from laconic.search import study as studies
     from laconic.search.outcome import folder_of
 
-    used, known = (trials.folder / "trials").exists(), studies.trials(search)  # in this order: another worker may begin just now
+    used, known = (
+        (trials.folder / "trials").exists(),
+        studies.trials(search),
+    )  # in this order: another worker may begin just now
     done = [t for t in known if "score" in t.user_attrs]
     lacking = [t.number + 1 for t in done if not (trials.place(folder_of(t)) / "model").is_dir()]
     if lacking:
@@ -143,7 +155,11 @@ def check_folder(search: "Search", trials: Trials) -> None:
 def remarks(facts: Mapping[str, Any], reference: float, noise: float) -> list[str]:
     """What the user should know of the score."""
     found = max(noise, facts.get("noise", 0.0))
-    notes = [f"the score differs by {found:.3g} when measured twice on the original: it is not deterministic"] if found else []
+    notes = (
+        [f"the score differs by {found:.3g} when measured twice on the original: it is not deterministic"]
+        if found
+        else []
+    )
     if abs(reference - facts["reference"]) > max(found, 1e-6 * abs(reference)):
         notes.append(
             f"the original scores {reference:.6g} here and {facts['reference']:.6g} where the study began; the latter holds. "

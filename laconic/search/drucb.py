@@ -49,15 +49,23 @@ class Rule:
     prior: Prior = field(default_factory=Prior)
 
     def __post_init__(self) -> None:
-        if self.name not in ("two-sided", "dr-ucb", "ils-ucb") or self.reading not in ("listing", "equation", "feasible"):
-            raise SearchError(f"expected a rule two-sided, dr-ucb or ils-ucb, got {self.name!r} with the reading {self.reading!r}")
+        if self.name not in ("two-sided", "dr-ucb", "ils-ucb") or self.reading not in (
+            "listing",
+            "equation",
+            "feasible",
+        ):
+            raise SearchError(
+                f"expected a rule two-sided, dr-ucb or ils-ucb, got {self.name!r} with the reading {self.reading!r}"
+            )
         if not (0 <= self.gamma <= 1 and 0 < self.tolerance <= 0.5 and self.margin >= 0):
             raise SearchError(
                 f"expected gamma in 0 ... 1, tolerance in 0 ... 0.5 and a margin from 0, got {self.gamma}, {self.tolerance} and {self.margin}"
             )
 
 
-def domain(history: Sequence[Sample], level: float, bounds: tuple[float, float], rule: Rule | None = None) -> tuple[float, float]:
+def domain(
+    history: Sequence[Sample], level: float, bounds: tuple[float, float], rule: Rule | None = None
+) -> tuple[float, float]:
     """The open interval that may still hold s_acc. Source: Condensa, Algorithm 1, lines 3 and 7 to 9; see `Rule` for what goes beyond it."""
     rule = rule or Rule()
     low, high = bounds
@@ -122,10 +130,14 @@ def propose(
             chosen = _safe(chosen, low, high, len(told), rule.tolerance)
     known = _is_exhausted(history, axis.value(chosen), level, bounds, rule, axis)
     believed = _is_exhausted(told, axis.value(chosen), level, bounds, rule, axis)
-    over = known and (not pending or rule.name == "two-sided")  # what the domain shows is certain; what the process shows may change
+    over = known and (
+        not pending or rule.name == "two-sided"
+    )  # what the domain shows is certain; what the process shows may change
     shown = axis.shown()
     picture = (*process.scores(shown), process.acquisition(shown))
-    return explained(axis.short(chosen), domain(history, level, bounds, rule), axis, picture, over, believed and not over)
+    return explained(
+        axis.short(chosen), domain(history, level, bounds, rule), axis, picture, over, believed and not over
+    )
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,9 @@ class _Process:
     def _posterior(self, at: Array) -> tuple[Array, Array]:
         x = [self.axis.unit(s) for s, _ in self.told]
         if self.rule.name == "two-sided":
-            y = [math.log(min(_LOSS, max(1 / _LOSS, 1 + (self.level - score) / self.allowed))) for _, score in self.told]
+            y = [
+                math.log(min(_LOSS, max(1 / _LOSS, 1 + (self.level - score) / self.allowed))) for _, score in self.told
+            ]
             x, y = [0.0, *x], [-math.log(_LOSS), *y]
             if all(score >= self.level for _, score in self.told):
                 x, y = [*x, 1.0], [*y, math.log(_LOSS)]
@@ -171,7 +185,9 @@ class _Process:
         return self.level + self.allowed - lost, lost * deviation
 
 
-def _is_exhausted(told: Sequence[Sample], s: float, level: float, bounds: tuple[float, float], rule: Rule, axis: Axis) -> bool:
+def _is_exhausted(
+    told: Sequence[Sample], s: float, level: float, bounds: tuple[float, float], rule: Rule, axis: Axis
+) -> bool:
     """Whether the domain is narrower than the tolerance or, for rules that do not close it, the proposal is a sample already taken."""
     if rule.name == "two-sided":
         low, high = domain(told, level, bounds, rule)

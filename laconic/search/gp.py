@@ -34,7 +34,9 @@ class Prior:
     seed: int = 0
 
 
-def posterior(x: Sequence[float] | Array, y: Sequence[float] | Array, at: Array, prior: Prior | None = None) -> tuple[Array, Array]:
+def posterior(
+    x: Sequence[float] | Array, y: Sequence[float] | Array, at: Array, prior: Prior | None = None
+) -> tuple[Array, Array]:
     """Mean and standard deviation of the process at the points `at`, given y at x; all one-dimensional, results in y's units.
 
     No samples give mean 0 and the prior's deviation. Raises: SearchError when scikit-learn is missing, or a value is not finite.
@@ -43,7 +45,9 @@ def posterior(x: Sequence[float] | Array, y: Sequence[float] | Array, at: Array,
     prior = prior or Prior()
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise SearchError(f"a Gaussian process needs one finite value per point, got values {y.tolist()} at {x.tolist()}")
+        raise SearchError(
+            f"a Gaussian process needs one finite value per point, got values {y.tolist()} at {x.tolist()}"
+        )
     if not len(x):
         return np.zeros(len(at)), np.full(len(at), prior.variance**0.5)
     try:
@@ -53,7 +57,9 @@ def posterior(x: Sequence[float] | Array, y: Sequence[float] | Array, at: Array,
     except ImportError as error:
         raise SearchError("the search needs scikit-learn; pip install 'laconic[search]'") from error
     bounds = (1e-2, 1e2) if prior.optimize else "fixed"
-    kernel = ConstantKernel(prior.variance, "fixed") * Matern(length_scale=prior.length, length_scale_bounds=bounds, nu=2.5)
+    kernel = ConstantKernel(prior.variance, "fixed") * Matern(
+        length_scale=prior.length, length_scale_bounds=bounds, nu=2.5
+    )
     regressor = GaussianProcessRegressor(
         kernel,
         alpha=prior.noise,
@@ -63,6 +69,8 @@ def posterior(x: Sequence[float] | Array, y: Sequence[float] | Array, at: Array,
         random_state=prior.seed,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound is what two or three samples often ask for
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # a length scale at its bound is what two or three samples often ask for
         mean, deviation = regressor.fit(x[:, None], y).predict(at[:, None], return_std=True)
     return np.asarray(mean), np.asarray(deviation)

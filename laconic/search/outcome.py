@@ -10,22 +10,24 @@ from typing import Any
 
 from torch import nn
 
-from laconic.goals import Floor
-from laconic.machine import machine, versions
-from laconic.memory import plain_bytes
+from laconic.disk.output import finite
+from laconic.disk.store import stored_bytes
+from laconic.engine.module import plain_bytes
+from laconic.host.machine import machine, versions
+from laconic.host.progress import Progress
+from laconic.measure.goals import Floor
+from laconic.measure.layers import layers_table
+from laconic.measure.objectives import Candidate, nonzero_bytes_of
 from laconic.methods.free import Free, fix
-from laconic.objectives import Candidate, nonzero_bytes_of
-from laconic.profile import layers_table
-from laconic.progress import Progress
 from laconic.recover import Task
-from laconic.run import finite
-from laconic.scheme import describe
+from laconic.scheme.text import describe
 from laconic.search import study as studies
 from laconic.search.trial import Goal, Trials
-from laconic.store import stored_bytes
 
 
-def figures_of(given: nn.Module, model: nn.Module, task: Task, goals: Sequence[Goal]) -> tuple[dict[str, Any], list[float]]:
+def figures_of(
+    given: nn.Module, model: nn.Module, task: Task, goals: Sequence[Goal]
+) -> tuple[dict[str, Any], list[float]]:
     """What is known of the original before the search: bytes in its own types and parameters; its objectives. `model` is `given` in float32.
 
     Raises: SearchError for an objective that is not a finite number.
@@ -46,7 +48,15 @@ def result_of(
     rows = []
     for t in studies.trials(search):
         objective = None if not t.values else t.values[0] if len(trials.goals) == 1 else list(t.values)
-        rows.append({"number": t.number, "values": dict(t.params), "objective": objective, "state": t.state.name.lower(), **t.user_attrs})
+        rows.append(
+            {
+                "number": t.number,
+                "values": dict(t.params),
+                "objective": objective,
+                "state": t.state.name.lower(),
+                **t.user_attrs,
+            }
+        )
     done = [row for row in rows if row["state"] == "complete"]
     goals = [{"name": goal.name, "direction": goal.direction} for goal in trials.goals]
     seen = dict.fromkeys(note for row in done for note in row.get("notes", []))
@@ -86,12 +96,13 @@ def nothing_kept(result: Mapping[str, Any]) -> str:
     if not scores:
         return "training diverged in every trial: lower the learning rate of the recovery"
     score, values = max(scores, key=lambda pair: pair[0])
-    return (
-        f"no trial kept the floor {result['floor']:.4f}: the best of {len(scores)} has {score:.4f}, at {values}. Recover longer, or allow more loss"
-    )
+    best = f"the best of {len(scores)} has {score:.4f}, at {values}"
+    return f"no trial kept the floor {result['floor']:.4f}: {best}. Recover longer, or allow more loss"
 
 
-def measure(trials: Trials, best: Any, original: Mapping[str, Any], progress: Progress) -> tuple[nn.Module, dict[str, Any]]:
+def measure(
+    trials: Trials, best: Any, original: Mapping[str, Any], progress: Progress
+) -> tuple[nn.Module, dict[str, Any]]:
     """The best trial's model, read from its file, and the figures of it, of direct compression and of its layers; test data is used here only."""
     progress.start("measuring", 4)
     model, task = trials.model, trials.task
@@ -106,7 +117,10 @@ def measure(trials: Trials, best: Any, original: Mapping[str, Any], progress: Pr
         "stored_bytes": stored_bytes(path), "nonzero_bytes": nonzero_bytes_of(delivered),
         "parameters": sum(p.numel() for p in candidate.network.parameters()),
     }  # fmt: skip
-    figures |= {"ratio": original["stored_bytes"] / figures["stored_bytes"], "nonzero_ratio": original["nonzero_bytes"] / figures["nonzero_bytes"]}
+    figures |= {
+        "ratio": original["stored_bytes"] / figures["stored_bytes"],
+        "nonzero_ratio": original["nonzero_bytes"] / figures["nonzero_bytes"],
+    }
     reference: dict[str, Any] = {}
     if task.test is not None:
         reference["test_score"] = task.judge(model, task.test).score
@@ -116,7 +130,11 @@ def measure(trials: Trials, best: Any, original: Mapping[str, Any], progress: Pr
         direct = trials.direct(fix(trials.scheme, best.params, trials.slots))[0]
         figures["direct_test_score"] = task.judge(direct, task.test).score
         progress.advance(1, "direct compression on test data")
-    return delivered, {"reference": reference, "best": figures, "layers": layers_table(model, candidate.network, task.sample())}
+    return delivered, {
+        "reference": reference,
+        "best": figures,
+        "layers": layers_table(model, candidate.network, task.sample()),
+    }
 
 
 def deliver(source: Path, target: Path) -> None:

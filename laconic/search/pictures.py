@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter
 
-from laconic.report import inline_svg
+from laconic.show.page import inline_svg
 
 # Okabe and Ito's colours, told apart by colour-blind readers; every kind also has a mark or a dash of its own
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#AA4499", "#8a939c"
@@ -56,17 +56,33 @@ def number_points(axes: Axes, points: Sequence[tuple[float, float]], texts: Sequ
     scale = 100 / 72  # points to the figure's pixels
     at = [axes.transData.transform(p) for p in points]
     taken = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in at]
-    places = [(math.sin(a) * r, math.cos(a) * r) for r in (11, 19) for a in (0, math.pi, *(k * math.pi / 4 for k in (1, 7, 3, 5, 2, 6)))]
+    places = [
+        (math.sin(a) * r, math.cos(a) * r)
+        for r in (11, 19)
+        for a in (0, math.pi, *(k * math.pi / 4 for k in (1, 7, 3, 5, 2, 6)))
+    ]
     for (px, py), point, text in zip(at, points, texts, strict=True):
         half = 3.4 * len(text) + 0.5
 
-        def box(place: tuple[float, float], x: float = px, y: float = py, half: float = half) -> tuple[float, float, float, float]:
+        def box(
+            place: tuple[float, float], x: float = px, y: float = py, half: float = half
+        ) -> tuple[float, float, float, float]:
             x, y = x + place[0] * scale, y + place[1] * scale
             return x - half * scale, y - 5 * scale, x + half * scale, y + 5 * scale
 
         place = next((p for p in places if not any(_meet(box(p), other) for other in taken)), places[0])
         taken.append(box(place))
-        axes.annotate(text, point, place, textcoords="offset points", ha="center", va="center", fontsize=9, zorder=9, path_effects=[_HALO])
+        axes.annotate(
+            text,
+            point,
+            place,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=9,
+            zorder=9,
+            path_effects=[_HALO],
+        )
 
 
 def _meet(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
@@ -119,7 +135,13 @@ def curves_picture(result: Values) -> str:
         texts.append(f"{trial['number'] + 1}{'*' if chosen else ''}")
     axes.axhline(result["floor"], color=GREEN, linewidth=1.5)
     axes.annotate(
-        "level set", (0.005, result["floor"]), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=GREEN, fontsize=9
+        "level set",
+        (0.005, result["floor"]),
+        (0, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        color=GREEN,
+        fontsize=9,
     )
     axes.set_xlabel("minibatches of training")
     axes.set_ylabel("score on validation data")
@@ -139,22 +161,37 @@ def _shades(count: int) -> list[tuple[float, ...]]:
 
 def layers_picture(layers: Sequence[Values]) -> str:
     """Milliseconds of every layer before and after as bars, the compression ratio as a line: figure 5 of Condensa."""
-    rows = [row for row in layers if row.get("entries_before") and is_number(row.get("ms_before")) and is_number(row.get("ms_after"))]
+    rows = [
+        row
+        for row in layers
+        if row.get("entries_before") and is_number(row.get("ms_before")) and is_number(row.get("ms_after"))
+    ]
     if not rows:
         return ""
     at, wide = list(range(len(rows))), len(rows) > 24
     figure = Figure(figsize=(min(8 + 0.16 * len(rows), 15), 5.2), layout="constrained", dpi=100)
     axes = figure.subplots()
-    axes.bar([i - 0.2 for i in at], [row["ms_before"] for row in rows], 0.4, color="#b9c2cc", label="milliseconds before")
+    axes.bar(
+        [i - 0.2 for i in at], [row["ms_before"] for row in rows], 0.4, color="#b9c2cc", label="milliseconds before"
+    )
     axes.bar([i + 0.2 for i in at], [row["ms_after"] for row in rows], 0.4, color=BLUE, label="milliseconds after")
     axes.set_ylabel("milliseconds")
     every = -(-len(rows) // 72)
-    axes.set_xticks(at[::every], [plain_text(row["name"]) for row in rows][::every], rotation=90, fontsize=7 if wide else 9)
+    axes.set_xticks(
+        at[::every], [plain_text(row["name"]) for row in rows][::every], rotation=90, fontsize=7 if wide else 9
+    )
     axes.set_xlim(-0.7, len(rows) - 0.3)
     other = axes.twinx()
     kept = [(i, row["entries_before"] / row["nonzero"]) for i, row in enumerate(rows) if row.get("nonzero")]
     if kept:
-        other.plot(*zip(*kept, strict=True), color=RED, marker="o", markersize=3.5, linewidth=1.3, label="entries before / non-zeros after")
+        other.plot(
+            *zip(*kept, strict=True),
+            color=RED,
+            marker="o",
+            markersize=3.5,
+            linewidth=1.3,
+            label="entries before / non-zeros after",
+        )
     other.set_ylim(0, max([1.0, *(r for _, r in kept)]) * 1.12)
     other.set_ylabel("compression ratio", color=RED)
     other.tick_params(axis="y", colors=RED)
@@ -192,7 +229,10 @@ def pareto_picture(result: Values) -> str:
 
 
 def _feasible(axes: Axes, trials: list[Values], points: list[tuple[float, float]], floor: float) -> None:
-    for kept, colour, mark, label in ((True, BLUE, "o", "keeps the score"), (False, ORANGE, "X", "below the level set")):
+    for kept, colour, mark, label in (
+        (True, BLUE, "o", "keeps the score"),
+        (False, ORANGE, "X", "below the level set"),
+    ):
         some = [p for p, t in zip(points, trials, strict=True) if (t["score"] >= floor) == kept]
         if some:
             axes.plot(*zip(*some, strict=True), linestyle="", color=colour, marker=mark, markersize=8, label=label)
@@ -220,11 +260,21 @@ def parameters_picture(result: Values) -> str:
             free_axis(axes, name, bounds, xs)
         for x, trial in zip(xs, trials, strict=True):
             if trial["number"] == (result.get("best") or {}).get("trial"):
-                axes.plot(x, trial["score"], "o", markersize=15, markerfacecolor="none", markeredgecolor="#1b1f24", label="chosen")
+                axes.plot(
+                    x,
+                    trial["score"],
+                    "o",
+                    markersize=15,
+                    markerfacecolor="none",
+                    markeredgecolor="#1b1f24",
+                    label="chosen",
+                )
         clean(axes)
     for axes in panels[len(free) :]:
         axes.set_visible(False)
     panels[0].set_ylabel("score on validation data")
-    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return inline_svg(figure)

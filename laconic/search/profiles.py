@@ -6,7 +6,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from laconic.report import inline_svg
 from laconic.search.pictures import (
     BLUE,
     GREEN,
@@ -26,6 +25,7 @@ from laconic.search.pictures import (
     plain_text,
     searched_number,
 )
+from laconic.show.page import inline_svg
 
 
 def profile_picture(result: Values) -> str:
@@ -49,7 +49,9 @@ def profile_picture(result: Values) -> str:
     _mark_best(axes, result, name)
     _objective_axis(axes, result, name, trials)
     clean(axes)
-    handles = {label: handle for one in figure.axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle for one in figure.axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     if near:
         _draw_scores(panels[1], result, name, trials)
@@ -70,7 +72,9 @@ def _draw_scores(axes: Axes, result: Values, name: str, trials: list[Values]) ->
     posterior = next((t["posterior"] for t in reversed(trials) if t.get("posterior") and t.get("stage", 1) == 1), None)
     if posterior is not None:
         low, high = _band(posterior)
-        axes.fill_between(posterior["x"], low, high, color=BLUE, alpha=0.13, linewidth=0, label="model of the score, ± 2 sd")
+        axes.fill_between(
+            posterior["x"], low, high, color=BLUE, alpha=0.13, linewidth=0, label="model of the score, ± 2 sd"
+        )
         axes.plot(posterior["x"], posterior["mean"], color=BLUE, linewidth=1.4)
     reference = (result.get("reference") or {}).get("score")
     if reference is not None:
@@ -78,11 +82,21 @@ def _draw_scores(axes: Axes, result: Values, name: str, trials: list[Values]) ->
     axes.axhline(result["floor"], color=GREEN, linewidth=1.5, label="level set")
     direct = sorted((t["values"][name], t["direct_score"]) for t in trials if is_number(t.get("direct_score")))
     if direct:
-        axes.plot(*zip(*direct, strict=True), color=GREY, linewidth=1.4, marker="x", markersize=5, label="direct compression")
+        axes.plot(
+            *zip(*direct, strict=True), color=GREY, linewidth=1.4, marker="x", markersize=5, label="direct compression"
+        )
     for stage, colour, mark in ((1, BLUE, "o"), (2, PURPLE, "s")):
         some = [(t["values"][name], t["score"]) for t in trials if t.get("stage", 1) == stage]
         if some:
-            axes.plot(*zip(*some, strict=True), linestyle="", color=colour, marker=mark, markersize=8, zorder=5, label=f"samples, stage {stage}")
+            axes.plot(
+                *zip(*some, strict=True),
+                linestyle="",
+                color=colour,
+                marker=mark,
+                markersize=8,
+                zorder=5,
+                label=f"samples, stage {stage}",
+            )
 
 
 def _band(posterior: Values) -> tuple[list[float], list[float]]:
@@ -109,11 +123,21 @@ def _neighbours(result: Values, name: str, trials: list[Values], most: int = 6) 
 
 def _objective_axis(axes: Axes, result: Values, name: str, trials: list[Values]) -> None:
     """The first objective on an axis of its own, red as in the paper."""
-    points = sorted((t["values"][name], objectives_of(t)[0]) for t in trials if objectives_of(t) and is_number(objectives_of(t)[0]))
+    points = sorted(
+        (t["values"][name], objectives_of(t)[0]) for t in trials if objectives_of(t) and is_number(objectives_of(t)[0])
+    )
     if not points:
         return
     goal, other = goals_of(result)[0], axes.twinx()
-    other.plot(*zip(*points, strict=True), color=RED, linewidth=1.2, linestyle="--", marker="D", markersize=4, label=plain_text(goal["name"]))
+    other.plot(
+        *zip(*points, strict=True),
+        color=RED,
+        linewidth=1.2,
+        linestyle="--",
+        marker="D",
+        markersize=4,
+        label=plain_text(goal["name"]),
+    )
     other.set_ylim(*padded([y for _, y in points], 0.12))
     other.set_ylabel(plain_text(f"{goal['name']}, {goal['direction']}d"), color=RED)
     other.tick_params(axis="y", colors=RED)
@@ -164,7 +188,9 @@ def _posterior(axes: Axes, result: Values, name: str, trial: Values) -> None:
     axes.fill_between(p["x"], low, high, color=colour, alpha=0.13, linewidth=0)
     axes.plot(p["x"], p["mean"], color=colour, linewidth=1.2)
     earlier = [t for t in result["trials"] if is_measured(t) and t["number"] < trial["number"]]
-    known = [(t["values"][name], t["score"] if first else objectives_of(t)[0]) for t in earlier if first or objectives_of(t)]
+    known = [
+        (t["values"][name], t["score"] if first else objectives_of(t)[0]) for t in earlier if first or objectives_of(t)
+    ]
     if known:
         axes.plot(*zip(*known, strict=True), linestyle="", marker="o", markersize=4, color="#1b1f24")
     if first:
@@ -175,9 +201,15 @@ def _posterior(axes: Axes, result: Values, name: str, trial: Values) -> None:
     inside = [a for a in worth if a is not None]  # outside the domain nothing was considered
     if inside and max(inside) > min(inside):
         scaled = [0.0 if a is None else 0.2 * (a - min(inside)) / (max(inside) - min(inside)) for a in worth]
-        axes.fill_between(p["x"], 0, scaled, transform=axes.get_xaxis_transform(), color=ORANGE, alpha=0.55, linewidth=0)
+        axes.fill_between(
+            p["x"], 0, scaled, transform=axes.get_xaxis_transform(), color=ORANGE, alpha=0.55, linewidth=0
+        )
     axes.axvline(trial["values"][name], color="#1b1f24", linewidth=1, linestyle=(0, (4, 3)))
-    axes.set_title(f"{trial['number'] + 1}: {'score' if first else plain_text(goals_of(result)[0]['name'])}", fontsize=9, loc="left")
+    axes.set_title(
+        f"{trial['number'] + 1}: {'score' if first else plain_text(goals_of(result)[0]['name'])}",
+        fontsize=9,
+        loc="left",
+    )
     axes.tick_params(labelsize=7)
     if not first:
         axes.yaxis.set_major_formatter(EngFormatter())

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from laconic.blocks import Batch
+from laconic.disk.state import guard
+from laconic.engine.module import compress_module
 from laconic.errors import SchemeError
-from laconic.memory import compress_module
 from laconic.methods.base import Keep, Method, Pruning, Then
 from laconic.methods.patterned import sparse
-from laconic.sites import Site, Slot, Stats, find_slots
-from laconic.state import guard
+from laconic.model.blocks import Batch
+from laconic.model.sites import Site, Slot, Stats, find_slots
 from laconic.weights import Weight, install, installed
 
 
@@ -70,7 +70,9 @@ def encode_remains(
         try:
             compress_module(thinned, method_of, statistics, seed=seed)
         except SchemeError as error:
-            raise SchemeError(f"{error}. That is a matrix from which channels were cut: choose what fits any width, or thin=False") from error
+            raise SchemeError(
+                f"{error}. That is a matrix from which channels were cut: choose what fits any width, or thin=False"
+            ) from error
     for slot in whole:
         for path, name in slot.users:
             install(thinned.get_submodule(path), name, trained[slot.parameter], slot.view)

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from laconic.files import write_json, write_text
-from laconic.report import fill_page
+from laconic.disk.files import write_json, write_text
+from laconic.disk.store import stored_bytes
+from laconic.host.units import human_bytes
 from laconic.search import pictures, profiles
 from laconic.search.pictures import Values, goals_of, is_measured, is_number, objectives_of
-from laconic.store import stored_bytes
-from laconic.units import human_bytes
+from laconic.show.page import fill_page
 
 SEARCH_JSON, SEARCH_HTML = "search.json", "search.html"
 NOTHING = "-"
@@ -25,7 +25,10 @@ def write_search_report(out: Path, result: Values) -> None:
 def with_sizes(result: Values, folder: Path) -> dict[str, Any]:
     """A result whose best trial's size is that of the folder it was delivered in, which a config may have joined."""
     size = stored_bytes(folder)
-    return {**result, "best": {**result["best"], "stored_bytes": size, "ratio": result["reference"]["stored_bytes"] / size}}
+    return {
+        **result,
+        "best": {**result["best"], "stored_bytes": size, "ratio": result["reference"]["stored_bytes"] / size},
+    }
 
 
 def render_search(result: Values) -> str:
@@ -86,14 +89,24 @@ def _cards(result: Values) -> list[dict[str, str]]:
     if best is None:
         return [{"label": "Result", "value": "none", "note": f"no trial reached the {floor}"}]
     cards = [
-        {"label": "Chosen", "value": values_text(best["values"]), "note": f"trial {best['trial'] + 1} of {len(result['trials'])}"},
-        {"label": "Score on validation data", "value": _score(best.get("score")), "note": f"reference {_score(reference.get('score'))}, {floor}"},
+        {
+            "label": "Chosen",
+            "value": values_text(best["values"]),
+            "note": f"trial {best['trial'] + 1} of {len(result['trials'])}",
+        },
+        {
+            "label": "Score on validation data",
+            "value": _score(best.get("score")),
+            "note": f"reference {_score(reference.get('score'))}, {floor}",
+        },
     ]
     if is_number(best.get("test_score")):
         note = f"reference {_score(reference.get('test_score'))}; decided nothing"
         cards.append({"label": "Score on test data", "value": _score(best["test_score"]), "note": note})
     for goal, before, after in _objectives(result):
-        note = f"reference {shown(goal['name'], before)}" + (f", {change} better" if (change := _change(goal, before, after)) else "")
+        note = f"reference {shown(goal['name'], before)}" + (
+            f", {change} better" if (change := _change(goal, before, after)) else ""
+        )
         cards.append({"label": goal["name"], "value": shown(goal["name"], after), "note": note})
     if is_number(best.get("ratio")) and all(goal["name"] != "stored_bytes" for goal in goals_of(result)):
         note = f"{human_bytes(best['stored_bytes'])} on disk" if is_number(best.get("stored_bytes")) else ""
@@ -106,7 +119,14 @@ def _objectives(result: Values) -> list[tuple[Values, Any, Any]]:
     goals = goals_of(result)
     before, after = objectives_of(result.get("reference")), objectives_of(result.get("best"))
     missing = [None] * len(goals)
-    return list(zip(goals, before if len(before) == len(goals) else missing, after if len(after) == len(goals) else missing, strict=True))
+    return list(
+        zip(
+            goals,
+            before if len(before) == len(goals) else missing,
+            after if len(after) == len(goals) else missing,
+            strict=True,
+        )
+    )
 
 
 def outcome_rows(result: Values) -> list[list[str]]:
@@ -124,7 +144,9 @@ def outcome_rows(result: Values) -> list[list[str]]:
             change = f"{after - before:+.4f}" if is_number(before) else ""
             rows.append([label, _score(before), _score(direct), _score(after), change])
     for goal, before, after in _objectives(result):
-        rows.append([goal["name"], shown(goal["name"], before), "", shown(goal["name"], after), _change(goal, before, after)])
+        rows.append(
+            [goal["name"], shown(goal["name"], before), "", shown(goal["name"], after), _change(goal, before, after)]
+        )
     named = {goal["name"] for goal in goals_of(result)}
     for key, label, ratio in (
         ("stored_bytes", "bytes on disk", "ratio"), ("nonzero_bytes", "bytes of non-zero parameters", "nonzero_ratio"),
@@ -135,7 +157,9 @@ def outcome_rows(result: Values) -> list[list[str]]:
         before, factor = reference.get(key), best.get(ratio) if ratio else None
         if factor is None and is_number(before) and best[key]:
             factor = before / best[key]
-        rows.append([label, shown(key, before), "", shown(key, best[key]), f"{factor:.2f} x" if is_number(factor) else ""])
+        rows.append(
+            [label, shown(key, before), "", shown(key, best[key]), f"{factor:.2f} x" if is_number(factor) else ""]
+        )
     return rows
 
 
@@ -168,14 +192,18 @@ def _cost(result: Values) -> str:
         return ""
     text = f"{spent:,} minibatches of training in {len(result['trials'])} trials"
     if is_number(cold) and cold and spent:
-        text += f"; the same trials, each from the reference and to its end, are {cold:,}: {cold / spent:.2f} times as many"
+        text += (
+            f"; the same trials, each from the reference and to its end, are {cold:,}: {cold / spent:.2f} times as many"
+        )
     return text
 
 
 def _facts(result: Values) -> list[tuple[str, str]]:
     """What was run, on what."""
     free = ", ".join(
-        f"{name} of {', '.join(map(str, b['choices']))}" if b.get("choices") else f"{name} in {_value(b.get('low'))} to {_value(b.get('high'))}"
+        f"{name} of {', '.join(map(str, b['choices']))}"
+        if b.get("choices")
+        else f"{name} in {_value(b.get('low'))} to {_value(b.get('high'))}"
         for name, b in (result.get("free") or {}).items()
     )
     facts = [("scheme", str(result["scheme"])), ("searched", free)]
@@ -184,7 +212,9 @@ def _facts(result: Values) -> list[tuple[str, str]]:
     facts.append(("level set", f"{_score(result['floor'])}{margin}"))
     facts += [(f"{split} data", str(text)) for split, text in (result.get("data") or {}).items()]
     if is_number(result.get("noise")):
-        facts.append(("noise of the score", f"{result['noise']:.4g}, the difference of two measurements of the reference"))
+        facts.append(
+            ("noise of the score", f"{result['noise']:.4g}, the difference of two measurements of the reference")
+        )
     facts += [("seed", str(result["seed"]))] if "seed" in result else []
     facts += [("time", f"{result['seconds']:.0f} seconds")] if is_number(result.get("seconds")) else []
     for key in ("versions", "machine"):
@@ -197,7 +227,10 @@ def search_summary(result: Values) -> list[tuple[str, str]]:
     """The outcome in a few lines (label, text), for a terminal."""
     best = result.get("best")
     if best is None:
-        return [("chosen", f"none: no trial reached the level set {_score(result['floor'])}"), *([("cost", c)] if (c := _cost(result)) else [])]
+        return [
+            ("chosen", f"none: no trial reached the level set {_score(result['floor'])}"),
+            *([("cost", c)] if (c := _cost(result)) else []),
+        ]
     lines = [("chosen", f"{values_text(best['values'])} (trial {best['trial'] + 1} of {len(result['trials'])})")]
     for label, before, direct, after, change in outcome_rows(result):
         straight = f", compressed directly {direct}" if direct not in ("", NOTHING) else ""

@@ -26,7 +26,9 @@ def reclaim(search: "Search") -> None:
     fail_stale_trials(search.study)  # calls `again` for each
     since = datetime.now() - timedelta(seconds=2 * interval)
     for lost in search.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not lost.params and lost.datetime_start is not None and lost.datetime_start < since:  # died before its first heartbeat
+        if (
+            not lost.params and lost.datetime_start is not None and lost.datetime_start < since
+        ):  # died before its first heartbeat
             search.storage.set_trial_state_values(lost._trial_id, TrialState.FAIL)
 
 
@@ -47,9 +49,13 @@ def again(study: optuna.Study, trial: FrozenTrial, died: bool = True) -> None:
     kept = {key: trial.user_attrs[key] for key in _KEPT if key in trial.user_attrs}
     deaths = trial.user_attrs.get("deaths", 0) + died
     if deaths > _RETRIES:
-        raise SearchError(f"trial {trial.number} at {trial.params} has ended {deaths} workers; see their logs (out of memory?)")
+        raise SearchError(
+            f"trial {trial.number} at {trial.params} has ended {deaths} workers; see their logs (out of memory?)"
+        )
     kept |= {"deaths": deaths, "retry_of": trial.number}
-    study.add_trial(create_trial(state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, user_attrs=kept))
+    study.add_trial(
+        create_trial(state=TrialState.WAITING, params=trial.params, distributions=trial.distributions, user_attrs=kept)
+    )
 
 
 def attempts(search: "Search", trial: FrozenTrial) -> tuple[int, ...]:

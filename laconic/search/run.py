@@ -12,28 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from laconic.ambient import undisturbed
-from laconic.blocks import Batch
-from laconic.choice import resolve
+from laconic.disk.files import disk_errors
+from laconic.disk.lock import alone, locked
+from laconic.disk.output import finite
+from laconic.disk.tensors import checksum_of
+from laconic.engine.choice import resolve
+from laconic.engine.module import half_types
+from laconic.engine.passes import allocations, needs_of
 from laconic.errors import SearchError
-from laconic.files import disk_errors
-from laconic.goals import Floor, within
-from laconic.lock import alone, locked
-from laconic.memory import half_types
+from laconic.host.ambient import undisturbed
+from laconic.host.progress import Log, Progress
+from laconic.measure.goals import Floor, within
 from laconic.methods.base import Keep
 from laconic.methods.free import Free, fix
-from laconic.passes import allocations, needs_of
-from laconic.progress import Log, Progress
+from laconic.model.blocks import Batch
+from laconic.model.sites import Stats, find_slots
 from laconic.recover import LC, Task
 from laconic.recover.call import How, first_batches
-from laconic.run import finite
-from laconic.scheme import Scheme, describe, parse
+from laconic.scheme.text import Scheme, describe, parse
 from laconic.search.checks import STUDY, check_first, check_folder, clear_folder, original_score, remarks, some_value
 from laconic.search.neighbours import Neighbour, nearest
 from laconic.search.report import SEARCH_HTML, write_search_report
 from laconic.search.trial import Goal, Trials
-from laconic.sites import Stats, find_slots
-from laconic.tensors import checksum_of
 
 if TYPE_CHECKING:
     import optuna
@@ -78,9 +78,15 @@ class SearchOptions:
         if self.minutes is not None and not self.minutes > 0:
             raise SearchError(f"expected minutes above 0, or None, got {self.minutes!r}")
         if self.warm_share is not None and not 0 < self.warm_share <= 1:
-            raise SearchError(f"warm_share: expected a share of the L-steps, above 0 and at most 1, or None, got {self.warm_share!r}")
+            raise SearchError(
+                f"warm_share: expected a share of the L-steps, above 0 and at most 1, or None, got {self.warm_share!r}"
+            )
         if self.overwrite and (self.resume or self.storage is not None):
-            other = "resume" if self.resume else "a storage of its own, whose study may be other workers' too: give another name"
+            other = (
+                "resume"
+                if self.resume
+                else "a storage of its own, whose study may be other workers' too: give another name"
+            )
             raise SearchError(f"overwrite replaces a folder with the study in it and does not go with {other}")
         if self.heartbeat < 1:
             raise SearchError(f"heartbeat: expected seconds from 1, got {self.heartbeat!r}")
@@ -118,7 +124,17 @@ def search(
     """
     task = Task(train, validation, test, loss, score, example)
     goals = tuple(objective) if isinstance(objective, list | tuple) else (objective,)
-    return search_task(model, scheme, task, goals, keep or within(0.02), recover or LC(), Path(out), SearchOptions(**options), progress or Log())
+    return search_task(
+        model,
+        scheme,
+        task,
+        goals,
+        keep or within(0.02),
+        recover or LC(),
+        Path(out),
+        SearchOptions(**options),
+        progress or Log(),
+    )
 
 
 @undisturbed()
@@ -159,15 +175,23 @@ def _search(
     notes += remarks(facts, reference, noise)
     notes += _run_trials(study, trials, options, began, progress)
     about = {"seed": options.seed, "command": options.command}
-    result = outcome.result_of(study, trials, keep, free, facts, original, notes, **about) | {"seconds": time.time() - began}
+    result = outcome.result_of(study, trials, keep, free, facts, original, notes, **about) | {
+        "seconds": time.time() - began
+    }
     best = outcome.best_of(study)
     if best is None:
         write_search_report(out, result)
         raise SearchError(outcome.nothing_kept(result))
     delivered, figures = outcome.measure(trials, best, original, progress)
-    result |= {"best": figures["best"], "layers": figures["layers"], "reference": result["reference"] | figures["reference"]}
+    result |= {
+        "best": figures["best"],
+        "layers": figures["layers"],
+        "reference": result["reference"] | figures["reference"],
+    }
     if figures["best"]["score"] < facts["level"]:
-        result["notes"].append(f"measured once more, the chosen model scores {figures['best']['score']:.6g}, less than the floor: the score is noisy")
+        result["notes"].append(
+            f"measured once more, the chosen model scores {figures['best']['score']:.6g}, less than the floor: the score is noisy"
+        )
     _after_a_kill(study, trials, options)
     with disk_errors(out):
         outcome.deliver(trials.place(outcome.folder_of(best)) / "model", out / "model")
@@ -200,7 +224,9 @@ def _study(
         options.storage or out / STUDY, options.name, free=free, objectives={goal.name: goal.direction for goal in goals},
         settings=settings, about=about, resume=options.resume, heartbeat=options.heartbeat,
     )  # fmt: skip
-    return search, studies.set_reference(search, level=level, reference=reference, noise=noise, objectives=list(standards))
+    return search, studies.set_reference(
+        search, level=level, reference=reference, noise=noise, objectives=list(standards)
+    )
 
 
 def _after_a_kill(study: "Search", trials: Trials, options: SearchOptions) -> None:
@@ -220,7 +246,9 @@ def _after_a_kill(study: "Search", trials: Trials, options: SearchOptions) -> No
                 remove_remnants(trials, studies.trials(study))
 
 
-def _coupling(model: nn.Module, scheme: Scheme, free: Mapping[str, Free], task: Task, thin: bool, progress: Progress) -> tuple[Any, list[str]]:
+def _coupling(
+    model: nn.Module, scheme: Scheme, free: Mapping[str, Free], task: Task, thin: bool, progress: Progress
+) -> tuple[Any, list[str]]:
     """The network's channels, if the scheme cuts any; and what to say of them. Without thinning, masks will do where nothing can be traced."""
     slots = find_slots(model)
     fixed = fix(scheme, {name: some_value(one) for name, one in free.items()}, slots)
@@ -251,7 +279,9 @@ def _run_trials(study: "Search", trials: Trials, options: SearchOptions, began: 
         with studies.running(study, asked, partial(trials.settle, asked.number, *asked.attempts)):
             finished = [t for t in studies.trials(study) if "score" in t.user_attrs]
             neighbour = nearest(asked.values, _neighbours(finished, trials)) if options.warm_share is not None else None
-            record = trials.run(asked.number, asked.values, neighbour, _complete_curves(finished), deadline, progress, asked.attempts)
+            record = trials.run(
+                asked.number, asked.values, neighbour, _complete_curves(finished), deadline, progress, asked.attempts
+            )
             studies.check_numbers(study, asked, record["score"], record["objectives"])
         score, objectives, late = record.pop("score"), record.pop("objectives"), record.pop("late")
         if late:
@@ -280,11 +310,19 @@ def _neighbours(finished: Sequence[Any], trials: Trials) -> list[Neighbour]:
 
 def _complete_curves(finished: Sequence[Any]) -> list[list[dict[str, Any]]]:
     """The learning curves of trials that went to their end."""
-    return [t.user_attrs["curve"] for t in finished if not t.user_attrs["stopped_early"] and math.isfinite(t.user_attrs["score"])]
+    return [
+        t.user_attrs["curve"]
+        for t in finished
+        if not t.user_attrs["stopped_early"] and math.isfinite(t.user_attrs["score"])
+    ]
 
 
-def _line(asked: Any, record: dict[str, Any], score: float, objectives: Sequence[float], trials: Trials, late: bool) -> str:
-    values = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in asked.values.items())
+def _line(
+    asked: Any, record: dict[str, Any], score: float, objectives: Sequence[float], trials: Trials, late: bool
+) -> str:
+    values = ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in asked.values.items()
+    )
     goals = ", ".join(f"{goal.name} {value:.5g}" for goal, value in zip(trials.goals, objectives, strict=True))
     kept = "keeps" if score >= trials.floor else "misses"
     start = "the original" if record["warm_from"] is None else f"trial {record['warm_from'] + 1}"

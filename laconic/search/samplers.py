@@ -47,7 +47,9 @@ class Settings:
         if self.sampler not in ("auto", "two-sided", "drucb", "gp", "tpe"):
             raise SearchError(f"expected the sampler auto, two-sided, drucb, gp or tpe, got {self.sampler!r}")
         if min(count for count in (self.trials, self.level_trials, self.startup) if count is not None) < 1:
-            raise SearchError(f"expected at least one trial, got trials={self.trials}, level_trials={self.level_trials}, startup={self.startup}")
+            raise SearchError(
+                f"expected at least one trial, got trials={self.trials}, level_trials={self.level_trials}, startup={self.startup}"
+            )
 
     @property
     def level_rule(self) -> Rule:
@@ -58,7 +60,9 @@ class Settings:
     @property
     def level_limit(self) -> int:
         """The most trials that stage 1 takes."""
-        return self.level_trials or (self.trials if self.level_rule.name == "two-sided" else max(1, round(0.7 * self.trials)))
+        return self.level_trials or (
+            self.trials if self.level_rule.name == "two-sided" else max(1, round(0.7 * self.trials))
+        )
 
 
 def distribution_of(free: Free) -> BaseDistribution:
@@ -79,7 +83,12 @@ def distribution_of(free: Free) -> BaseDistribution:
 
 
 def plan(
-    trials: Sequence[FrozenTrial], name: str, distribution: FloatDistribution, facts: Mapping[str, Any], maximize: bool, settings: Settings
+    trials: Sequence[FrozenTrial],
+    name: str,
+    distribution: FloatDistribution,
+    facts: Mapping[str, Any],
+    maximize: bool,
+    settings: Settings,
 ) -> tuple[int, Proposal]:
     """(stage, where to sample next) from nothing but the stored trials, so that a study continues in any process.
 
@@ -94,7 +103,9 @@ def plan(
     rule = replace(settings.level_rule, margin=max(settings.rule.margin, facts.get("noise", 0.0)))
     known = [t for t in trials if t.state in MEASURED and "score" in t.user_attrs and name in t.params]
     history = [(t.params[name], t.user_attrs["score"]) for t in known]
-    pending = [t.params[name] for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING) and name in t.params]
+    pending = [
+        t.params[name] for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING) and name in t.params
+    ]
     first = propose(history, level, bounds, rule, reference=reference, pending=pending, log=log)
     if not any(t.user_attrs.get("stage") == 2 for t in trials if t.state is not TrialState.FAIL):
         full = len(known) + len(pending) >= settings.level_limit
@@ -126,12 +137,18 @@ class DRUCBSampler(BaseSampler):
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {self.name: self.distribution}
 
-    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
         facts = study.user_attrs.get("facts")
         if len(study.directions) != 1 or facts is None:
-            raise SearchError(f"study {study.study_name!r}: DR-UCB needs one objective and the level of the score, see set_reference")
+            raise SearchError(
+                f"study {study.study_name!r}: DR-UCB needs one objective and the level of the score, see set_reference"
+            )
         others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
-        stage, proposal = plan(others, self.name, self.distribution, facts, study.direction is StudyDirection.MAXIMIZE, self.settings)
+        stage, proposal = plan(
+            others, self.name, self.distribution, facts, study.direction is StudyDirection.MAXIMIZE, self.settings
+        )
         parts = {"x": proposal.x, "mean": proposal.mean, "std": proposal.deviation, "acquisition": proposal.acquisition}
         seen = {key: list(values) for key, values in parts.items()}
         for key, value in {"stage": stage, "domain": list(proposal.domain), "posterior": seen}.items():
@@ -139,7 +156,9 @@ class DRUCBSampler(BaseSampler):
             study._storage.set_trial_user_attr(trial._trial_id, key, value)
         return {self.name: proposal.s}
 
-    def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
         raise SearchError(f"DR-UCB searches {self.name!r} alone, got {param_name!r} as well; use the sampler gp or tpe")
 
 
@@ -157,14 +176,21 @@ class SharedSampler(BaseSampler):
 
     def _inner(self, study: Study, trial: FrozenTrial) -> BaseSampler:
         if self.made is None or self.made[0] != trial.number:
-            before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number and t.state is not TrialState.FAIL]
+            before = [
+                t
+                for t in study.get_trials(deepcopy=False)
+                if t.number < trial.number and t.state is not TrialState.FAIL
+            ]
             self.made = trial.number, self.make(len(before))
         return self.made[1]
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         self.beat(trial._trial_id)
         limit = time.monotonic() + _PATIENCE
-        while any(t.number < trial.number and not t.params for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))):
+        while any(
+            t.number < trial.number and not t.params
+            for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        ):
             if time.monotonic() > limit:
                 break  # it was killed just there, and is found by its missing heartbeat later
             time.sleep(0.02)
@@ -173,10 +199,14 @@ class SharedSampler(BaseSampler):
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._inner(study, trial).infer_relative_search_space(study, trial)
 
-    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
         return self._inner(study, trial).sample_relative(study, trial, search_space)
 
-    def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
         return self._inner(study, trial).sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:

@@ -37,7 +37,9 @@ def address(storage: str | Path | None) -> tuple[str | None, str]:
     return text, re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", text)
 
 
-def connect(url: str | None, place: str, heartbeat: int, lost: Callable[[optuna.Study, FrozenTrial], None]) -> BaseStorage:
+def connect(
+    url: str | None, place: str, heartbeat: int, lost: Callable[[optuna.Study, FrozenTrial], None]
+) -> BaseStorage:
     """The storage at a URL (None: memory). `lost` is called with every trial whose worker was silent for two heartbeats (seconds).
 
     Raises: SearchError when the database does not answer, is none of Optuna's, or its driver is not installed.
@@ -49,7 +51,9 @@ def connect(url: str | None, place: str, heartbeat: int, lost: Callable[[optuna.
     for last in (False,) * _RACES + (True,):
         try:
             with answering(place):
-                return RDBStorage(template, engine_kwargs=arguments, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=lost)
+                return RDBStorage(
+                    template, engine_kwargs=arguments, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=lost
+                )
         except (ImportError, RuntimeError) as error:  # no driver; tables of another Optuna
             raise SearchError(f"{place}: the storage of the search cannot be used: {error}") from error
         except SearchError as error:
@@ -145,7 +149,9 @@ def check_fingerprint(study: optuna.Study, mine: dict[str, Any], place: str) -> 
             raise SearchError(f"{place}: the study {study.study_name!r} was not made by laconic; give another name")
         study.set_user_attr("laconic", mine)
     elif differences := list(_differences(theirs, mine)):
-        raise SearchError(f"{place}: the study {study.study_name!r} is another search: {'; '.join(differences)}. Give another name")
+        raise SearchError(
+            f"{place}: the study {study.study_name!r} is another search: {'; '.join(differences)}. Give another name"
+        )
 
 
 def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], path: str = "") -> Iterator[str]:

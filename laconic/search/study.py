@@ -86,12 +86,26 @@ def open_study(
         opened = connect(url, place, heartbeat, again)
         shared = SharedSampler(sampler_of(free, len(objectives), settings), lambda trial_id: beat(opened, trial_id))
         try:
-            study = optuna.create_study(storage=opened, study_name=name, directions=list(objectives.values()), sampler=shared, load_if_exists=resume)
+            study = optuna.create_study(
+                storage=opened,
+                study_name=name,
+                directions=list(objectives.values()),
+                sampler=shared,
+                load_if_exists=resume,
+            )
         except optuna.exceptions.DuplicatedStudyError as error:
             raise exists_already(place, name) from error
         how = asdict(settings) | {"sampler": sampler}
-        del how["trials"], how["rule"]["margin"]  # the one may grow, the other is measured noise and differs each time it is measured
-        mine = {"free": {key: repr(value) for key, value in free.items()}, "objectives": dict(objectives), "settings": how, **(about or {})}
+        del (
+            how["trials"],
+            how["rule"]["margin"],
+        )  # the one may grow, the other is measured noise and differs each time it is measured
+        mine = {
+            "free": {key: repr(value) for key, value in free.items()},
+            "objectives": dict(objectives),
+            "settings": how,
+            **(about or {}),
+        }
         check_fingerprint(study, mine, place)
     return Search(study, opened, dict(free), dict(objectives), settings, place)
 
@@ -128,10 +142,22 @@ def ask(search: Search, poll: float = 2.0, until: float = math.inf) -> Asked | N
                 return None
             if state == "go":
                 trial = search.study.ask(fixed_distributions=search.distributions)
-                stored = search.storage.get_trial(trial._trial_id)  # the one at hand does not know what the sampler noted
-                ahead = [t for t in search.study.get_trials(deepcopy=False) if t.number < trial.number and t.state in (*MEASURED, TrialState.RUNNING)]
+                stored = search.storage.get_trial(
+                    trial._trial_id
+                )  # the one at hand does not know what the sampler noted
+                ahead = [
+                    t
+                    for t in search.study.get_trials(deepcopy=False)
+                    if t.number < trial.number and t.state in (*MEASURED, TrialState.RUNNING)
+                ]
                 if len(ahead) < search.settings.trials:
-                    return Asked(trial.number, dict(stored.params), stored.user_attrs.get("stage"), trial, attempts(search, stored))
+                    return Asked(
+                        trial.number,
+                        dict(stored.params),
+                        stored.user_attrs.get("stage"),
+                        trial,
+                        attempts(search, stored),
+                    )
                 trial.set_user_attr("failure", "one more than the search takes: two workers asked at once")
                 search.study.tell(trial, state=TrialState.FAIL)
         time.sleep(max(0.0, min(poll, until - time.time())))
@@ -277,7 +303,13 @@ def _add_late(search: Search, asked: Asked, values: list[float], attributes: Map
     old = _stored(search, asked)
     told = {**old.user_attrs, **attributes, "late": asked.number}
     search.study.add_trial(
-        create_trial(values=values, params=old.params, distributions=old.distributions, user_attrs=told, constraints={"score": excess})
+        create_trial(
+            values=values,
+            params=old.params,
+            distributions=old.distributions,
+            user_attrs=told,
+            constraints={"score": excess},
+        )
     )
 
 

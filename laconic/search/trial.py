@@ -14,23 +14,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from laconic.blocks import Batch
+from laconic.disk.files import atomically, disk_errors
+from laconic.disk.store import read_manifest
+from laconic.engine.module import load_into, save
 from laconic.errors import RecoveryError, SearchError
-from laconic.files import atomically, disk_errors
-from laconic.goals import Maximize, Minimize
-from laconic.memory import load_into, save
+from laconic.host.progress import Progress
+from laconic.measure.goals import Maximize, Minimize
+from laconic.measure.objectives import Candidate
 from laconic.methods.free import fix
-from laconic.objectives import Candidate
-from laconic.progress import Progress
+from laconic.model.blocks import Batch
+from laconic.model.sites import Slot
 from laconic.recover import LC, Direct, Recovery, StopRecovery, Task, recover_task
 from laconic.recover.call import How
 from laconic.recover.checkpoint import STATE as UNFINISHED
 from laconic.recover.projection import Projection
-from laconic.scheme import Scheme
+from laconic.scheme.text import Scheme
 from laconic.search.neighbours import Neighbour, hopeless, nearest
 from laconic.search.remains import after_cut, encode_remains
-from laconic.sites import Slot
-from laconic.store import read_manifest
 from laconic.weights import baked
 
 __all__ = ["Goal", "Neighbour", "Trials", "after_cut", "hopeless", "nearest"]
@@ -88,7 +88,12 @@ class Trials:
         stays until `settle`."""
         began = time.time()
         how, start = self.how, None
-        if neighbour is not None and neighbour.state is not None and isinstance(how, LC) and self.warm_share is not None:
+        if (
+            neighbour is not None
+            and neighbour.state is not None
+            and isinstance(how, LC)
+            and self.warm_share is not None
+        ):
             how, start = how.warmed(self.warm_share), load_file(neighbour.state)
         else:
             neighbour = None
@@ -175,7 +180,14 @@ class Trials:
         from laconic.surgery import shapes
 
         changed = shapes(stored, self.model) if self.coupling is not None and self.thin else None
-        save(stored, place, types=self.types, **({"shapes": changed} if changed else {}), **self.fields, values=dict(values))
+        save(
+            stored,
+            place,
+            types=self.types,
+            **({"shapes": changed} if changed else {}),
+            **self.fields,
+            values=dict(values),
+        )
 
     def reload(self, number: int, values: Mapping[str, Any]) -> nn.Module:
         """A trial's model, read from its file into a fresh copy of the original whose stored values are forgotten.
@@ -184,13 +196,19 @@ class Trials:
         """
         place = self.place(number) / "model"
         if not place.is_dir():
-            raise SearchError(f"{place}: the model of trial {number + 1} is not here; a search's folder and its storage belong together")
+            raise SearchError(
+                f"{place}: the model of trial {number + 1} is not here; a search's folder and its storage belong together"
+            )
         told = read_manifest(place)
         expected = {**self.fields, "values": dict(values)}
         if any(told.get(key, value) != value for key, value in expected.items()):
-            raise SearchError(f"{place}: this is not trial {number + 1} of this search: expected {expected}, got {told.get('values')} of another")
+            raise SearchError(
+                f"{place}: this is not trial {number + 1} of this search: expected {expected}, got {told.get('values')} of another"
+            )
         fresh = copy.deepcopy(self.model)
-        for tensor in fresh.state_dict(keep_vars=True).values():  # other buffers, such as tables of angles, come with the architecture
+        for tensor in fresh.state_dict(
+            keep_vars=True
+        ).values():  # other buffers, such as tables of angles, come with the architecture
             if isinstance(tensor, Tensor):
                 tensor.data.zero_()
         return load_into(fresh.float(), place).to(next(self.model.parameters()).device).eval()

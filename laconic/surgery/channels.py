@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import Batch
-from laconic.sites import Slot, find_slots
+from laconic.model.blocks import Batch
+from laconic.model.sites import Slot, find_slots
 from laconic.surgery.coupling import Coupling, Group
 from laconic.surgery.graph import Traced, trace
 from laconic.surgery.heads import Heads
@@ -38,7 +38,9 @@ def couple(model: nn.Module, example: Batch, *, seed: int = 0) -> Coupling:
     network.requires_grad_(False)
     tried, heads = _groups(network, traced)
     reasons, notes = _reasons(traced, tried)
-    kept, groups, wrong = prove(network, batch, tried, heads, [i for i in range(len(tried.groups)) if i not in reasons], generator)
+    kept, groups, wrong = prove(
+        network, batch, tried, heads, [i for i in range(len(tried.groups)) if i not in reasons], generator
+    )
     reasons |= {i: text + notes[i] for i, text in wrong.items()}
     final = _renumber(tried, groups, kept)
     refused = traced.refused + [f"{_names(groups[i].layers)}: {reasons[i]}" for i in sorted(reasons)]
@@ -53,7 +55,9 @@ def _unseen(network: nn.Module, slots: list[Slot], traced: Traced) -> list[str]:
     for slot in slots:
         if not any(path in traced.reached or path.rpartition(".")[0] in whole for path, _ in slot.users):
             lines.append(f"{slot.name}: its module was not called on the example")
-        elif slot.role != "embedding" and not any((path, side) in traced.union.sizes for path, _ in slot.users for side in ("out", "through")):
+        elif slot.role != "embedding" and not any(
+            (path, side) in traced.union.sizes for path, _ in slot.users for side in ("out", "through")
+        ):
             lines.append(f"{slot.name}: the graph does not follow it")
     return lines
 
@@ -70,7 +74,9 @@ def _groups(network: nn.Module, traced: Traced) -> tuple[Coupling, dict[int, Hea
     first = 0
     order = {path: i for i, (path, _) in enumerate(network.named_modules())}
     for keys, classes in sorted(together.items(), key=lambda item: min(order[path] for path, _ in item[0])):
-        makers = sorted({path for path, side in keys if produces(network.get_submodule(path), side)}, key=order.__getitem__)
+        makers = sorted(
+            {path for path, side in keys if produces(network.get_submodule(path), side)}, key=order.__getitem__
+        )
         if not makers:
             continue
         for number, members in enumerate(classes, first):
@@ -111,7 +117,11 @@ def _reasons(traced: Traced, tried: Coupling) -> tuple[dict[int, str], list[str]
         if not texts and not bool(consumed[list(numbers)].all()):
             texts = ["no layer reads its channels: they reach the model's output"]
         if not texts and len(group) < 2:
-            texts = ["all its heads are one group, which has to stay" if group.heads else "it has a single channel, which has to stay"]
+            texts = [
+                "all its heads are one group, which has to stay"
+                if group.heads
+                else "it has a single channel, which has to stay"
+            ]
         note = f" (its channels pass through {', '.join(ops[:6])})" if ops else ""
         lost = [text for text in texts if text.startswith(LOST)]
         texts = [text for text in texts if not text.startswith(LOST)] + [text + note for text in lost[:1]]
@@ -131,7 +141,9 @@ def _renumber(tried: Coupling, groups: list[Group], kept: list[int]) -> Coupling
         table[slice(*groups[i].ids)] = torch.arange(first, first + size)
         final.append(replace(groups[i], ids=(first, first + size)))
         first += size
-    ports = [Port(port.path, port.side, table[port.ids]) for port in tried.ports]  # -1 picks the last entry, which is -1
+    ports = [
+        Port(port.path, port.side, table[port.ids]) for port in tried.ports
+    ]  # -1 picks the last entry, which is -1
     return Coupling({}, tuple(final), tuple(port for port in ports if bool((port.ids >= 0).any())))
 
 

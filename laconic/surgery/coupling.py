@@ -86,4 +86,6 @@ def dead_channels(model: nn.Module, coupling: Coupling) -> tuple[Tensor, Tensor]
 
 def _check(module: nn.Module, port: Port) -> None:
     if extent(module, port.side) != len(port.ids):
-        raise SurgeryError(f"{port.path}: has {extent(module, port.side)} channels on its side {port.side!r}, the coupling {len(port.ids)}")
+        raise SurgeryError(
+            f"{port.path}: has {extent(module, port.side)} channels on its side {port.side!r}, the coupling {len(port.ids)}"
+        )

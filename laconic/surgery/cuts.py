@@ -11,8 +11,8 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from laconic.products import PRODUCTS
-from laconic.sites import Slot, find_slots
+from laconic.model.products import PRODUCTS
+from laconic.model.sites import Slot, find_slots
 from laconic.surgery.ports import Conv, Norm
 from laconic.surgery.verify import apart, flat
 
@@ -103,12 +103,19 @@ class Cuts(TorchFunctionMode):
         self._note_readers((args, kwargs), output)
         return output
 
-    def _product(self, slot: Slot, parameter: Tensor, source: Source | None, x: Tensor, w: Tensor, axis: int, output: Tensor) -> Tensor:
+    def _product(
+        self, slot: Slot, parameter: Tensor, source: Source | None, x: Tensor, w: Tensor, axis: int, output: Tensor
+    ) -> Tensor:
         """Note the end before a product and cut behind it; sites that only a slice was used of, and grouped convolutions, are not followed."""
         packed, whole = slot.view.lead == 2, w.numel() == parameter.numel()
         group = None if whole else int((w.storage_offset() - parameter.storage_offset()) // parameter.stride(0))
         kernel = w[0, 0].numel() if axis != -1 else 1
-        followed = (whole or packed) and (slot.groups == 1 or packed) and slot.role != "embedding" and x.shape[axis] * kernel == slot.columns
+        followed = (
+            (whole or packed)
+            and (slot.groups == 1 or packed)
+            and slot.role != "embedding"
+            and x.shape[axis] * kernel == slot.columns
+        )
         self.ends.append(End(slot.name, x, slot if followed else None, axis, group))
         scaled = source is not None and (whole or packed) and output.shape[axis] == source.channels
         return self._cut(source if scaled else None, output, axis, group)
@@ -160,7 +167,9 @@ class Cuts(TorchFunctionMode):
         with ExitStack() as undo:
             for path, module in self.network.named_modules():
                 enter = module.register_forward_pre_hook(lambda _, __, p=path: self._enter(p))
-                leave = module.register_forward_hook(lambda m, a, k, o, p=path: self._leave(p, m, a, k, o), with_kwargs=True)
+                leave = module.register_forward_hook(
+                    lambda m, a, k, o, p=path: self._leave(p, m, a, k, o), with_kwargs=True
+                )
                 undo.callback(enter.remove)
                 undo.callback(leave.remove)
             undo.enter_context(self)
@@ -176,18 +185,28 @@ class Cuts(TorchFunctionMode):
             if node is None or node in seen:
                 continue
             seen.add(node)
-            leaf = self.leaves.get(id(getattr(node, "variable", None)))  # autograd's own leaves; the nodes have no common class to test for
+            leaf = self.leaves.get(
+                id(getattr(node, "variable", None))
+            )  # autograd's own leaves; the nodes have no common class to test for
             if leaf is not None:
                 found[id(leaf)] = leaf
             todo += [before for before, _ in node.next_functions]
         return list(found.values())
 
 
-def norm_of(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any, generator: torch.Generator) -> Source | None:
+def norm_of(
+    path: str, module: nn.Module, args: Any, kwargs: Any, output: Any, generator: torch.Generator
+) -> Source | None:
     """The module as a source, if it has nothing but one or two vectors, and scaling these scales what it gives, channel by channel."""
     vectors = dict(module.named_parameters(recurse=False))
     sizes = {tuple(vector.shape) for vector in vectors.values()}
-    if any(module.children()) or not 1 <= len(vectors) <= 2 or len(sizes) != 1 or len(next(iter(sizes))) != 1 or not isinstance(output, Tensor):
+    if (
+        any(module.children())
+        or not 1 <= len(vectors) <= 2
+        or len(sizes) != 1
+        or len(next(iter(sizes))) != 1
+        or not isinstance(output, Tensor)
+    ):
         return None
     ((channels,),) = sizes
     axis = _axis(module, output)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import Batch, call
-from laconic.sites import Slot
+from laconic.model.blocks import Batch, call
+from laconic.model.sites import Slot
 from laconic.surgery.cuts import Cuts, End, Leaf, Source
 from laconic.surgery.verify import flat
 
@@ -66,7 +66,10 @@ def feeds(network: nn.Module, batch: Batch, generator: torch.Generator) -> tuple
         index, reason = _index(readers)
         if leaks.get(source):
             own = {path for slot in readers for path, _ in slot.users}
-            reason = _leak(leaks[source], [path for path in cuts.readers.get(source, []) if path not in own and source.slot is None])
+            reason = _leak(
+                leaks[source],
+                [path for path in cuts.readers.get(source, []) if path not in own and source.slot is None],
+            )
         elif mixed := [slot.name for slot, indices in readers.items() if len(indices) < calls[slot]]:
             reason = f"{mixed[0]} reads something else, too"
         if reason:

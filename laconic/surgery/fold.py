@@ -5,8 +5,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import Batch
 from laconic.errors import SurgeryError
+from laconic.model.blocks import Batch
 from laconic.surgery.cuts import TOLERANCE, Source
 from laconic.surgery.folds import Fold, bench, multiplied, row_factors, search
 from laconic.surgery.verify import answers, apart, few
@@ -37,7 +37,9 @@ def fold_scales(model: nn.Module, example: Batch, *, tolerance: float = TOLERANC
         return [], ["no installed weight has a column scale"]
     for name, weight in installed(model).items():
         if any(state.element_size() < 4 for state in weight.parameters()):
-            raise SurgeryError(f"{name}: its installed weight was converted to 16 bits, where every product is rounded; convert the model to float32")
+            raise SurgeryError(
+                f"{name}: its installed weight was converted to 16 bits, where every product is rounded; convert the model to float32"
+            )
     batch = few(example)
     expected = answers(bench(model), batch)
     folds, refused = search(model, example)
@@ -47,15 +49,22 @@ def fold_scales(model: nn.Module, example: Batch, *, tolerance: float = TOLERANC
         for found in folds:
             reason = _move(model, found, undo)
             if reason is None:
-                done.append(f"{found.source.path}: takes the column scales of {', '.join(slot.name for slot in found.readers)}")
+                done.append(
+                    f"{found.source.path}: takes the column scales of {', '.join(slot.name for slot in found.readers)}"
+                )
             else:
                 reasons |= {slot.parameter: f"{found.source.path}: {reason}" for slot in found.readers}
         distance = apart(expected, answers(bench(model), batch))
         if distance > tolerance:
-            raise SurgeryError(f"{type(model).__name__}: folding changes the output by {distance:.1e} of its size; everything was put back")
+            raise SurgeryError(
+                f"{type(model).__name__}: folding changes the output by {distance:.1e} of its size; everything was put back"
+            )
         undo.pop_all()
     nothing = "nothing before it feeds its columns one by one"
-    return done, [f"{name.removesuffix('.weight')}: keeps its column scale: {reasons.get(name, nothing)}" for name in _scaled(model)]
+    return done, [
+        f"{name.removesuffix('.weight')}: keeps its column scale: {reasons.get(name, nothing)}"
+        for name in _scaled(model)
+    ]
 
 
 def _scaled(model: nn.Module) -> list[str]:

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import Batch
-from laconic.companions import companions
+from laconic.disk.companions import companions
+from laconic.disk.integrity import SEALS
+from laconic.disk.load import load
+from laconic.disk.lock import locked
+from laconic.disk.output import Run, check_out
+from laconic.disk.store import Compressed, manifest_of, pack_weights, stored_bytes
 from laconic.errors import CheckpointError, OutputError, SurgeryError, VerificationError
-from laconic.integrity import SEALS
-from laconic.load import load
-from laconic.lock import locked
-from laconic.run import Run, check_out
-from laconic.store import Compressed, manifest_of, pack_weights, stored_bytes
+from laconic.model.blocks import Batch
 from laconic.surgery.fold import fold_scales
 from laconic.surgery.folds import bench
 from laconic.surgery.verify import answers, apart
@@ -24,7 +24,13 @@ TOKENS = (2, 32)  # sequences and tokens of the example: every channel is seen i
 
 
 def fold_directory(
-    source: Path, out: Path, *, overwrite: bool = False, seed: int = 0, tolerance: float = 1e-5, trust_remote_code: bool = False
+    source: Path,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    seed: int = 0,
+    tolerance: float = 1e-5,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Fold the compressed language model in `source` and write the result to `out`; returns what was folded and kept, and the stored bytes.
 
@@ -41,7 +47,9 @@ def fold_directory(
         return _fold(source, out, overwrite, seed, tolerance, trust_remote_code)
 
 
-def _fold(source: Path, out: Path, overwrite: bool, seed: int, tolerance: float, trust_remote_code: bool) -> dict[str, Any]:
+def _fold(
+    source: Path, out: Path, overwrite: bool, seed: int, tolerance: float, trust_remote_code: bool
+) -> dict[str, Any]:
     """`fold_directory` into a directory that is ours."""
     stored = Compressed(source)
     model = load(source, dense=False, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -50,7 +58,9 @@ def _fold(source: Path, out: Path, overwrite: bool, seed: int, tolerance: float,
     done, left = fold_scales(model, example, tolerance=tolerance)
     if not done:
         raise SurgeryError(f"{source}: nothing to fold: {left[0]}")
-    beside = companions(source, trusted=trust_remote_code, model={tensor.file for tensor in stored.files.tensors.values()}, out=out)
+    beside = companions(
+        source, trusted=trust_remote_code, model={tensor.file for tensor in stored.files.tensors.values()}, out=out
+    )
     run = Run(out, {"fold": source.name}, overwrite=overwrite)
     weights = {name: weight for name, weight in installed(model).items() if name in stored.weights}
     tensors, specs = pack_weights(weights)
@@ -58,7 +68,11 @@ def _fold(source: Path, out: Path, overwrite: bool, seed: int, tolerance: float,
     run.commit("plain", _plain(stored, model), {"specs": {}, "sites": []})
     ours = ("format", "schema", "weights", "specs", "copied", "run", "folded", *SEALS)
     kept = {key: value for key, value in stored.manifest.items() if key not in ours}
-    run.finish(manifest_of([{"specs": specs}], **kept, folded=len(done)), beside, json.loads((source / "config.json").read_text()))
+    run.finish(
+        manifest_of([{"specs": specs}], **kept, folded=len(done)),
+        beside,
+        json.loads((source / "config.json").read_text()),
+    )
     again = load(out, dense=False, dtype=torch.float32, trust_remote_code=trust_remote_code)
     for name, weight in installed(again).items():
         if name in weights and not torch.equal(weight.forward(), weights[name].forward()):
@@ -78,7 +92,9 @@ def _example(model: nn.Module, source: Path, seed: int) -> Batch:
     find = getattr(model, "get_input_embeddings", None)
     table = find() if callable(find) else None
     if not isinstance(table, nn.Embedding):
-        raise CheckpointError(f"{source}: expected a language model, found {type(model).__name__}, which has no table of tokens")
+        raise CheckpointError(
+            f"{source}: expected a language model, found {type(model).__name__}, which has no table of tokens"
+        )
     return {"input_ids": torch.randint(table.num_embeddings, TOKENS, generator=torch.Generator().manual_seed(seed))}
 
 

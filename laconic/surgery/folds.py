@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import Batch
 from laconic.errors import SurgeryError
-from laconic.sites import Slot
+from laconic.model.blocks import Batch
+from laconic.model.sites import Slot
 from laconic.surgery.cuts import TOLERANCE, Source, factors
 from laconic.surgery.feeds import Refused, feeds
 from laconic.surgery.verify import FAILURES, answers, apart, few, first_line, laboratory, sift, stir
@@ -54,7 +54,9 @@ def search(model: nn.Module, example: Batch) -> tuple[list[Fold], list[Refused]]
     try:
         found, refused = feeds(network, batch, generator)
     except FAILURES as error:
-        raise SurgeryError(f"{type(model).__name__}: its forward pass breaks on the example: {type(error).__name__}: {first_line(error)}") from error
+        raise SurgeryError(
+            f"{type(model).__name__}: its forward pass breaks on the example: {type(error).__name__}: {first_line(error)}"
+        ) from error
     folds = [Fold(feed.source, feed.readers, feed.index) for feed in found]
     expected = answers(network, batch)
 
@@ -66,7 +68,10 @@ def search(model: nn.Module, example: Batch) -> tuple[list[Fold], list[Refused]]
         return None if distance <= TOLERANCE else f"scaling it changes the output by {distance:.1e} of its size"
 
     good, wrong = sift(range(len(folds)), test)
-    return [folds[i] for i in good], [*refused, *(Refused(folds[i].source, folds[i].readers, reason) for i, reason in wrong.items())]
+    return [folds[i] for i in good], [
+        *refused,
+        *(Refused(folds[i].source, folds[i].readers, reason) for i, reason in wrong.items()),
+    ]
 
 
 def bench(model: nn.Module) -> nn.Module:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from laconic.blocks import Batch, call
 from laconic.errors import LaconicError, SurgeryError
+from laconic.model.blocks import Batch, call
 from laconic.surgery.heads import Heads, find_heads, ratios
 from laconic.surgery.indices import place_indices
 from laconic.surgery.layers import join_layers
@@ -42,7 +42,9 @@ def trace(model: nn.Module, batch: Batch, generator: torch.Generator) -> Traced:
             output = call(network, given)
         ends = [tensor for tensor in flat(output) if tensor.grad_fn is not None]
         if not ends:
-            raise SurgeryError(f"{type(model).__name__}: no tensor of its output can be traced back to its weights; {MASKS_ONLY}")
+            raise SurgeryError(
+                f"{type(model).__name__}: no tensor of its output can be traced back to its weights; {MASKS_ONLY}"
+            )
         return ends + watch.roots
 
     try:
@@ -56,7 +58,9 @@ def trace(model: nn.Module, batch: Batch, generator: torch.Generator) -> Traced:
         raise
     except FAILURES as error:
         where = watch.stack[-1] or type(model).__name__
-        raise SurgeryError(f"{where}: no graph can be traced: {type(error).__name__}: {first_line(error)}; {MASKS_ONLY}") from error
+        raise SurgeryError(
+            f"{where}: no graph can be traced: {type(error).__name__}: {first_line(error)}; {MASKS_ONLY}"
+        ) from error
     _join_heads(watch, traced, generator)
     _join_halves(watch, traced.union, generator)
     _join_ties(model, traced.union)
@@ -94,7 +98,9 @@ def _join_heads(watch: Watch, traced: Traced, generator: torch.Generator) -> Non
     for number, attention in enumerate(watch.attentions):
         found = find_heads(attention, generator)
         if isinstance(found, str):
-            traced.refused.append(f"{attention.place or type(model).__name__}: its attention heads cannot be cut: {found}")
+            traced.refused.append(
+                f"{attention.place or type(model).__name__}: its attention heads cannot be cut: {found}"
+            )
             continue
         key = ("", f"attention {number}")
         union.add(key, found.groups)
@@ -115,11 +121,17 @@ def _join_halves(watch: Watch, union: Union, generator: torch.Generator) -> None
     for path, given in watch.inputs.items():
         columns = given.shape[-1]
         behind = watch.behind(given)
-        wide = {p: made for p, made in behind.items() if p != path and made.shape[-1] > columns and made.shape[-1] % columns == 0}
+        wide = {
+            p: made
+            for p, made in behind.items()
+            if p != path and made.shape[-1] > columns and made.shape[-1] % columns == 0
+        }
         if not wide or any((p, "out") not in union.sizes for p in wide) or (path, "in") not in union.sizes:
             continue
         u = torch.randn(given.shape, generator=generator)
-        for source, ratio in zip(wide, ratios(given, [*wide.values()], u, u * torch.arange(1, columns + 1)), strict=True):
+        for source, ratio in zip(
+            wide, ratios(given, [*wide.values()], u, u * torch.arange(1, columns + 1)), strict=True
+        ):
             if ratio is not None and ratio[1] and len(ratio[0]) == union.sizes[(source, "out")]:
                 for row, column in enumerate(ratio[0].tolist()):
                     if column >= 0:
@@ -151,4 +163,6 @@ def _join_tie(model: nn.Module, union: Union, a: Key, b: Key) -> None:
         return
     for key in (a, b):
         for index in range(union.sizes.get(key, 0)):
-            union.marks.append((union.node(key, index), f"its weight is shared by {a[0]} and {b[0]}, which hold it differently"))
+            union.marks.append(
+                (union.node(key, index), f"its weight is shared by {a[0]} and {b[0]}, which hold it differently")
+            )

@@ -51,7 +51,9 @@ def find_heads(attention: Attention, generator: torch.Generator) -> Heads | str:
     return "a row of its queries, keys or values feeds several heads"
 
 
-def _trace_rows(tensor: Tensor, outputs: dict[str, Tensor], groups: int, rows: dict[str, Tensor], generator: torch.Generator) -> bool:
+def _trace_rows(
+    tensor: Tensor, outputs: dict[str, Tensor], groups: int, rows: dict[str, Tensor], generator: torch.Generator
+) -> bool:
     """Note which group of heads each row of the producers feeds; False when a row feeds several, or none of the tensor's heads has a row.
 
     With the gradient g of <u, tensor> and g' of <u x group number, tensor>, a row that feeds group j alone has g' = (j + 1) g.
@@ -99,7 +101,9 @@ def _trace_columns(attention: Attention, groups: int, generator: torch.Generator
         u = torch.randn(given.shape, generator=generator)
         turned = attention.output
         number = torch.arange(1, given.shape[-1] + 1)
-        grads = [torch.autograd.grad(given, turned, w, retain_graph=True, allow_unused=True)[0] for w in (u, u * number)]
+        grads = [
+            torch.autograd.grad(given, turned, w, retain_graph=True, allow_unused=True)[0] for w in (u, u * number)
+        ]
         if grads[0] is None or grads[1] is None:
             return None
         g, h = (grad.double().transpose(1, 2).flatten(0, 1) for grad in grads)  # [batch x tokens, heads, entries]

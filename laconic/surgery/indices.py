@@ -45,14 +45,22 @@ def place_indices(graph: Any, watch: Watch) -> None:
     from torch_pruning.ops import OPTYPE
 
     for node in graph.module2node.values():
-        if node.type == OPTYPE.EXPAND:  # heads are followed elsewhere; torch-pruning's own rule divides by zero on other expansions
+        if (
+            node.type == OPTYPE.EXPAND
+        ):  # heads are followed elsewhere; torch-pruning's own rule divides by zero on other expansions
             node.type = OPTYPE.ELEMENTWISE
-            for edge in (*node.dependencies, *(e for other in node.inputs for e in other.dependencies if e.target is node)):
+            for edge in (
+                *node.dependencies,
+                *(e for other in node.inputs for e in other.dependencies if e.target is node),
+            ):
                 edge.index_mapping[:] = [None, None]
     known = [node for node in graph.module2node.values() if node.grad_fn in watch.joins or node.grad_fn in watch.folds]
     for node in known:
         node.type = OPTYPE.ELEMENTWISE
-        for edge in (*node.dependencies, *(e for other in (*node.inputs, *node.outputs) for e in other.dependencies if e.target is node)):
+        for edge in (
+            *node.dependencies,
+            *(e for other in (*node.inputs, *node.outputs) for e in other.dependencies if e.target is node),
+        ):
             edge.index_mapping[:] = [None, None]
     for node in known:
         if node.grad_fn in watch.joins:

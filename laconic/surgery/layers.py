@@ -35,13 +35,19 @@ def join_layers(graph: Any, model: nn.Module, union: Union) -> None:
         try:
             items = list(graph.get_pruning_group(layer, pruner.prune_out_channels, rows))
         except FAILURES as error:
-            union.marks += [(node, f"its graph cannot be followed: {type(error).__name__}: {first_line(error)}") for node in root]
+            union.marks += [
+                (node, f"its graph cannot be followed: {type(error).__name__}: {first_line(error)}") for node in root
+            ]
             continue
         for item in items:
             target = item.dep.target.module
             out = graph.is_out_channel_pruning_fn(item.dep.handler)
             reader.join(root, target, out, graph.is_in_channel_pruning_fn(item.dep.handler), item)
-            if isinstance(target, nn.Linear | Conv | Conv1D) and out and len(set(item.idxs)) == graph.get_out_channels(item.dep.target):
+            if (
+                isinstance(target, nn.Linear | Conv | Conv1D)
+                and out
+                and len(set(item.idxs)) == graph.get_out_channels(item.dep.target)
+            ):
                 covered.add(id(target))
 
 
@@ -97,7 +103,9 @@ class _Reader:
         else:  # channels pass through it in a way that is not known: it gets a node to carry the mark
             key, size = (self.paths[target], "unknown"), 1
             self.union.add(key, size)
-            self.union.marks.append((self.union.node(key, 0), f"{self.paths[target]} ({type(target).__name__}) cannot be cut by channel"))
+            self.union.marks.append(
+                (self.union.node(key, 0), f"{self.paths[target]} ({type(target).__name__}) cannot be cut by channel")
+            )
             yield from (self.union.node(key, 0) for _ in indices)
             return
         self.union.add(key, size)

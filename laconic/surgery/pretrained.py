@@ -11,8 +11,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from laconic.blocks import Batch
 from laconic.errors import SurgeryError
+from laconic.model.blocks import Batch
 from laconic.surgery.verify import answers, apart, few, laboratory
 from laconic.weights.install import baked
 
@@ -32,7 +32,9 @@ def save_pretrained(thinned: nn.Module, path: str | Path, example: Batch, *, tol
     from transformers import PreTrainedModel
 
     if not isinstance(thinned, PreTrainedModel):
-        raise SurgeryError(f"expected a transformers model, got {type(thinned).__name__}; save other modules with laconic.save(..., shapes=...)")
+        raise SurgeryError(
+            f"expected a transformers model, got {type(thinned).__name__}; save other modules with laconic.save(..., shapes=...)"
+        )
     dense: Any = baked(thinned)
     wanted = {name: tuple(p.shape) for name, p in dense.named_parameters()}
     changed = _changes(_skeleton(dense, dense.config), wanted)
@@ -46,7 +48,9 @@ def save_pretrained(thinned: nn.Module, path: str | Path, example: Batch, *, tol
     batch = few(example)
     distance = apart(answers(laboratory(dense), batch), answers(laboratory(again), batch))
     if distance > tolerance:
-        raise SurgeryError(f"{path}: loaded with stock transformers it answers differently, by {distance:.1e} of its output")
+        raise SurgeryError(
+            f"{path}: loaded with stock transformers it answers differently, by {distance:.1e} of its output"
+        )
     return config
 
 
@@ -58,7 +62,13 @@ def _config(model: Any, wanted: dict[str, Shape], changed: dict[str, tuple[int, 
             config = type(model.config).from_dict({**model.config.to_dict(), **changes})
             if _shapes(_skeleton(model, config)) == wanted:
                 return config
-        except (ValueError, TypeError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:  # refused by transformers itself
+        except (
+            ValueError,
+            TypeError,
+            ZeroDivisionError,
+            RuntimeError,
+            StrictDataclassError,
+        ) as error:  # refused by transformers itself
             refusals[str(error).splitlines()[-1].strip()] = None
     sizes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in list(changed.items())[:3])
     said = f"; transformers says: {next(iter(refusals))}" if refusals else ""
@@ -95,14 +105,24 @@ def _changes(original: nn.Module, wanted: dict[str, Shape]) -> dict[str, tuple[i
 
 def _candidates(config: Any, changed: dict[str, tuple[int, int]]) -> Iterator[dict[str, int]]:
     """Changes by which fields that equal an old size, or an old number of heads, get the new one: likeliest first."""
-    values = {name: value for name, value in config.to_dict().items() if isinstance(value, int) and not isinstance(value, bool)}
+    values = {
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, int) and not isinstance(value, bool)
+    }
     entries = values.get("head_dim") or values.get("hidden_size", 0) // max(1, values.get("num_attention_heads", 1))
     options: list[list[tuple[str, int]]] = []
     for before, after in sorted(set(changed.values())):
         names = [(name, after) for name, value in values.items() if value == before and name != "hidden_size"]
         if entries and before % entries == 0 and after % entries == 0:
-            names += [(name, after // entries) for name, value in values.items() if value == before // entries and name != "head_dim"]
-        options.append(sorted(names, key=lambda item: not any(word in item[0] for word in ("head", "inter", "ffn", "inner"))))
+            names += [
+                (name, after // entries)
+                for name, value in values.items()
+                if value == before // entries and name != "head_dim"
+            ]
+        options.append(
+            sorted(names, key=lambda item: not any(word in item[0] for word in ("head", "inter", "ffn", "inner")))
+        )
     pools = [[list(c) for n in range(1, len(names) + 1) for c in itertools.combinations(names, n)] for names in options]
     for choice in itertools.islice(itertools.product(*pools), MODELS):
         changes = dict(pair for pairs in choice for pair in pairs)

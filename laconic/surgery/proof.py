@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import Batch
+from laconic.model.blocks import Batch
 from laconic.surgery.coupling import Coupling, Group, remove
 from laconic.surgery.heads import Heads, counted
 from laconic.surgery.ports import Port, held, hush, produces, spread
@@ -17,7 +17,12 @@ TOLERANCE = 1e-5  # relative, in float32: rounding was seen to stay below 1e-6, 
 
 
 def prove(
-    network: nn.Module, batch: Batch, tried: Coupling, heads: dict[int, Heads], candidates: Sequence[int], generator: torch.Generator
+    network: nn.Module,
+    batch: Batch,
+    tried: Coupling,
+    heads: dict[int, Heads],
+    candidates: Sequence[int],
+    generator: torch.Generator,
 ) -> tuple[list[int], list[Group], dict[int, str]]:
     """The groups that can be cut, as they have to be cut, and why the others cannot. `heads`: by group, for those that are attentions'."""
     groups = list(tried.groups)

@@ -24,10 +24,16 @@ def shapes(thinned: nn.Module, original: nn.Module) -> Shapes:
         if ".parametrizations" in f".{path}":
             continue
         if path not in modules or not _alike(modules[path], old):
-            raise CheckpointError(f"{path or 'the module'}: expected {type(old).__name__}, as in the original, got {_kind(modules.get(path))}")
+            raise CheckpointError(
+                f"{path or 'the module'}: expected {type(old).__name__}, as in the original, got {_kind(modules.get(path))}"
+            )
         new = modules[path]
         counts = {name: value for name, value in _counts(new).items() if _counts(old).get(name, value) != value}
-        sizes = {name: list(getattr(new, name).shape) for name in _tensors(old) if getattr(new, name).shape != getattr(old, name).shape}
+        sizes = {
+            name: list(getattr(new, name).shape)
+            for name in _tensors(old)
+            if getattr(new, name).shape != getattr(old, name).shape
+        }
         if counts or sizes:
             found[path] = {"counts": counts, "tensors": sizes}
     return found
@@ -46,7 +52,11 @@ def rebuild(module: nn.Module, shapes: Any) -> nn.Module:
     for path, entry in shapes.items():
         if path not in modules:
             raise CheckpointError(f"shapes: the module has no part {path!r}")
-        if not isinstance(entry, dict) or set(entry) != {"counts", "tensors"} or not all(isinstance(part, dict) for part in entry.values()):
+        if (
+            not isinstance(entry, dict)
+            or set(entry) != {"counts", "tensors"}
+            or not all(isinstance(part, dict) for part in entry.values())
+        ):
             raise CheckpointError(f"shapes: {path}: expected counts and tensors, got {entry!r}")
         _check(path, modules[path], entry["counts"], entry["tensors"])
         plan.append((modules[path], entry["counts"], entry["tensors"]))
@@ -72,18 +82,28 @@ def _check(path: str, module: nn.Module, counts: dict[str, Any], sizes: dict[str
         if name not in old_counts:
             raise CheckpointError(f"shapes: {path}: {type(module).__name__} has no integer {name!r}")
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= old_counts[name]:
-            raise CheckpointError(f"shapes: {path}.{name}: expected an integer from 1 to {old_counts[name]}, got {value!r}")
+            raise CheckpointError(
+                f"shapes: {path}.{name}: expected an integer from 1 to {old_counts[name]}, got {value!r}"
+            )
     for name, size in sizes.items():
         if name not in old_tensors:
             raise CheckpointError(f"shapes: {path}: {type(module).__name__} has no tensor {name!r}")
         old = tuple(getattr(module, name).shape)
         sound = isinstance(size, list) and len(size) == len(old)
-        if not sound or any(isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= o for n, o in zip(size, old, strict=True)):
+        if not sound or any(
+            isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= o for n, o in zip(size, old, strict=True)
+        ):
             raise CheckpointError(f"shapes: {path}.{name}: expected a shape within {list(old)}, got {size!r}")
-    expected = _implied(module, {name: tuple(sizes.get(name, getattr(module, name).shape)) for name in old_tensors}, {**old_counts, **counts})
+    expected = _implied(
+        module,
+        {name: tuple(sizes.get(name, getattr(module, name).shape)) for name in old_tensors},
+        {**old_counts, **counts},
+    )
     for name, value in expected.items():
         if counts.get(name, old_counts[name]) != value:
-            raise CheckpointError(f"shapes: {path}.{name}: its tensors say {value}, the counts {counts.get(name, old_counts[name])}")
+            raise CheckpointError(
+                f"shapes: {path}.{name}: its tensors say {value}, the counts {counts.get(name, old_counts[name])}"
+            )
 
 
 def _implied(module: nn.Module, sizes: dict[str, tuple[int, ...]], counts: dict[str, int]) -> dict[str, int]:
@@ -103,7 +123,11 @@ def _implied(module: nn.Module, sizes: dict[str, tuple[int, ...]], counts: dict[
 
 def _check_ties(module: nn.Module, modules: dict[str, nn.Module], shapes: Any) -> None:
     """Whoever shares a changed tensor must change it in the same way."""
-    sizes = {id(getattr(modules[p], name)): (f"{p}.{name}", size) for p, entry in shapes.items() for name, size in entry["tensors"].items()}
+    sizes = {
+        id(getattr(modules[p], name)): (f"{p}.{name}", size)
+        for p, entry in shapes.items()
+        for name, size in entry["tensors"].items()
+    }
     for path, part in module.named_modules():
         for name in _tensors(part):
             found = sizes.get(id(getattr(part, name)))
@@ -112,7 +136,11 @@ def _check_ties(module: nn.Module, modules: dict[str, nn.Module], shapes: Any) -
 
 
 def _counts(module: nn.Module) -> dict[str, int]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, int) and not isinstance(value, bool) and name[:1] != "_"}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, int) and not isinstance(value, bool) and name[:1] != "_"
+    }
 
 
 def _tensors(module: nn.Module) -> list[str]:
@@ -128,7 +156,11 @@ def _alike(new: nn.Module, old: nn.Module) -> bool:
 
 
 def _plain(module: nn.Module) -> type:
-    return type(module).__mro__[1] if isinstance(getattr(module, "parametrizations", None), nn.ModuleDict) else type(module)
+    return (
+        type(module).__mro__[1]
+        if isinstance(getattr(module, "parametrizations", None), nn.ModuleDict)
+        else type(module)
+    )
 
 
 def _kind(module: nn.Module | None) -> str:

@@ -7,15 +7,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from laconic.blocks import Batch, call
 from laconic.errors import SurgeryError
-from laconic.sites import Slot, find_slots
+from laconic.model.blocks import Batch, call
+from laconic.model.sites import Slot, find_slots
 from laconic.surgery.channels import couple
 from laconic.surgery.coupling import Coupling
 from laconic.surgery.trace import MASKS_ONLY
 from laconic.surgery.verify import FAILURES, few, first_line, flat, laboratory
 
-_SAME = ("TBackward", "TransposeBackward", "PermuteBackward", "ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "CloneBackward")
+_SAME = (
+    "TBackward",
+    "TransposeBackward",
+    "PermuteBackward",
+    "ViewBackward",
+    "UnsafeViewBackward",
+    "ReshapeAliasBackward",
+    "CloneBackward",
+)
 
 
 def couple_or_mask(model: nn.Module, example: Batch) -> Coupling:
@@ -51,9 +59,13 @@ def masks(model: nn.Module, example: Batch) -> Coupling:
         with torch.enable_grad():
             ends = [tensor.grad_fn for tensor in flat(call(network, batch)) if tensor.grad_fn is not None]
     except FAILURES as error:
-        raise SurgeryError(f"{type(model).__name__}: its forward pass breaks on the example: {type(error).__name__}: {first_line(error)}") from error
+        raise SurgeryError(
+            f"{type(model).__name__}: its forward pass breaks on the example: {type(error).__name__}: {first_line(error)}"
+        ) from error
     if not ends:
-        raise SurgeryError(f"{type(model).__name__}: no tensor of its output can be traced back to its weights, so its last layers are not known")
+        raise SurgeryError(
+            f"{type(model).__name__}: no tensor of its output can be traced back to its weights, so its last layers are not known"
+        )
     last, reached = _sites(ends, owners, through=False), _sites(ends, owners, through=True)
     channels: dict[str, torch.Tensor] = {}
     refused, first = [], 0

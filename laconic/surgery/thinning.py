@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import Batch
 from laconic.errors import SurgeryError
-from laconic.sites import find_slots
+from laconic.model.blocks import Batch
+from laconic.model.sites import find_slots
 from laconic.surgery.channels import couple
 from laconic.surgery.coupling import Coupling, dead_channels, remove
 from laconic.surgery.ports import hush
@@ -84,7 +84,9 @@ def _trouble(slim: nn.Module, batch: Batch, expected: list[Tensor], tolerance: f
     return "" if distance <= tolerance else f"outputs differ by {distance:.1e} of their size, more than {tolerance:.1e}"
 
 
-def _culprits(masked: nn.Module, batch: Batch, coupling: Coupling, dead: Tensor, expected: list[Tensor], tolerance: float) -> str:
+def _culprits(
+    masked: nn.Module, batch: Batch, coupling: Coupling, dead: Tensor, expected: list[Tensor], tolerance: float
+) -> str:
     """The layers of which the channels alone cannot be cut; all that were cut when each alone can."""
     cut = [group for group in coupling.groups if bool(group.among(dead).any())]
     wrong = []

@@ -19,7 +19,14 @@ MASKS_ONLY = "masks without thinning still work: --no-thin on the command line (
 DECISIONS = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist"}
 PRODUCTS: tuple[Callable[..., Any], ...] = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 JOINS: tuple[Callable[..., Any], ...] = (torch.cat, torch.concat, torch.concatenate)
-RESHAPES: tuple[Callable[..., Any], ...] = (torch.flatten, torch.reshape, Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.unflatten)
+RESHAPES: tuple[Callable[..., Any], ...] = (
+    torch.flatten,
+    torch.reshape,
+    Tensor.flatten,
+    Tensor.reshape,
+    Tensor.view,
+    Tensor.unflatten,
+)
 SOFTMAXES: tuple[Callable[..., Any], ...] = (F.softmax, torch.softmax, Tensor.softmax)
 BARRIERS = {"AddmmBackward0", "MmBackward0", "BmmBackward0", "BaddbmmBackward0", "ConvolutionBackward0", "MvBackward0"}
 
@@ -55,8 +62,12 @@ class Watch(TorchFunctionMode):
         self.attentions: list[Attention] = []
         self.roots: list[Tensor] = []
         self.reached: set[str] = set()
-        self.joins: dict[Any, tuple[int, int, list[int]]] = {}  # autograd node of a concatenation -> dimension, rank, sizes
-        self.folds: dict[Any, tuple[int, bool]] = {}  # autograd node of a reshape -> entries per channel; whether channels are unfolded
+        self.joins: dict[
+            Any, tuple[int, int, list[int]]
+        ] = {}  # autograd node of a concatenation -> dimension, rank, sizes
+        self.folds: dict[
+            Any, tuple[int, bool]
+        ] = {}  # autograd node of a reshape -> entries per channel; whether channels are unfolded
         self._derived: dict[int, Tensor] = {}  # tensors without a gradient that were computed from activations
         self._products: dict[Any, tuple[Tensor, Tensor]] = {}  # autograd node of a 4-D product -> its operands
         self._weights: dict[Any, tuple[Tensor, Tensor] | None] = {}  # autograd node of a softmax -> queries and keys
@@ -89,7 +100,9 @@ class Watch(TorchFunctionMode):
         given = args[0] if args else kwargs.get("input", kwargs.get("tensors"))
         if func in JOINS:
             dimension = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-            sizes = [t.shape[dimension] if t.dim() == result.dim() else 0 for t in given]  # an empty cache may have a single dimension
+            sizes = [
+                t.shape[dimension] if t.dim() == result.dim() else 0 for t in given
+            ]  # an empty cache may have a single dimension
             self.joins[result.grad_fn] = (dimension % result.dim(), result.dim(), sizes)
         elif given.dim() > 2 and result.dim() == 2 and given.shape[0] == result.shape[0]:
             self.folds[result.grad_fn] = (result.shape[1] // given.shape[1], False)
@@ -113,7 +126,9 @@ class Watch(TorchFunctionMode):
         """Put a leaf in the place of attention's output and remember which linear layers fed it."""
         producers = [self.behind(tensor) for tensor in tensors]
         self.roots += {id(made): made for found in producers for made in found.values()}.values()
-        self.roots += [tensor for tensor, found in zip(tensors, producers, strict=True) if tensor.requires_grad and not found]
+        self.roots += [
+            tensor for tensor, found in zip(tensors, producers, strict=True) if tensor.requires_grad and not found
+        ]
         stand = output.detach().requires_grad_()
         self.attentions.append(Attention(self.stack[-1], tensors, stand, producers))
         return stand

@@ -7,10 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.blocks import Batch, call
+from laconic.model.blocks import Batch, call
 from laconic.weights.install import baked
 
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError, ZeroDivisionError)
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    AssertionError,
+    ZeroDivisionError,
+)
 """What a forward pass raises when shapes no longer fit, and what tracing raises on operations it does not know."""
 
 SAMPLES = 4
@@ -26,10 +35,16 @@ def stir(model: nn.Module, generator: torch.Generator) -> None:
     """Move every parameter and every statistic of norms by a tenth of its size, so that nothing is hidden by a zero or a symmetry."""
     for parameter in model.parameters():
         size = parameter.square().mean().sqrt() if parameter.numel() else parameter.sum()
-        parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.1 * size if size > 0 else torch.tensor(0.1)))
+        parameter.add_(
+            torch.randn(parameter.shape, generator=generator) * (0.1 * size if size > 0 else torch.tensor(0.1))
+        )
         parameter.requires_grad_(True)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None and module.running_var is not None:
+        if (
+            isinstance(module, nn.modules.batchnorm._NormBase)
+            and module.running_mean is not None
+            and module.running_var is not None
+        ):
             shift = torch.randn(module.running_mean.shape, generator=generator)
             module.running_mean.add_(0.1 * module.running_var.sqrt() * shift)
             module.running_var.mul_(0.5 + torch.rand(module.running_var.shape, generator=generator))

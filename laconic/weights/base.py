@@ -110,9 +110,13 @@ def check_parts(weight: Weight) -> None:
         if not isinstance(part, Weight) or part is weight:
             continue
         if part.input_bits is not None:
-            raise SchemeError(f"a {part.kind} weight with input_bits inside a {weight.kind} one; a method that rounds inputs has to come last")
+            raise SchemeError(
+                f"a {part.kind} weight with input_bits inside a {weight.kind} one; a method that rounds inputs has to come last"
+            )
         if part.output_bias() is not None:
-            raise SchemeError(f"a {part.kind} weight with an output bias inside a {weight.kind} one; its method cannot be part of another")
+            raise SchemeError(
+                f"a {part.kind} weight with an output bias inside a {weight.kind} one; its method cannot be part of another"
+            )
 
 
 def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:

@@ -25,7 +25,9 @@ class Blocks:
     def __post_init__(self) -> None:
         sizes = (*self.dims, *self.block)
         if len(self.dims) != len(self.block) or not self.dims or not all(type(n) is int and n > 0 for n in sizes):
-            raise SchemeError(f"blocks: expected as many positive integers as the tensor has dimensions, got {self.block} for {self.dims}")
+            raise SchemeError(
+                f"blocks: expected as many positive integers as the tensor has dimensions, got {self.block} for {self.dims}"
+            )
 
     @property
     def grid(self) -> tuple[int, ...]:

@@ -37,7 +37,10 @@ class Codebook(EntryWeight):
         _check(shape, bits, dimension, rows_per_table, codec)
         self.shape, self.bit_width, self.columns = (int(shape[0]), int(shape[1])), bits, dimension
         self.rows_per_table, self.codec = rows_per_table or self.shape[0], codec
-        self.register_buffer("codes", torch.zeros(self.shape[0], self.shape[1] // dimension, dtype=torch.uint8 if bits <= 8 else torch.int32))
+        self.register_buffer(
+            "codes",
+            torch.zeros(self.shape[0], self.shape[1] // dimension, dtype=torch.uint8 if bits <= 8 else torch.int32),
+        )
         tables = self.shape[0] // self.rows_per_table
         self.table: Weight = Dense((tables * 2**bits, dimension), dtype=table_dtype)
         self.row_scale: Weight | None = None
@@ -101,7 +104,9 @@ class Codebook(EntryWeight):
                 if lookup is not None:
                     found[start : start + len(part)] = lookup(part.squeeze(-1))
                 else:
-                    with torch.autocast(part.device.type, enabled=False):  # in 16 bits the nearest entry would be another one
+                    with torch.autocast(
+                        part.device.type, enabled=False
+                    ):  # in 16 bits the nearest entry would be another one
                         norms = (table * table).sum(1)
                         found[start : start + len(part)] = (norms - 2 * part @ table.t()).argmin(-1)
         return found

@@ -11,7 +11,9 @@ from laconic.weights import entropy
 
 Codec = Literal["dense", "ans"]
 CODECS = ("dense", "ans")
-_CHUNK = 1 << 20  # codes handled at a time, a multiple of 8 so that every chunk ends on a byte: bounds the working memory
+_CHUNK = (
+    1 << 20
+)  # codes handled at a time, a multiple of 8 so that every chunk ends on a byte: bounds the working memory
 
 
 def dense_bytes(count: int, bits: int) -> int:
@@ -93,7 +95,14 @@ def stored_bits(codes: Tensor, bits: int | None, codec: Codec, keep: Tensor | No
     return 8 * dense_bytes(count, bits or 0)
 
 
-def restore(tensors: dict[str, Tensor], shape: tuple[int, int], low: int, bits: int | None, codec: Codec, keep: Tensor | None = None) -> Tensor:
+def restore(
+    tensors: dict[str, Tensor],
+    shape: tuple[int, int],
+    low: int,
+    bits: int | None,
+    codec: Codec,
+    keep: Tensor | None = None,
+) -> Tensor:
     """The inverse of `store`: int32 codes [rows, columns], zero where `keep` is false.
 
     Raises: CheckpointError when the stored bytes cannot hold that many codes (checked before anything is allocated).

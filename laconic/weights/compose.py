@@ -105,7 +105,11 @@ class Scaled(ColumnWeight):
 
     def nearest(self, w: Tensor, j: int, metric: Tensor | None = None) -> Tensor:
         factor = self._columns(j, w.shape[1])
-        inner = metric if metric is None or not isinstance(factor, Tensor) or factor.shape[1] == 1 else factor[0].unsqueeze(1) * metric
+        inner = (
+            metric
+            if metric is None or not isinstance(factor, Tensor) or factor.shape[1] == 1
+            else factor[0].unsqueeze(1) * metric
+        )
         return self._inner.nearest(w / factor, j, inner) * factor
 
     @property
@@ -181,7 +185,11 @@ class Permuted(Weight):
     @classmethod
     def unpack(cls, spec: Spec, tensors: dict[str, Tensor]) -> Self:
         shape = shape_of(spec)
-        if "order" not in tensors or tensors["order"].dtype not in (torch.int16, torch.int32) or tensors["order"].shape != (shape[1],):
+        if (
+            "order" not in tensors
+            or tensors["order"].dtype not in (torch.int16, torch.int32)
+            or tensors["order"].shape != (shape[1],)
+        ):
             raise CheckpointError(f"permuted: expected an integer tensor 'order' of {shape[1]} columns")
         try:
             self = cls(unpack(spec["weight"], nested(tensors, "weight")), tensors["order"])
@@ -225,7 +233,12 @@ class Shared(Weight):
 
     def pack(self) -> tuple[Spec, dict[str, Tensor]]:
         """The view only. Whoever stores it names the owner in `spec["owner"]`, and hands `resolve` that weight."""
-        return {"kind": self.kind, "shape": list(self.shape), "transposed": self.transposed, "rows": list(self.window)}, {}
+        return {
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "transposed": self.transposed,
+            "rows": list(self.window),
+        }, {}
 
     @classmethod
     def unpack(cls, spec: Spec, tensors: dict[str, Tensor]) -> Self:

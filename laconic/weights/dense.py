@@ -48,7 +48,9 @@ class Dense(EntryWeight):
         check_matrix(W, self.shape, "Dense")
         rounded = W.detach().to(DTYPES[self.dtype])
         if not torch.isfinite(rounded).all():
-            raise SchemeError(f"Dense: values up to {W.abs().max().item():.3g} do not fit {self.dtype}; use bfloat16 or float32")
+            raise SchemeError(
+                f"Dense: values up to {W.abs().max().item():.3g} do not fit {self.dtype}; use bfloat16 or float32"
+            )
         self.values.data = rounded.to(W.dtype).clone()
         return ()
 

@@ -23,11 +23,28 @@ from torch import Tensor
 from laconic.errors import CheckpointError
 
 TILE = 1 << 16  # symbols per stream: about 16 KB at 2 bits, so the 12 bytes a stream costs are 0.1 %
-_ALPHABET = 1 << 12  # largest table; a value outside it is stored as it is (a single huge weight must not cost a table of its size)
+_ALPHABET = (
+    1 << 12
+)  # largest table; a value outside it is stored as it is (a single huge weight must not cost a table of its size)
 _STEPS = 12  # table entries are probabilities on a grid of 1/12 octave: 2e-4 bit per code lost, 1 byte per entry
 _CLASSES = 16
 # 2**(24 - k / 12), rounded: integers, because encoder and decoder must build bit-equal tables on every machine
-_OCTAVE = np.array([16777216, 15835583, 14946800, 14107901, 13316085, 12568711, 11863283, 11197448, 10568984, 9975792, 9415894, 8887421])
+_OCTAVE = np.array(
+    [
+        16777216,
+        15835583,
+        14946800,
+        14107901,
+        13316085,
+        12568711,
+        11863283,
+        11197448,
+        10568984,
+        9975792,
+        9415894,
+        8887421,
+    ]
+)
 
 
 def _frequencies(q: np.ndarray) -> np.ndarray:
@@ -55,7 +72,9 @@ def _entropy_bits(counts: np.ndarray) -> float:
 
 def _count(symbols: np.ndarray, classes: np.ndarray, k: int, size: int) -> np.ndarray:
     counts = np.zeros((k, size), np.int64)
-    for start in range(0, len(symbols), max(1, TILE * 16 // symbols.shape[1])):  # bounded working memory for large matrices
+    for start in range(
+        0, len(symbols), max(1, TILE * 16 // symbols.shape[1])
+    ):  # bounded working memory for large matrices
         rows = symbols[start : start + max(1, TILE * 16 // symbols.shape[1])]
         counts += np.bincount((classes[None] * size + rows).reshape(-1), minlength=k * size).reshape(k, size)
     return counts
@@ -95,7 +114,9 @@ class _Head:
         k, size = self.table.shape
         fields = np.array([*self.shape, self.low, self.tile, len(self.outside), size, k], "<i4")
         packed = _pack_classes(self.classes, k)
-        return np.concatenate([part.view(np.uint8).reshape(-1) for part in (fields, self.ends, self.outside, self.table, packed)])
+        return np.concatenate(
+            [part.view(np.uint8).reshape(-1) for part in (fields, self.ends, self.outside, self.table, packed)]
+        )
 
     @classmethod
     def read(cls, data: np.ndarray, shape: tuple[int, int], words: int) -> Self:
@@ -106,10 +127,14 @@ class _Head:
         sane = tile > 0 and 2 <= size <= _ALPHABET and 1 <= k <= _CLASSES and 0 <= outside <= rows * columns
         expected = 28 + 4 * tiles + 4 * outside + k * size + (-(-columns // 2) if k > 1 else 0)
         if (rows, columns) != shape or not sane or len(data) != expected:
-            raise CheckpointError(f"entropy-coded codes: the head ({len(data)} bytes, {fields}) does not describe {shape[0]} x {shape[1]} codes")
+            raise CheckpointError(
+                f"entropy-coded codes: the head ({len(data)} bytes, {fields}) does not describe {shape[0]} x {shape[1]} codes"
+            )
         ends, rest = data[28 : 28 + 4 * tiles].view("<i4"), data[28 + 4 * tiles :]
         if np.any(np.diff(ends, prepend=0) < 0) or ends[-1] != words:
-            raise CheckpointError(f"entropy-coded codes: the {tiles} streams should end at word {words}, the head says otherwise")
+            raise CheckpointError(
+                f"entropy-coded codes: the {tiles} streams should end at word {words}, the head says otherwise"
+            )
         table = rest[4 * outside : 4 * outside + k * size].reshape(k, size)
         classes = _unpack_classes(rest[4 * outside + k * size :], k, columns)
         return cls(shape, low, tile, ends, rest[: 4 * outside].view("<i4"), table, classes)
@@ -134,7 +159,9 @@ def encode(codes: np.ndarray) -> dict[str, Tensor]:
     symbols = np.clip(codes, low, high) - low
     outside = codes[(symbols == 0) | (symbols == high - low)] if capped else codes[:0, 0]
     classes, counts = _classify(symbols, low)
-    table = _quantize(counts if counts.shape[1] > 1 else np.pad(counts, ((0, 0), (0, 1))))  # a coder's alphabet has two symbols or more
+    table = _quantize(
+        counts if counts.shape[1] > 1 else np.pad(counts, ((0, 0), (0, 1)))
+    )  # a coder's alphabet has two symbols or more
     models = _models(table)
     members = [np.flatnonzero(classes == k) for k in range(len(table))]
     tile = max(1, TILE // columns)
@@ -159,7 +186,9 @@ def decode(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     if len(head.outside):
         edge = (decoded == head.low) | (decoded == head.low + head.table.shape[1] - 1)
         if int(edge.sum()) != len(head.outside):
-            raise CheckpointError(f"entropy-coded codes: {len(head.outside)} values lie outside the table, {int(edge.sum())} were decoded")
+            raise CheckpointError(
+                f"entropy-coded codes: {len(head.outside)} values lie outside the table, {int(edge.sum())} were decoded"
+            )
         decoded[edge] = head.outside
     return torch.from_numpy(decoded)
 
@@ -190,7 +219,9 @@ def _decode(words: np.ndarray, head: _Head, tiles: range) -> np.ndarray:
 def _arrays(tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[np.ndarray, _Head]:
     for name, dtype in (("codes", torch.int32), ("head", torch.uint8)):
         if name not in tensors or tensors[name].dtype != dtype or tensors[name].dim() != 1:
-            raise CheckpointError(f"entropy-coded codes: expected a one-dimensional {dtype} tensor {name!r}, found {sorted(tensors)}")
+            raise CheckpointError(
+                f"entropy-coded codes: expected a one-dimensional {dtype} tensor {name!r}, found {sorted(tensors)}"
+            )
     words = tensors["codes"].numpy().view(np.uint32)
     return words, _Head.read(tensors["head"].numpy(), shape, len(words))
 

@@ -39,7 +39,9 @@ def fit_grid(
 
 
 def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool, integer: bool) -> tuple[Tensor, Tensor]:
-    if symmetric:  # from -2**(b-1) to 2**(b-1) - 1; the largest value rounds to the outermost level, half a step off at most
+    if (
+        symmetric
+    ):  # from -2**(b-1) to 2**(b-1) - 1; the largest value rounds to the outermost level, half a step off at most
         scale = (high / max(2 ** (bits - 1) - 0.5, 0.5)).clamp(min=_SMALLEST)
         return _stored(scale), torch.zeros_like(scale)
     scale = ((high - low) / (2**bits - 1)).clamp(min=_SMALLEST)

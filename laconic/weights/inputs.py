@@ -59,7 +59,9 @@ class Rounding(nn.Module):
         bias = weight.output_bias()
         if weight.input_bits is None and bias is None:
             return None
-        return cls(weight.input_bits, *(None if side is None else side.detach().float().clone() for side in (scale, bias)))
+        return cls(
+            weight.input_bits, *(None if side is None else side.detach().float().clone() for side in (scale, bias))
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Both move with the module but stay float32: the scale decides which numbers are rounded, whatever type they come in."""
@@ -72,7 +74,9 @@ class Rounding(nn.Module):
 
     def told(self) -> str:
         """What the layer does, in words."""
-        return " and ".join(["rounds its inputs"] * (self.bits is not None) + ["adds a bias to its outputs"] * (self.bias is not None))
+        return " and ".join(
+            ["rounds its inputs"] * (self.bits is not None) + ["adds a bias to its outputs"] * (self.bias is not None)
+        )
 
     def extra_repr(self) -> str:
         inputs = [f"{self.bits} bits"] if self.bits is not None else []
@@ -85,7 +89,9 @@ class RoundInputs:
     def __init__(self, source: Weight | Rounding) -> None:
         self.source = source
 
-    def __call__(self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def __call__(
+        self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if given:
             return (self._rounded(given[0]), *given[1:]), named
         name = next(iter(named))
@@ -107,12 +113,18 @@ class AddBias:
     def __call__(self, layer: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:
         bias = self.source.bias if isinstance(self.source, Rounding) else self.source.output_bias()
         assert bias is not None
-        spatial = layer.weight.dim() - 2 if isinstance(layer, nn.modules.conv._ConvNd) else 0  # their channels come before the places
+        spatial = (
+            layer.weight.dim() - 2 if isinstance(layer, nn.modules.conv._ConvNd) else 0
+        )  # their channels come before the places
         return output + bias.to(output).view(-1, *(1,) * spatial)
 
 
 def _column_scale(weight: Weight) -> Tensor | None:
-    return weight.column_scale.forward().flatten() if isinstance(weight, Scaled) and weight.column_scale is not None else None
+    return (
+        weight.column_scale.forward().flatten()
+        if isinstance(weight, Scaled) and weight.column_scale is not None
+        else None
+    )
 
 
 _CHILD = "input_rounding"  # holds the column scale, so that it moves and is copied with the layer
@@ -158,7 +170,9 @@ def why_not(module: nn.Module) -> str | None:
 
 def why_no_bias(module: nn.Module) -> str | None:
     """Why nothing can be added to the outputs of a module when it is called; None if it can."""
-    if isinstance(module, nn.Conv1d | nn.Conv2d) or (isinstance(module, nn.Linear | Conv1D) and why_not(module) is None):
+    if isinstance(module, nn.Conv1d | nn.Conv2d) or (
+        isinstance(module, nn.Linear | Conv1D) and why_not(module) is None
+    ):
         return None
     return f"{type(module).__name__} has no place for an output bias; linear and convolutional layers have"
 
@@ -170,6 +184,8 @@ def check_rounding(module: nn.Module, weight: Weight, name: str) -> None:
     except SchemeError as error:
         raise SchemeError(f"{name}: {error}") from error
     if weight.input_bits is not None and (reason := why_not(module)) is not None:
-        raise SchemeError(f"{name}: {reason}; give it a rule of its own in the plan, with a method that rounds no inputs, or Keep()")
+        raise SchemeError(
+            f"{name}: {reason}; give it a rule of its own in the plan, with a method that rounds no inputs, or Keep()"
+        )
     if weight.output_bias() is not None and (reason := why_no_bias(module)) is not None:
         raise SchemeError(f"{name}: {reason}; give it a rule of its own in the plan, with a method without one")

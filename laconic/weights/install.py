@@ -96,7 +96,9 @@ def install(module: nn.Module, name: str, weight: Weight, view: View) -> None:
     chain = module.parametrizations[name] if parametrize.is_parametrized(module, name) else None  # type: ignore[index]
     if isinstance(chain, parametrize.ParametrizationList):
         if len(chain) > 1 or not isinstance(chain[0], Installed):
-            raise SchemeError(f"{type(module).__name__}.{name}: has a parametrization of its own; remove it before a Weight takes its place")
+            raise SchemeError(
+                f"{type(module).__name__}.{name}: has a parametrization of its own; remove it before a Weight takes its place"
+            )
         chain[0] = installed
         set_rounding(module, weight)
         return
@@ -131,7 +133,9 @@ def bake(module: nn.Module) -> None:
     do: torch chooses products by that flag even where no gradient is taken, and a frozen LSTM's decoder ran at 3/4 of its speed.
     """
     dense: dict[int, nn.Parameter] = {}
-    biases = Counter(id(child._parameters["bias"]) for child in module.modules() if child._parameters.get("bias") is not None)
+    biases = Counter(
+        id(child._parameters["bias"]) for child in module.modules() if child._parameters.get("bias") is not None
+    )
     for child in list(module.modules()):
         if not isinstance(getattr(child, "parametrizations", None), nn.ModuleDict):
             continue
@@ -146,7 +150,9 @@ def bake(module: nn.Module) -> None:
                     rounding = Rounding.of(chain[0].weight)
                 parametrize.remove_parametrizations(child, name)
                 setattr(child, name, dense[key])
-                alone = biases[id(child._parameters.get("bias"))] == 1  # what two layers share would take up both their biases
+                alone = (
+                    biases[id(child._parameters.get("bias"))] == 1
+                )  # what two layers share would take up both their biases
                 set_rounding(child, _into_own_bias(child, rounding) if alone else rounding)
 
 

@@ -55,12 +55,16 @@ def check_spec(spec: Any, where: str) -> None:
         part, depth = todo.pop()
         entries = _entries(part, where, max(4 * root, _FLOOR))
         if part["kind"] not in (*_MADE_OF, "sum", "shared"):
-            raise CheckpointError(f"{where}: unknown kind of weight {part['kind'][:40]!r}; this file needs a newer laconic, or is damaged")
+            raise CheckpointError(
+                f"{where}: unknown kind of weight {part['kind'][:40]!r}; this file needs a newer laconic, or is damaged"
+            )
         inner = [value for _, value in parts_of(part)]
         count += 1
         total += 0 if part.get("kind") in ("sum", "scaled", "lowrank", "rotated", "permuted", "sparse") else entries
         if depth > DEPTH or count > PARTS or total > max(_TIMES * root, _FLOOR):
-            raise CheckpointError(f"{where}: its parts ({count} so far, {total:,} entries) are too many for a matrix of {spec['shape']}; damaged")
+            raise CheckpointError(
+                f"{where}: its parts ({count} so far, {total:,} entries) are too many for a matrix of {spec['shape']}; damaged"
+            )
         blocks = part.get("pattern")
         if isinstance(blocks, dict) and any(isinstance(side, list) and len(side) > 8 for side in blocks.values()):
             raise CheckpointError(f"{where}: blocks of a tensor of more than eight dimensions; the manifest is damaged")
@@ -71,7 +75,13 @@ def _entries(part: Any, where: str, limit: float) -> int:
     shape = part.get("shape") if isinstance(part, dict) else None
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)):
         raise CheckpointError(f"{where}: shape must be two positive integers, got {str(shape)[:80]}")
-    sound = isinstance(part.get("kind"), str) and isinstance(part.get("sides", []), list) and str(part.get("dtype", "float32")) in DTYPES
+    sound = (
+        isinstance(part.get("kind"), str)
+        and isinstance(part.get("sides", []), list)
+        and str(part.get("dtype", "float32")) in DTYPES
+    )
     if shape[0] * shape[1] > limit or not sound:
-        raise CheckpointError(f"{where}: a part of kind {str(part.get('kind'))[:40]!r} and shape {shape}; the manifest is damaged")
+        raise CheckpointError(
+            f"{where}: a part of kind {str(part.get('kind'))[:40]!r} and shape {shape}; the manifest is damaged"
+        )
     return shape[0] * shape[1]

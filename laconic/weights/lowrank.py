@@ -32,7 +32,10 @@ class LowRank(Weight):
     @classmethod
     def of(cls, left: Tensor, right: Tensor, dtype: str = "bfloat16") -> Self:
         """The product of two given factors stored in `dtype`."""
-        factors = Dense((left.shape[0], left.shape[1]), dtype=dtype), Dense((right.shape[0], right.shape[1]), dtype=dtype)
+        factors = (
+            Dense((left.shape[0], left.shape[1]), dtype=dtype),
+            Dense((right.shape[0], right.shape[1]), dtype=dtype),
+        )
         factors[0].right_inverse(left)
         factors[1].right_inverse(right)
         return cls(*factors)

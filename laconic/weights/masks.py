@@ -28,7 +28,9 @@ def n_of_m(pattern: Pattern) -> tuple[int, int] | None:
         return None
     n, colon, m = pattern.partition(":")
     if not (colon and n.isdigit() and m.isdigit() and 0 < int(n) < int(m) <= 16):
-        raise SchemeError(f"pattern must be 'unstructured', 'n:m' with n < m <= 16, or a block (rows, columns), got {pattern!r}")
+        raise SchemeError(
+            f"pattern must be 'unstructured', 'n:m' with n < m <= 16, or a block (rows, columns), got {pattern!r}"
+        )
     return int(n), int(m)
 
 
@@ -87,7 +89,10 @@ def _index_bytes(mask: Tensor) -> int:
 
 def _index(mask: Tensor) -> dict[str, Tensor]:
     width = max(1, (mask.shape[1] - 1).bit_length())
-    return {"mask": pack_dense(mask.nonzero()[:, 1].int(), width), "counts": mask.sum(1).to(_count_dtype(mask.shape[1]))}
+    return {
+        "mask": pack_dense(mask.nonzero()[:, 1].int(), width),
+        "counts": mask.sum(1).to(_count_dtype(mask.shape[1])),
+    }
 
 
 def _cross(mask: Tensor) -> Tensor | None:
@@ -117,10 +122,16 @@ class _Coding:
 def _cheapest(mask: Tensor) -> _Coding:
     """The coding of an unstructured mask that takes the fewest bytes, among equals the one that comes first here."""
     cross = _cross(mask)
-    found = [] if cross is None else [_Coding("cross", dense_bytes(sum(mask.shape), 1), lambda: {"mask": pack_dense(cross.int(), 1)})]
+    found = (
+        []
+        if cross is None
+        else [_Coding("cross", dense_bytes(sum(mask.shape), 1), lambda: {"mask": pack_dense(cross.int(), 1)})]
+    )
     found.append(_Coding("bitmap", dense_bytes(mask.numel(), 1), lambda: {"mask": pack_dense(mask.int(), 1)}))
     found.append(_Coding("index", _index_bytes(mask), lambda: _index(mask)))
-    if _coded_bytes(mask.numel(), float(mask.float().mean())) <= min(coding.bytes for coding in found):  # encoding takes longer than estimating
+    if _coded_bytes(mask.numel(), float(mask.float().mean())) <= min(
+        coding.bytes for coding in found
+    ):  # encoding takes longer than estimating
         coded = entropy.encode(mask.cpu().numpy().astype(np.int32))
         stored = {"mask": coded["head"], "stream": coded["codes"]}
         found.append(_Coding("entropy", sum(t.nbytes for t in stored.values()), lambda: stored))
@@ -152,7 +163,9 @@ def expected_mask_bits(shape: tuple[int, int], pattern: Pattern, sparsity: float
         return 8 * dense_bytes(entries // group[1], (comb(group[1], group[0]) - 1).bit_length())
     if not isinstance(pattern, str):
         return 8 * dense_bytes(blocks_of(pattern, shape).count, 1)
-    index = 8 * _count_dtype(shape[1]).itemsize * shape[0] + (1 - sparsity) * entries * max(1, (shape[1] - 1).bit_length())
+    index = 8 * _count_dtype(shape[1]).itemsize * shape[0] + (1 - sparsity) * entries * max(
+        1, (shape[1] - 1).bit_length()
+    )
     return min(8 * dense_bytes(entries, 1), index, 8 * _coded_bytes(entries, 1 - sparsity))
 
 
@@ -166,7 +179,9 @@ def store_mask(mask: Tensor, pattern: Pattern) -> tuple[dict[str, Any], dict[str
         ranks = torch.from_numpy(_ranks(n, m)[1])[sets]
         return {"coding": "nm"}, {"mask": pack_dense(ranks, (comb(m, n) - 1).bit_length())}
     if not isinstance(pattern, str):
-        return {"coding": "block"}, {"mask": pack_dense(blocks_of(pattern, (mask.shape[0], mask.shape[1])).corners(mask).int(), 1)}
+        return {"coding": "block"}, {
+            "mask": pack_dense(blocks_of(pattern, (mask.shape[0], mask.shape[1])).corners(mask).int(), 1)
+        }
     coding = _cheapest(mask)
     return {"coding": coding.name}, coding.make()
 
@@ -217,7 +232,12 @@ def _expect_bytes(data: Tensor, count: int, width: int) -> None:
 
 
 def _restore_index(data: Tensor, counts: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    if counts is None or counts.dtype != _count_dtype(shape[1]) or counts.shape != (shape[0],) or bool((counts < 0).any()):
+    if (
+        counts is None
+        or counts.dtype != _count_dtype(shape[1])
+        or counts.shape != (shape[0],)
+        or bool((counts < 0).any())
+    ):
         raise CheckpointError(f"sparse: index coding needs {shape[0]} row counts")
     total, width = int(counts.sum(dtype=torch.int64)), max(1, (shape[1] - 1).bit_length())
     _expect_bytes(data, total, width)

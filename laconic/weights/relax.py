@@ -85,7 +85,9 @@ class StraightThrough(Relaxation):
         """The inverse of `get_extra_state`. Raises: CheckpointError for a weight of another make."""
         tensors = load(state.cpu().numpy().tobytes())
         if not torch.equal(tensors.pop(_KIND), kind := self._kind()):
-            raise CheckpointError(f"this state was prepared under another scheme: expected {kind.numpy().tobytes().decode()}")
+            raise CheckpointError(
+                f"this state was prepared under another scheme: expected {kind.numpy().tobytes().decode()}"
+            )
         self.weight.load_state_dict(tensors)
 
     def _kind(self) -> Tensor:

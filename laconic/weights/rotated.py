@@ -76,7 +76,9 @@ class Rotated(Weight):
         return self.weight.right_inverse(self.rotate(W.detach()))
 
     def bits(self) -> int:
-        return self.weight.bits() + sum(8 * dense_bytes(len(s), 1) for s in (self.row_signs, self.column_signs) if s is not None)
+        return self.weight.bits() + sum(
+            8 * dense_bytes(len(s), 1) for s in (self.row_signs, self.column_signs) if s is not None
+        )
 
     def pack(self) -> tuple[Spec, dict[str, Tensor]]:
         inner, tensors = self.weight.pack()
@@ -93,7 +95,11 @@ class Rotated(Weight):
         signs: dict[str, Tensor] = {}
         for name, length in (("row_signs", shape[0]), ("column_signs", shape[1])):
             if name in spec.get("sides", ()):
-                signs[name] = unpack_dense(expect(tensors, name, torch.uint8, (dense_bytes(length, 1),), "rotated"), 1, length) * 2.0 - 1.0
+                signs[name] = (
+                    unpack_dense(expect(tensors, name, torch.uint8, (dense_bytes(length, 1),), "rotated"), 1, length)
+                    * 2.0
+                    - 1.0
+                )
         try:
             self = cls(unpack(spec["weight"], nested(tensors, "weight")), **signs)
         except (KeyError, SchemeError) as error:

@@ -11,7 +11,9 @@ def is_sharded(tensor: Tensor, by_rows: bool = False) -> bool:
         return False
     from torch.distributed.tensor import DTensor, Shard
 
-    return isinstance(tensor, DTensor) and (not by_rows or (tensor.device_mesh.ndim == 1 and tensor.placements == (Shard(0),)))
+    return isinstance(tensor, DTensor) and (
+        not by_rows or (tensor.device_mesh.ndim == 1 and tensor.placements == (Shard(0),))
+    )
 
 
 def whole(tensor: Tensor) -> Tensor:

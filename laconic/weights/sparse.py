@@ -33,7 +33,15 @@ class Sparse(ColumnWeight):
         self.shape, self.pattern, self.values = values.shape, pattern, values
         group = n_of_m(pattern)
         self.sparsity = 1 - group[0] / group[1] if group else sparsity
-        width = group[1] if group else 1 if isinstance(pattern, str) else self.shape[1] if isinstance(pattern, Blocks) else pattern[1]
+        width = (
+            group[1]
+            if group
+            else 1
+            if isinstance(pattern, str)
+            else self.shape[1]
+            if isinstance(pattern, Blocks)
+            else pattern[1]
+        )
         self.span = width if group else min(-(-_BLOCK // width) * width, self.shape[1])
         self.register_buffer("mask", torch.ones(self.shape, dtype=torch.bool))
 
@@ -53,7 +61,9 @@ class Sparse(ColumnWeight):
     def fit(self, w: Tensor, j: int = 0, importance: Tensor | None = None) -> None:
         """Choose the mask of columns j : j + k: keep the largest importance x w**2; then fit the values' side information to what is kept."""
         if isinstance(self.pattern, Blocks) and w.shape[1] != self.shape[1]:
-            raise SchemeError(f"Sparse: n-D blocks are chosen over all {self.shape[1]} columns at once, not {w.shape[1]} of them")
+            raise SchemeError(
+                f"Sparse: n-D blocks are chosen over all {self.shape[1]} columns at once, not {w.shape[1]} of them"
+            )
         score = w.detach().square()
         kept = choose(score * importance if importance is not None else score, self.pattern, self.sparsity)
         self.set_mask(kept, j)
@@ -74,7 +84,13 @@ class Sparse(ColumnWeight):
     def pack(self) -> tuple[Spec, dict[str, Tensor]]:
         mask_spec, mask = store_mask(self.mask, self.pattern)
         values_spec, values = self.values.pack(self.mask.cpu())
-        spec = {"kind": self.kind, "shape": list(self.shape), "pattern": _written(self.pattern), "mask": mask_spec, "values": values_spec}
+        spec = {
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "pattern": _written(self.pattern),
+            "mask": mask_spec,
+            "values": values_spec,
+        }
         return spec, mask | prefixed("values", values)
 
     @classmethod

@@ -47,7 +47,9 @@ class Uniform(EntryWeight):
         self.span = self.width = group if isinstance(group, int) else self.shape[1]
         side = (self.shape[1] // self.width, 1 if group == "tensor" else self.shape[0])
         self.register_buffer("codes", torch.zeros(self.shape, dtype=torch.int8 if bits is not None else torch.int32))
-        self.scale: Weight = _second_level(side, second) if second else Dense(side, dtype="bfloat16" if bits else "float32")
+        self.scale: Weight = (
+            _second_level(side, second) if second else Dense(side, dtype="bfloat16" if bits else "float32")
+        )
         self.zero: Weight | None = None
         if not self.symmetric:
             self.zero = _second_level(side, second) if second else _zeros(side, bits or 0, zero)
@@ -60,7 +62,9 @@ class Uniform(EntryWeight):
         if self._sides is None:
             with torch.no_grad():
                 scale = self.scale.forward()
-                zero = -0.5 * float(self.symmetric and self.bit_width == 1) if self.zero is None else self.zero.forward()
+                zero = (
+                    -0.5 * float(self.symmetric and self.bit_width == 1) if self.zero is None else self.zero.forward()
+                )
             self._sides = torch.where(scale == 0, torch.ones_like(scale), scale), zero
         return self._sides
 
@@ -109,7 +113,16 @@ class Uniform(EntryWeight):
             weights = importance[start : start + step] if importance is not None and len(importance) > 1 else importance
             if weights is not None:
                 weights = weights.expand_as(part).reshape(grouped.shape)
-            found.append(fit_grid(grouped, self.bit_width, symmetric=self.symmetric, integer=self._integer, importance=weights, clip=clip))
+            found.append(
+                fit_grid(
+                    grouped,
+                    self.bit_width,
+                    symmetric=self.symmetric,
+                    integer=self._integer,
+                    importance=weights,
+                    clip=clip,
+                )
+            )
         first = j // self.width
         _write(self.scale, first, torch.cat([scale for scale, _ in found]).t())
         if self.zero is not None:
@@ -132,12 +145,22 @@ class Uniform(EntryWeight):
         return ((w / scale + zero).round_().clamp_(self.low, self.high) - zero) * scale
 
     def bits(self, keep: Tensor | None = None) -> int:
-        return codes.stored_bits(self.codes, self.bit_width, self.codec, keep) + self.scale.bits() + (self.zero.bits() if self.zero else 0)
+        return (
+            codes.stored_bits(self.codes, self.bit_width, self.codec, keep)
+            + self.scale.bits()
+            + (self.zero.bits() if self.zero else 0)
+        )
 
     def pack(self, keep: Tensor | None = None) -> tuple[Spec, dict[str, Tensor]]:
         tensors = codes.store(self.codes, self.low, self.bit_width, self.codec, keep)
         scale_spec, scale = self.scale.pack()
-        spec: Spec = {"kind": self.kind, "shape": list(self.shape), "bits": self.bit_width, "group": self.group, "codec": self.codec}
+        spec: Spec = {
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "bits": self.bit_width,
+            "group": self.group,
+            "codec": self.codec,
+        }
         spec["scale"] = scale_spec
         tensors = tensors | prefixed("scale", scale)
         if self.zero is not None:
@@ -159,7 +182,9 @@ class Uniform(EntryWeight):
         self = cls(shape, bits=spec["bits"], group=spec["group"], symmetric=zero is None, codec=spec["codec"])
         expected = self.scale.shape
         if scale.shape != expected or (zero is not None and zero.shape != expected):
-            raise CheckpointError(f"uniform: scale and zero should be {expected}, found {scale.shape} and {zero.shape if zero else None}")
+            raise CheckpointError(
+                f"uniform: scale and zero should be {expected}, found {scale.shape} and {zero.shape if zero else None}"
+            )
         self.scale, self.zero = scale, zero
         self.codes = restored.to(self.codes.dtype)
         self.second = (scale.bit_width or 0, scale.width) if isinstance(scale, Uniform) else None
@@ -203,7 +228,9 @@ def _check(shape: tuple[int, int], bits: int | None, group: Group, codec: codes.
     if isinstance(group, int) and shape[1] % group:
         raise SchemeError(f"group {group} does not divide {shape[1]} columns")
     if codec not in codes.CODECS or (bits is None and codec != "ans"):
-        raise SchemeError(f"Uniform: codec must be one of {codes.CODECS}, and 'ans' for unbounded integers, got {codec!r}")
+        raise SchemeError(
+            f"Uniform: codec must be one of {codes.CODECS}, and 'ans' for unbounded integers, got {codec!r}"
+        )
 
 
 def _second_level(side: tuple[int, int], second: tuple[int, int]) -> Uniform:

@@ -20,7 +20,9 @@ def results(function: Any, weight: Tensor, centroids: Tensor, **how: Any) -> lis
     """Decoded weight, centroids, and the gradients of a loss that reads both."""
     weight, centroids = weight.clone().requires_grad_(), centroids.clone().requires_grad_()
     decoded, last = function(weight, centroids, **how)
-    loss = (decoded.double() * draw(*decoded.shape, seed=5)).sum() + (last.double() * draw(*last.shape, seed=6)).sum() * 3
+    loss = (decoded.double() * draw(*decoded.shape, seed=5)).sum() + (
+        last.double() * draw(*last.shape, seed=6)
+    ).sum() * 3
     return [decoded.detach(), last.detach(), *torch.autograd.grad(loss, (weight, centroids))]
 
 
@@ -47,18 +49,23 @@ def test_gradcheck_of_scalars(way: Any, zero: bool, tables: int) -> None:
 @pytest.mark.parametrize("zero", [False, True])
 def test_gradcheck_of_vectors(dimension: int, zero: bool) -> None:
     weight, centroids = draw(4, 6).requires_grad_(), draw(2, 3, dimension, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda w, c: dkm_decode(w, c, zero=zero, rows_per_table=2, tau=1.5, iterations=3), (weight, centroids))
+    assert torch.autograd.gradcheck(
+        lambda w, c: dkm_decode(w, c, zero=zero, rows_per_table=2, tau=1.5, iterations=3), (weight, centroids)
+    )
 
 
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("tolerance", [0.0, 0.05])
 @pytest.mark.parametrize(
-    ("dimension", "tables", "way"), [(1, 1, "table"), (1, 1, "blocks"), (1, 4, "table"), (1, 4, "blocks"), (2, 1, "auto"), (4, 4, "auto")]
+    ("dimension", "tables", "way"),
+    [(1, 1, "table"), (1, 1, "blocks"), (1, 4, "table"), (1, 4, "blocks"), (2, 1, "auto"), (4, 4, "auto")],
 )
 def test_float64_is_the_naive_formula(dimension: int, tables: int, way: Any, zero: bool, tolerance: float) -> None:
     weight, centroids = draw(8, 64), draw(tables, 4, dimension, seed=1)
     how = dict(tau=0.2 * dimension, iterations=6, zero=zero, rows_per_table=8 // tables, tolerance=tolerance)
-    assert_equal(results(dkm_decode, weight, centroids, way=way, **how), results(dkm_naive, weight, centroids, **how), 1e-11)
+    assert_equal(
+        results(dkm_decode, weight, centroids, way=way, **how), results(dkm_naive, weight, centroids, **how), 1e-11
+    )
 
 
 def test_the_iteration_ends_where_the_naive_one_does() -> None:
@@ -66,7 +73,9 @@ def test_the_iteration_ends_where_the_naive_one_does() -> None:
     weight = torch.cat([draw(2, 64), draw(2, 64).round()])
     centroids = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64).reshape(1, 3, 1).repeat(2, 1, 1)
     how = dict(tau=0.05, iterations=30, rows_per_table=2)
-    ended, all_of_them = (results(dkm_decode, weight, centroids, tolerance=tolerance, **how) for tolerance in (1e-2, 0.0))
+    ended, all_of_them = (
+        results(dkm_decode, weight, centroids, tolerance=tolerance, **how) for tolerance in (1e-2, 0.0)
+    )
     assert not torch.allclose(ended[1], all_of_them[1], atol=1e-6)
     assert_equal(ended, results(dkm_naive, weight, centroids, tolerance=1e-2, **how), 1e-11)
 
@@ -92,8 +101,12 @@ def test_float32_weights_are_closer_than_plain_float32() -> None:
     how = dict(tau=temperature(weight, 0.05), iterations=5)
     wanted = results(dkm_naive, weight.double(), centroids.double(), **how)
     found, plain = (results(function, weight, centroids, **how) for function in (dkm_decode, dkm_naive))
-    for name, ours, theirs, exact in zip(("decoded", "centroids", "weight gradient", "centroid gradient"), found, plain, wanted, strict=True):
-        assert float((ours - exact).abs().max()) <= min(float((theirs - exact).abs().max()), 1e-3 * float(exact.abs().max())), name
+    for name, ours, theirs, exact in zip(
+        ("decoded", "centroids", "weight gradient", "centroid gradient"), found, plain, wanted, strict=True
+    ):
+        assert float((ours - exact).abs().max()) <= min(
+            float((theirs - exact).abs().max()), 1e-3 * float(exact.abs().max())
+        ), name
     rounded = results(dkm_decode, weight, centroids, rounded=torch.bfloat16, **how)
     assert rounded[0].dtype == torch.float32
     # a straight-through rounding is what autograd makes of two casts, but for the rounding of the gradient
@@ -123,7 +136,12 @@ def test_16_bit_weights_are_divided_by_their_rows_scales_in_16_bits(way: Any) ->
     found = results(dkm_decode, weight, centroids, scale=scale, way=way, **how)
     assert found[0].dtype == found[2].dtype == torch.bfloat16
     for i in (0, 2):
-        assert bool(((found[i].double() - wanted[i]).abs() <= torch.finfo(torch.bfloat16).eps * wanted[i].abs().amax(1, keepdim=True)).all())
+        assert bool(
+            (
+                (found[i].double() - wanted[i]).abs()
+                <= torch.finfo(torch.bfloat16).eps * wanted[i].abs().amax(1, keepdim=True)
+            ).all()
+        )
     assert_equal([found[1]] * 4, [wanted[1]] * 4, 1e-5)
 
 
@@ -173,7 +191,9 @@ def test_only_the_weight_and_the_centroids_are_saved(dtype: torch.dtype, dimensi
     assert weight.grad is not None
 
 
-@pytest.mark.parametrize(("dimension", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.bfloat16), (1, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dimension", "dtype"), [(1, torch.float32), (2, torch.float32), (2, torch.bfloat16), (1, torch.bfloat16)]
+)
 def test_autocast_changes_nothing(dimension: int, dtype: torch.dtype) -> None:
     """Products in 16 bits would give another forward than the backward pass computes again."""
     weight, centroids = draw(16, 32, dtype=dtype), draw(4, dimension, seed=1, dtype=torch.float32)
@@ -213,9 +233,14 @@ def test_a_compiled_function_is_annealed_without_compiling_again() -> None:
         return graph
 
     torch._dynamo.reset()
-    compiled = torch.compile(lambda w, c, tau: dkm_decode(w * 1, c, tau=tau, iterations=2)[0], backend=backend, fullgraph=True)
+    compiled = torch.compile(
+        lambda w, c, tau: dkm_decode(w * 1, c, tau=tau, iterations=2)[0], backend=backend, fullgraph=True
+    )
     for tau in (0.5, 0.2, 0.1):
-        found, wanted = compiled(weight, centroids, torch.tensor(tau, dtype=torch.float64)), dkm_decode(weight, centroids, tau=tau, iterations=2)[0]
+        found, wanted = (
+            compiled(weight, centroids, torch.tensor(tau, dtype=torch.float64)),
+            dkm_decode(weight, centroids, tau=tau, iterations=2)[0],
+        )
         assert torch.equal(found, wanted)
         assert torch.equal(*(torch.autograd.grad(x.square().sum(), weight)[0] for x in (found, wanted)))
     assert len(graphs) == 1
@@ -238,7 +263,9 @@ def test_one_centroid_is_the_mean(way: Any) -> None:
     decoded, last = dkm_decode(weight, torch.zeros(1, dtype=torch.float64), tau=0.1, iterations=1, way=way)
     torch.testing.assert_close(decoded, weight.mean().expand(8, 8))
     torch.testing.assert_close(last, weight.mean().reshape(1))
-    torch.testing.assert_close(torch.autograd.grad(decoded[0, 0], weight)[0], torch.full((8, 8), 1 / 64, dtype=torch.float64))
+    torch.testing.assert_close(
+        torch.autograd.grad(decoded[0, 0], weight)[0], torch.full((8, 8), 1 / 64, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("way", ["table", "blocks"])
@@ -251,7 +278,9 @@ def test_few_values_and_centroids_without_weights(way: Any) -> None:
     found = results(dkm_decode, weight, centroids, tau=0.1, iterations=4, way=way)
     assert_equal(found, results(dkm_naive, weight, centroids, tau=0.1, iterations=4), 1e-11)
     assert float(found[1][0, 3]) == 90.0
-    constant = results(dkm_decode, torch.full((4, 4), 0.25, dtype=torch.float64), centroids, tau=0.1, iterations=2, way=way)
+    constant = results(
+        dkm_decode, torch.full((4, 4), 0.25, dtype=torch.float64), centroids, tau=0.1, iterations=2, way=way
+    )
     torch.testing.assert_close(constant[0], torch.full((4, 4), 0.25, dtype=torch.float64))
     assert all(bool(x.isfinite().all()) for x in constant)
 
@@ -301,6 +330,8 @@ def test_a_gradient_that_is_not_finite_shows() -> None:
     ],
 )
 def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = dict(weight=draw(8, 8, dtype=torch.float32), centroids=torch.linspace(-1, 1, 4), **RULE) | change
+    arguments: dict[str, Any] = (
+        dict(weight=draw(8, 8, dtype=torch.float32), centroids=torch.linspace(-1, 1, 4), **RULE) | change
+    )
     with pytest.raises(SchemeError, match=message):
         dkm_decode(arguments.pop("weight"), arguments.pop("centroids"), **arguments)

@@ -16,7 +16,9 @@ from tests.processes import PATIENCE, THREADS, halves_of
 
 RULE = dict(tau=0.2, iterations=4, tolerance=1e-9)
 HALF = dict(rounded=torch.bfloat16)
-CASES: dict[str, tuple[torch.dtype, int, int, dict[str, Any]]] = {  # dtype, dimension, rows of the first process, options
+CASES: dict[
+    str, tuple[torch.dtype, int, int, dict[str, Any]]
+] = {  # dtype, dimension, rows of the first process, options
     "table": (torch.bfloat16, 1, 6, {}),
     "table, float32 results": (torch.float32, 1, 5, HALF),
     "table, zero": (torch.float32, 1, 5, HALF | dict(zero=True)),
@@ -35,7 +37,9 @@ def gradients(name: str, part: slice = slice(None), group: dist.ProcessGroup | N
     weight, centroids = draw(12, 32, dtype=dtype)[part].requires_grad_(), draw(1, 4, dimension, seed=1).requires_grad_()
     if "scale" in options:
         options = options | dict(scale=torch.linspace(0.5, 2, 12, dtype=dtype)[part])
-    decoded, last = dkm_decode(weight, centroids, group=group, way="table" if name.startswith("table") else "blocks", **RULE, **options)
+    decoded, last = dkm_decode(
+        weight, centroids, group=group, way="table" if name.startswith("table") else "blocks", **RULE, **options
+    )
     loss = (decoded.double() * draw(12, 32, seed=2)[part]).sum()
     # every process reads the same centroids; its loss on them is counted once
     return [decoded.detach(), last.detach(), *torch.autograd.grad([loss, last.square().sum()], (weight, centroids))]
@@ -43,7 +47,9 @@ def gradients(name: str, part: slice = slice(None), group: dist.ProcessGroup | N
 
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(THREADS)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE)
+    )
     found = {}
     for name, (_, _, split, _) in CASES.items():
         found[name] = gradients(name, slice(0, split) if rank == 0 else slice(split, 12), dist.group.WORLD)
@@ -104,7 +110,9 @@ def test_two_processes_give_what_one_gives(name: str, halves: list[dict[str, lis
     exact = CASES[name][0] == torch.float64
     for i in (0, 2):  # sums in another order, then the rounding of a 16-bit result
         tolerance = 1e-10 if exact else torch.finfo(wanted[i].dtype).eps
-        torch.testing.assert_close(torch.cat([half[i] for half in found]), wanted[i], rtol=tolerance, atol=1e-10 if exact else 1e-7)
+        torch.testing.assert_close(
+            torch.cat([half[i] for half in found]), wanted[i], rtol=tolerance, atol=1e-10 if exact else 1e-7
+        )
     for i in (1, 3):  # the centroids and their gradients are the same everywhere
         assert torch.equal(found[0][i], found[1][i])
         torch.testing.assert_close(found[0][i], wanted[i], rtol=1e-10, atol=1e-10)
@@ -124,7 +132,12 @@ def test_a_dtensor_is_taken_as_its_shard(rows: int, halves: list[dict[str, list[
 def test_a_parametrization_needs_to_know_nothing_of_fsdp(halves: list[dict[str, list[Tensor]]]) -> None:
     made = layer()
     made(draw(8, 32, seed=3)).square().mean().backward()
-    torch.testing.assert_close(torch.cat([half["fsdp"][0] for half in halves]), made.parametrizations.weight.original.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        torch.cat([half["fsdp"][0] for half in halves]),
+        made.parametrizations.weight.original.grad,
+        rtol=1e-10,
+        atol=1e-12,
+    )
 
 
 def test_a_group_shares_one_table_of_16_bit_values_or_blocks(tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ def test_a_zero_centroid_replaces_the_nearest_to_zero() -> None:
     free, held = init_centroids(weight, 3), init_centroids(weight, 3, zero=True)
     assert float(held[0, 0]) == 0.0
     nearest = int(free.abs().argmin())
-    assert held[0, 1:].flatten().sort().values.tolist() == [float(c) for k, c in enumerate(free.flatten()) if k != nearest]
+    assert held[0, 1:].flatten().sort().values.tolist() == [
+        float(c) for k, c in enumerate(free.flatten()) if k != nearest
+    ]
 
 
 def test_a_constant_tensor_has_centroids_and_a_temperature() -> None:
@@ -48,7 +50,9 @@ def test_temperature_follows_the_variance() -> None:
     assert temperature(3 * weight, 0.1) == pytest.approx(9 * temperature(weight, 0.1), rel=1e-5)
     assert temperature(weight, 0.1, dimension=4) == pytest.approx(4 * temperature(weight, 0.1), rel=0.05)
     scale = torch.arange(1.0, 65.0)
-    assert temperature(weight * scale.unsqueeze(1), 0.1, scale=scale) == pytest.approx(temperature(weight, 0.1), rel=1e-5)
+    assert temperature(weight * scale.unsqueeze(1), 0.1, scale=scale) == pytest.approx(
+        temperature(weight, 0.1), rel=1e-5
+    )
 
 
 def test_annealing_goes_by_equal_factors() -> None:
@@ -60,7 +64,9 @@ def test_harden_is_the_cold_limit_and_packs(dimension: int, tables: int, scaled:
     weight = draw(8, 64, dtype=torch.float32)
     scale = torch.linspace(0.5, 2, 8).bfloat16().float() if scaled else None
     rows = 8 // tables
-    centroids = init_centroids(weight if scale is None else weight / scale.unsqueeze(1), 3, dimension=dimension, rows_per_table=rows, zero=True)
+    centroids = init_centroids(
+        weight if scale is None else weight / scale.unsqueeze(1), 3, dimension=dimension, rows_per_table=rows, zero=True
+    )
     centroids = centroids.half().float()
     book = harden(weight, centroids, rows_per_table=rows, scale=scale)
     cold, _ = dkm_decode(weight, centroids, tau=1e-7, iterations=0, rows_per_table=rows, scale=scale)

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from laconic.engine.passes import allocations
+from laconic.engine.unmeasured import completed
 from laconic.errors import DataError, SchemeError
 from laconic.methods.base import Keep, Method, output_error
 from laconic.methods.gptq import GPTQ
 from laconic.methods.rtn import RTN
-from laconic.passes import allocations
-from laconic.scheme import known_methods, parse
-from laconic.sites import MEASURED, Site, Slot, Stats
-from laconic.unmeasured import completed
+from laconic.model.sites import MEASURED, Site, Slot, Stats
+from laconic.scheme.text import known_methods, parse
 from laconic.weights import View, Weight
 from tests.conftest import make_site, output_loss
 
@@ -74,7 +74,11 @@ def test_what_it_asks_for_is_all_it_reads(method: Method) -> None:
 
 def test_it_leaves_its_input_alone(method: Method) -> None:
     site = make_site()
-    before = {f.name: getattr(site, f.name).clone() for f in dataclasses.fields(site) if isinstance(getattr(site, f.name), torch.Tensor)}
+    before = {
+        f.name: getattr(site, f.name).clone()
+        for f in dataclasses.fields(site)
+        if isinstance(getattr(site, f.name), torch.Tensor)
+    }
     state = torch.random.get_rng_state()
     run(method, site)
     assert all(torch.equal(getattr(site, name), tensor) for name, tensor in before.items())
@@ -167,7 +171,9 @@ def test_a_site_that_nothing_reached_is_compressed_and_says_so(method: Method) -
     else:
         assert given.unmeasured == 0.0
         assert not site.notes
-    allocation = allocations({Slot("block.0.layer", (("block.0.layer", "weight"),), View((48, 64))): method}).get(method)
+    allocation = allocations({Slot("block.0.layer", (("block.0.layer", "weight"),), View((48, 64))): method}).get(
+        method
+    )
     if allocation is not None:
         allocation.observe(site)
         assert torch.isfinite(run(allocation.resolve()["block.0.layer"], given)()).all()

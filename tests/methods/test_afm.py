@@ -10,15 +10,15 @@ import transformers
 from torch import Tensor, nn
 
 import laconic as lc
+from laconic.disk.load import open_source
+from laconic.disk.store import MANIFEST, Compressed
+from laconic.engine.statistics import Statistics
 from laconic.errors import CheckpointError, SchemeError
-from laconic.evaluate import outputs as streamed
-from laconic.load import open_source
+from laconic.measure.quality import outputs as streamed
 from laconic.methods.afm import AFM, output_components, table_components
 from laconic.methods.base import output_error
 from laconic.methods.lowrank import LowRank
-from laconic.sites import Site, Stats, find_slots
-from laconic.statistics import Statistics
-from laconic.store import MANIFEST, Compressed
+from laconic.model.sites import Site, Stats, find_slots
 from laconic.weights import baked, installed, unpack
 from laconic.weights.inputs import Rounding, rounding_of
 
@@ -50,7 +50,9 @@ def test_the_error_is_the_sum_of_the_eigenvalues_dropped(rows: int, r: int) -> N
     U, B, bias, e = output_components(W, X.T @ X / len(X), X.mean(0), r)
     found = X @ (U @ B).T + b + bias
     assert float((Y - found).square().sum(1).mean()) == pytest.approx(float(eigenvalues[r:].sum()), rel=1e-6, abs=1e-9)
-    assert e[: min(rows, 24)].tolist() == pytest.approx(eigenvalues[: min(rows, 24)].tolist(), rel=1e-6, abs=1e-6 * float(eigenvalues[0]))
+    assert e[: min(rows, 24)].tolist() == pytest.approx(
+        eigenvalues[: min(rows, 24)].tolist(), rel=1e-6, abs=1e-6 * float(eigenvalues[0])
+    )
     torch.testing.assert_close(found.mean(0), Y.mean(0))  # (I - U U^T) mu is what the mean lacks
     torch.testing.assert_close(U.T @ U, torch.eye(r, dtype=torch.float64))
 
@@ -61,7 +63,9 @@ def test_a_tiny_case_by_hand() -> None:
     weight = AFM(1, factors=EXACT)(site_of(torch.eye(2), X))
     torch.testing.assert_close(weight(), torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
     torch.testing.assert_close(weight.output_bias(), torch.tensor([3.0, 0.0]))
-    uncentred = LowRank(1, weighted=True, factors=EXACT)(site_of(torch.eye(2), X))  # second moments 11 and 8: the mean takes the rank
+    uncentred = LowRank(1, weighted=True, factors=EXACT)(
+        site_of(torch.eye(2), X)
+    )  # second moments 11 and 8: the mean takes the rank
     torch.testing.assert_close(uncentred(), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
 
 
@@ -95,7 +99,10 @@ def test_centred_beats_uncentred_beats_plain() -> None:
 def test_a_table_counts_its_rows_as_they_are_looked_up(r: int) -> None:
     """sum_v p_v |E_v - E^_v|^2 is the tail of the eigenvalues of the weighted covariance; equal weights do worse on what is looked up."""
     g = torch.Generator().manual_seed(0)
-    E, uses = torch.randn(50, 12, generator=g).double() * torch.logspace(0, -1, 12) + 1, torch.rand(50, generator=g) ** 6 * 100
+    E, uses = (
+        torch.randn(50, 12, generator=g).double() * torch.logspace(0, -1, 12) + 1,
+        torch.rand(50, generator=g) ** 6 * 100,
+    )
     p = uses.double() / uses.double().sum()
     A, B, e = table_components(E, uses, r)
     error = float((p * (E - A @ B).square().sum(1)).sum())
@@ -112,7 +119,9 @@ def test_ranks_that_save_nothing_are_noted() -> None:
     for method, bits in ((AFM(10), 16.7), (LowRank(10), 16.7), (LowRank(10, weighted=True), 16.7)):
         noted = site.having(notes=[])
         method(noted)
-        assert noted.notes == [f"layer: rank 10 takes {bits} bits per weight, no less than the matrix itself; below 10 it saves"]
+        assert noted.notes == [
+            f"layer: rank 10 takes {bits} bits per weight, no less than the matrix itself; below 10 it saves"
+        ]
     LowRank(10, factors=lc.RTN(4, "channel"))(site)
     assert site.notes == []
 
@@ -150,12 +159,20 @@ def test_every_layer_adds_it_and_every_way_back_gives_the_same(tmp_path: Path) -
     before = model(tokens(2)).detach()
     lc.compress(model, lc.parse(PLAN), given)
     biases = {name: weight.output_bias() is not None for name, weight in installed(model).items()}
-    assert biases == {"table.weight": False, "conv.weight": True, "plain.weight": True, "turned.weight": True, "image.weight": True}
+    assert biases == {
+        "table.weight": False,
+        "conv.weight": True,
+        "plain.weight": True,
+        "turned.weight": True,
+        "image.weight": True,
+    }
     with torch.no_grad():
         after = model(tokens(2))
         assert 0 < float((after - before).square().sum() / before.square().sum()) < 0.5
         weight = installed(model)["conv.weight"]
-        bare = nn.functional.conv1d(model.table(tokens(2)).transpose(1, 2), model.conv.weight, model.conv.bias, padding=1)
+        bare = nn.functional.conv1d(
+            model.table(tokens(2)).transpose(1, 2), model.conv.weight, model.conv.bias, padding=1
+        )
         expected = bare + weight.output_bias()[None, :, None]  # type: ignore[index]
         torch.testing.assert_close(model.conv(model.table(tokens(2)).transpose(1, 2)), expected)
         lc.save(model, tmp_path)
@@ -236,7 +253,9 @@ def test_a_language_model_on_disk(tied: bool, tiny: Path, text: Path, tokenizer:
         expected = ours(ids, use_cache=False).logits
         theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         assert torch.equal(theirs(ids, use_cache=False).logits, expected)
-        (found,) = streamed(open_source(out), [{"input_ids": ids, "use_cache": False}], torch.float32, torch.device("cpu"))
+        (found,) = streamed(
+            open_source(out), [{"input_ids": ids, "use_cache": False}], torch.float32, torch.device("cpu")
+        )
         assert torch.equal(found.logits, expected)
         live = lc.load(out, dense=False, dtype=torch.float32)
         torch.testing.assert_close(live(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
@@ -251,7 +270,10 @@ def test_a_table_before_a_chain_is_counted_once_over_the_data(tied: bool, tiny: 
     if not tied:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 0.01)
     E = model.model.embed_tokens.weight.detach().clone()
-    batches = [{"input_ids": (320 * torch.rand(4, 24, generator=torch.Generator().manual_seed(i)) ** 3).long()} for i in range(3)]
+    batches = [
+        {"input_ids": (320 * torch.rand(4, 24, generator=torch.Generator().manual_seed(i)) ** 3).long()}
+        for i in range(3)
+    ]
     lc.compress(model, lc.parse("[('*embed_tokens', AFM(12, factors=Cast('float32'))), ('*', AFM(0.8))]"), batches)
     counted = torch.bincount(torch.cat([batch["input_ids"].flatten() for batch in batches]), minlength=320)
     A, B, _ = table_components(E, counted, 12)
@@ -259,7 +281,13 @@ def test_a_table_before_a_chain_is_counted_once_over_the_data(tied: bool, tiny: 
 
 
 def test_what_cannot_be_carried_out_is_refused_by_name() -> None:
-    for text in ("AFM(8) + RTN(4)", "RTN(4) + AFM(8)", "AFM(8) >> RTN(4)", "Hadamard(AFM(8))", "RTN(4) + (RTN(8) >> AFM(8))"):
+    for text in (
+        "AFM(8) + RTN(4)",
+        "RTN(4) + AFM(8)",
+        "AFM(8) >> RTN(4)",
+        "Hadamard(AFM(8))",
+        "RTN(4) + (RTN(8) >> AFM(8))",
+    ):
         with pytest.raises(SchemeError, match="cannot be a part|not known in a rotated basis"):
             lc.parse(text)
     grouped = Site("experts", matrix(), 2, hessian=torch.eye(24).repeat(2, 1, 1), centre=torch.zeros(2, 24))

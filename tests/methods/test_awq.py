@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import laconic as lc
-from laconic.data import evaluation_windows
+from laconic.data.text import evaluation_windows
+from laconic.disk.load import load_tokenizer
+from laconic.disk.store import Compressed
 from laconic.errors import SchemeError
-from laconic.load import load_tokenizer
 from laconic.methods.awq import AWQ
 from laconic.methods.base import Method, output_error
 from laconic.methods.rtn import RTN
+from laconic.model.sites import Site, Slot
 from laconic.recover.projection import project_onto
-from laconic.sites import Site, Slot
-from laconic.store import Compressed
 from laconic.weights import Scaled, Sum, Weight
 from laconic.weights.install import installed
 from tests.conftest import make_site, output_loss
@@ -29,12 +29,20 @@ def inputs(tokens: int = 256, columns: int = 32, seed: int = 0) -> Tensor:
     """X [tokens, in] with correlated columns of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.eye(columns) + 0.5 * torch.randn(columns, columns, generator=generator) / columns**0.5
-    return (torch.randn(tokens, columns, generator=generator) @ mix) * torch.exp(1.5 * torch.randn(columns, generator=generator))
+    return (torch.randn(tokens, columns, generator=generator) @ mix) * torch.exp(
+        1.5 * torch.randn(columns, generator=generator)
+    )
 
 
 def site_of(X: Tensor, rows: int, seed: int, name: str = "layer") -> Site:
     W = torch.randn(rows, X.shape[1], generator=torch.Generator().manual_seed(seed))
-    return Site(name, W, hessian=(X.T @ X / len(X)).unsqueeze(0), magnitude=X.abs().mean(0, keepdim=True), tokens=torch.tensor([len(X)]))
+    return Site(
+        name,
+        W,
+        hessian=(X.T @ X / len(X)).unsqueeze(0),
+        magnitude=X.abs().mean(0, keepdim=True),
+        tokens=torch.tensor([len(X)]),
+    )
 
 
 def scale_of(weight: Weight) -> Tensor:
@@ -112,7 +120,9 @@ def test_it_beats_rounding_where_inputs_differ_in_size(bits: int) -> None:
 def test_bits_are_those_of_rounding_and_16_per_column() -> None:
     site = make_site(rows=64, columns=128)
     weight = AWQ(bits=4, group=32)(site)
-    assert weight.bits() == RTN(bits=4, group=32)(site).bits() + 16 * 128 == AWQ(bits=4, group=32).expected_bits((64, 128))
+    assert (
+        weight.bits() == RTN(bits=4, group=32)(site).bits() + 16 * 128 == AWQ(bits=4, group=32).expected_bits((64, 128))
+    )
 
 
 def test_many_rows_are_decided_by_some_of_them() -> None:
@@ -135,7 +145,9 @@ def test_columns_without_inputs_are_rounded_as_they_are() -> None:
 
 
 def test_a_site_that_no_input_reached_is_rounded_and_says_so() -> None:
-    site = make_site().having(hessian=torch.zeros(1, 64, 64), magnitude=torch.zeros(1, 64), tokens=torch.zeros(1, dtype=torch.int64))
+    site = make_site().having(
+        hessian=torch.zeros(1, 64, 64), magnitude=torch.zeros(1, 64), tokens=torch.zeros(1, dtype=torch.int64)
+    )
     assert torch.equal(AWQ(bits=3, group=16)(site)(), RTN(bits=3, group=16)(site)())
     assert site.notes == ["block.0.layer: no input was seen; rounded to nearest"]
 
@@ -205,7 +217,9 @@ def test_layers_that_read_one_input_are_scaled_alike(attention: Attention) -> No
     assert torch.equal(s["q"], s["k"])
     assert torch.equal(s["q"], s["v"])
     assert not torch.equal(s["q"], s["o"])
-    expected = AWQ(bits=3, group=8).together([site_of(X, 1, 0).having(W=getattr(attention, name).weight.detach()) for name in "qkv"])
+    expected = AWQ(bits=3, group=8).together(
+        [site_of(X, 1, 0).having(W=getattr(attention, name).weight.detach()) for name in "qkv"]
+    )
     assert torch.allclose(s["q"], scale_of(expected[0]), rtol=2**-7)
     assert [site["name"] for site in report.sites] == ["0.q", "0.k", "0.v", "0.o"]
     assert all(0 < site["error"] < 0.2 for site in report.sites), "every site has a record of its own"
@@ -224,11 +238,17 @@ def test_only_sites_under_one_method_are_scaled_alike(attention: Attention) -> N
 
 
 @pytest.mark.parametrize("true_sequential", [False, True])
-def test_in_a_directory_queries_keys_and_values_share_a_scale(true_sequential: bool, tiny: Path, text: Path, tmp_path: Path) -> None:
+def test_in_a_directory_queries_keys_and_values_share_a_scale(
+    true_sequential: bool, tiny: Path, text: Path, tmp_path: Path
+) -> None:
     options: dict[str, Any] = {"samples": 8, "length": 32, "evaluate": False, "true_sequential": true_sequential}
     report = lc.compress(tiny, "AWQ(bits=4, group=16) + EoRA(rank=2)", str(text), out=tmp_path / "out", **options)
     stored = Compressed(tmp_path / "out")
-    s = {name.removesuffix("_proj.weight"): stored.weight(name).terms[0].column_scale() for name in stored.weights if ".layers." in name}  # type: ignore[attr-defined]
+    s = {
+        name.removesuffix("_proj.weight"): stored.weight(name).terms[0].column_scale()
+        for name in stored.weights
+        if ".layers." in name
+    }  # type: ignore[attr-defined]
     assert len(report.sites) == len(s) + 1 == 3 * 7 + 1, "and the embedding, rounded"
     for block in range(3):
         attention, mlp = f"model.layers.{block}.self_attn", f"model.layers.{block}.mlp"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from laconic.methods.column import Sweep, factor, solve
+from laconic.solvers.column import Sweep, factor, solve
 from laconic.weights import Codebook, Dense, Sparse, Uniform
 from tests.conftest import make_site, output_loss, rows_agree
 
@@ -166,9 +166,15 @@ def test_a_rank_deficient_hessian_is_solved_and_listed(act_order: bool) -> None:
     assert output_loss(site, grid()) < output_loss(site, torch.zeros(48, 64))
 
 
-@pytest.mark.parametrize(("hessian", "reason"), [("zero", "no input was seen"), ("nan", "not finite"), ("indefinite", "at any damping")])
+@pytest.mark.parametrize(
+    ("hessian", "reason"), [("zero", "no input was seen"), ("nan", "not finite"), ("indefinite", "at any damping")]
+)
 def test_a_hopeless_hessian_falls_back_to_rounding_and_is_listed(hessian: str, reason: str) -> None:
-    H = {"zero": torch.zeros(64, 64), "nan": torch.full((64, 64), torch.nan), "indefinite": torch.eye(64) - 2 * torch.ones(64, 64)}[hessian]
+    H = {
+        "zero": torch.zeros(64, 64),
+        "nan": torch.full((64, 64), torch.nan),
+        "indefinite": torch.eye(64) - 2 * torch.ones(64, 64),
+    }[hessian]
     if hessian == "indefinite":
         H.diagonal().fill_(1.0)
     site = make_site().having(hessian=H.unsqueeze(0), notes=[])

@@ -12,8 +12,8 @@ from laconic.clustering.relax import SoftClusters
 from laconic.errors import SchemeError
 from laconic.methods.dkm import DKM
 from laconic.methods.kmeans import KMeans
-from laconic.scheme import parse
-from laconic.sites import Site
+from laconic.model.sites import Site
+from laconic.scheme.text import parse
 from laconic.weights import Codebook, Sparse
 from tests.conftest import make_site
 from tests.recover.nets import digits, seeded, trained
@@ -34,7 +34,13 @@ def test_untrained_it_is_kmeans() -> None:
 
 @pytest.mark.parametrize(
     ("options", "seen"),
-    [({}, "bfloat16"), ({"rounded": None}, "float32"), ({"rounded": "float16"}, "float16"), ({"rows": 8}, "bfloat16"), ({"dimension": 2}, "float32")],
+    [
+        ({}, "bfloat16"),
+        ({"rounded": None}, "float32"),
+        ({"rounded": "float16"}, "float16"),
+        ({"rows": 8}, "bfloat16"),
+        ({"dimension": 2}, "float32"),
+    ],
 )
 def test_decoded_and_gradient_are_those_of_the_formula(options: dict[str, Any], seen: str) -> None:
     """Against plain autograd of the naive formula, on the values as the 16-bit type has them where that is asked for."""
@@ -112,9 +118,15 @@ def test_a_centroid_at_zero_and_row_scales() -> None:
     assert isinstance(stored, Codebook)
     assert stored.row_scale is not None
     assert not stored()[3].any()
-    assert stored.bits() == 8 * (16 * 128 * 3 // 8) + 16 * 8 + 16 * 16 == DKM(bits=3, row_scale=True).expected_bits((16, 128))
+    assert (
+        stored.bits()
+        == 8 * (16 * 128 * 3 // 8) + 16 * 8 + 16 * 16
+        == DKM(bits=3, row_scale=True).expected_bits((16, 128))
+    )
     plain = DKM(bits=3)(Site("w", W))()
-    assert ((stored() - W)[0]).square().sum() < (plain - W)[0].square().sum() / 10  # a row of small weights has its own range
+    assert (
+        ((stored() - W)[0]).square().sum() < (plain - W)[0].square().sum() / 10
+    )  # a row of small weights has its own range
 
 
 def test_survivors_of_pruning_are_clustered_and_nothing_else() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 import laconic as lc
-from laconic.choice import resolve
+from laconic.engine.choice import resolve
 from laconic.errors import SchemeError
 from laconic.methods.base import Keep, Then
 from laconic.methods.blockprune import BlockPrune
@@ -13,8 +13,8 @@ from laconic.methods.hadamard import Hadamard
 from laconic.methods.kmeans import KMeans
 from laconic.methods.magnitude import Magnitude
 from laconic.methods.rtn import RTN
-from laconic.scheme import describe, parse
-from laconic.sites import Slot
+from laconic.model.sites import Slot
+from laconic.scheme.text import describe, parse
 from laconic.weights import View
 from tests.conftest import make_site
 
@@ -24,13 +24,17 @@ SLOTS = [Slot(name, ((name, "weight"),), View(shape)) for name, shape in (("a", 
 def test_a_free_value_is_found_and_filled_in() -> None:
     scheme = Magnitude(Free(0, 1), scope="model") >> RTN(bits=Free(2, 8, integer=True), group="channel")
     assert free_of(scheme, SLOTS) == {"sparsity": Free(0, 1), "bits": Free(2, 8, integer=True)}
-    assert fix(scheme, {"sparsity": 0.25, "bits": 3.0}) == Magnitude(0.25, scope="model") >> RTN(bits=3, group="channel")
+    assert fix(scheme, {"sparsity": 0.25, "bits": 3.0}) == Magnitude(0.25, scope="model") >> RTN(
+        bits=3, group="channel"
+    )
     assert free_of(fix(scheme, {"sparsity": 0.25, "bits": 3}), SLOTS) == {}
     assert lc.Free is Free
 
 
 def test_it_is_found_however_deep() -> None:
-    scheme = Hadamard(GPTQ(bits=Free(2, 4, integer=True))) + (Magnitude(Free(0.5, 0.9, name="s")) >> KMeans(Free(choices=(3, 4))))  # type: ignore[arg-type]
+    scheme = Hadamard(GPTQ(bits=Free(2, 4, integer=True))) + (
+        Magnitude(Free(0.5, 0.9, name="s")) >> KMeans(Free(choices=(3, 4)))
+    )  # type: ignore[arg-type]
     assert list(free_of(scheme, [])) == ["bits", "s", "bits_2"]
     fixed = fix(scheme, {"bits": 2, "s": 0.75, "bits_2": 4})
     assert fixed == Hadamard(GPTQ(bits=2)) + (Magnitude(0.75) >> KMeans(4))
@@ -39,7 +43,11 @@ def test_it_is_found_however_deep() -> None:
 def test_equal_ones_are_one_variable_and_different_ones_are_numbered() -> None:
     plan = [("a", Magnitude(Free(0, 1))), ("b", Magnitude(Free(0, 0.5))), ("c", Magnitude(Free(0, 1)))]
     assert free_of(plan, SLOTS) == {"sparsity": Free(0, 1), "sparsity_2": Free(0, 0.5)}
-    assert fix(plan, {"sparsity": 0.75, "sparsity_2": 0.25}) == [("a", Magnitude(0.75)), ("b", Magnitude(0.25)), ("c", Magnitude(0.75))]
+    assert fix(plan, {"sparsity": 0.75, "sparsity_2": 0.25}) == [
+        ("a", Magnitude(0.75)),
+        ("b", Magnitude(0.25)),
+        ("c", Magnitude(0.75)),
+    ]
     named = [("a", Magnitude(Free(0, 1, name="first"))), ("*", Magnitude(Free(0, 1, name="rest")))]
     assert list(free_of(named, SLOTS)) == ["first", "rest"]
     other = Magnitude(Free(0, 1, name="s")) >> BlockPrune(Free(0, 1, name="s"))
@@ -57,7 +65,11 @@ def test_a_function_is_fixed_where_it_is_called() -> None:
     def chosen(slot: Slot) -> lc.Method:
         return Keep() if slot.name == "b" else Magnitude(Free(0, 1))  # type: ignore[arg-type]
 
-    assert [repr(fix(chosen, {"sparsity": 0.5})(slot)) for slot in SLOTS] == ["Magnitude(sparsity=0.5)", "Keep()", "Magnitude(sparsity=0.5)"]  # type: ignore[operator]
+    assert [repr(fix(chosen, {"sparsity": 0.5})(slot)) for slot in SLOTS] == [
+        "Magnitude(sparsity=0.5)",
+        "Keep()",
+        "Magnitude(sparsity=0.5)",
+    ]  # type: ignore[operator]
     assert describe(fix(chosen, {"sparsity": 0.5})) == "function chosen"
 
 
@@ -104,10 +116,20 @@ def test_what_is_no_range_is_refused(arguments: str, message: str) -> None:
 
 
 def test_values_are_held_to_the_bounds_and_the_names() -> None:
-    scheme = Magnitude(Free(0.2, 0.8)) >> KMeans(bits=Free(2, 4, integer=True), weights=Free(choices=("none", "hessian")))  # type: ignore[arg-type]
+    scheme = Magnitude(Free(0.2, 0.8)) >> KMeans(
+        bits=Free(2, 4, integer=True), weights=Free(choices=("none", "hessian"))
+    )  # type: ignore[arg-type]
     good = {"sparsity": 0.8, "bits": 2, "weights": "hessian"}
     assert fix(scheme, good) == Magnitude(0.8) >> KMeans(bits=2, weights="hessian")
-    wrong = [("sparsity", 0.9), ("sparsity", float("nan")), ("sparsity", "0.5"), ("bits", None), ("bits", 2.5), ("bits", 5), ("weights", "fisher")]
+    wrong = [
+        ("sparsity", 0.9),
+        ("sparsity", float("nan")),
+        ("sparsity", "0.5"),
+        ("bits", None),
+        ("bits", 2.5),
+        ("bits", 5),
+        ("weights", "fisher"),
+    ]
     for name, value in wrong:
         with pytest.raises(SchemeError, match="Free"):
             fix(scheme, good | {name: value})

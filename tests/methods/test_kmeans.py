@@ -11,7 +11,7 @@ from laconic.methods.base import output_error
 from laconic.methods.gptvq import GPTVQ, refit_tables
 from laconic.methods.kmeans import KMeans, exact_table
 from laconic.methods.rtn import RTN
-from laconic.sites import Site
+from laconic.model.sites import Site
 from laconic.weights import Codebook
 from tests.conftest import make_site, output_loss
 
@@ -24,7 +24,10 @@ def test_the_table_is_the_optimum_of_all_partitions(n: int, k: int, seed: int) -
     def cost(i: int, j: int) -> float:
         return float((f[i:j] * (x[i:j] - np.average(x[i:j], weights=f[i:j])) ** 2).sum())
 
-    best = min(sum(cost(a, b) for a, b in zip((0, *cuts), (*cuts, n), strict=True)) for cuts in combinations(range(1, n), k - 1))
+    best = min(
+        sum(cost(a, b) for a, b in zip((0, *cuts), (*cuts, n), strict=True))
+        for cuts in combinations(range(1, n), k - 1)
+    )
     table = exact_table(x, f, k)
     assert (f * ((x[:, None] - table) ** 2).min(1)).sum() == pytest.approx(best, rel=1e-9)
 
@@ -108,7 +111,9 @@ def test_gptvq_refits_its_table_to_the_best_for_its_codes() -> None:
 
 def test_gptvq_beats_plain_vectors() -> None:
     site = make_site(rows=96, columns=128, spread=1.0)
-    assert output_error(site, GPTVQ(bits=6, dimension=2)(site)) < 0.6 * output_error(site, KMeans(bits=6, dimension=2)(site))
+    assert output_error(site, GPTVQ(bits=6, dimension=2)(site)) < 0.6 * output_error(
+        site, KMeans(bits=6, dimension=2)(site)
+    )
 
 
 def test_vectors_cannot_encode_single_survivors() -> None:

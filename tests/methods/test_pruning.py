@@ -14,8 +14,8 @@ from laconic.methods.magnitude import Magnitude
 from laconic.methods.rtn import RTN
 from laconic.methods.sparsegpt import SparseGPT
 from laconic.methods.wanda import Wanda
-from laconic.scheme import parse
-from laconic.sites import Site
+from laconic.model.sites import Site
+from laconic.scheme.text import parse
 from laconic.weights import Sparse
 from tests.conftest import make_site
 
@@ -23,8 +23,12 @@ from tests.conftest import make_site
 def test_magnitude_of_a_tiny_matrix() -> None:
     W = torch.tensor([[1.0, -4.0, 2.0, 0.5], [3.0, 0.25, -8.0, 1.5]])
     assert torch.equal(Magnitude(0.5)(Site("x", W))(), torch.tensor([[0, -4.0, 2.0, 0], [3.0, 0, -8.0, 0]]))
-    assert torch.equal(Magnitude(0.5, pattern="2:4")(Site("x", W))(), torch.tensor([[0, -4.0, 2.0, 0], [3.0, 0, -8.0, 0]]))
-    assert torch.equal(Magnitude(0.5, pattern=(2, 2))(Site("x", W))(), torch.tensor([[0, 0, 2.0, 0.5], [0, 0, -8.0, 1.5]]))
+    assert torch.equal(
+        Magnitude(0.5, pattern="2:4")(Site("x", W))(), torch.tensor([[0, -4.0, 2.0, 0], [3.0, 0, -8.0, 0]])
+    )
+    assert torch.equal(
+        Magnitude(0.5, pattern=(2, 2))(Site("x", W))(), torch.tensor([[0, 0, 2.0, 0.5], [0, 0, -8.0, 1.5]])
+    )
 
 
 def test_sparsity_is_the_share_of_zeros_exactly() -> None:
@@ -49,7 +53,10 @@ def spread(method: Method, sites: list[Site]) -> dict[str, Sparse]:
 
 
 def unequal_sites() -> list[Site]:
-    return [make_site(rows, columns, seed).having(name=f"{seed}") for seed, (rows, columns) in enumerate([(48, 64), (16, 32), (80, 8)])]
+    return [
+        make_site(rows, columns, seed).having(name=f"{seed}")
+        for seed, (rows, columns) in enumerate([(48, 64), (16, 32), (80, 8)])
+    ]
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.77, 0.999])
@@ -61,7 +68,13 @@ def test_one_threshold_over_the_model_is_exact(sparsity: float, criterion: str) 
     scores = []
     for site in sites:
         assert site.fisher is not None
-        scores.append({"l1": site.W.abs(), "taylor": site.W.abs() * site.fisher.sqrt(), "hessian": site.W.square() * site.fisher / 2}[criterion])
+        scores.append(
+            {
+                "l1": site.W.abs(),
+                "taylor": site.W.abs() * site.fisher.sqrt(),
+                "hessian": site.W.square() * site.fisher / 2,
+            }[criterion]
+        )
     every = torch.cat([score.flatten() for score in scores])
     cut = torch.cat([~weights[site.name].mask.flatten() for site in sites])
     assert int(cut.sum()) == round(sparsity * len(every))
@@ -104,7 +117,13 @@ def test_one_threshold_over_blocks(pattern: tuple[int, int], criterion: str) -> 
     scores = []
     for site in sites:
         assert site.fisher is not None
-        w = site.W.abs() * site.fisher.sqrt() if criterion == "taylor" else site.W.square() if criterion == "l2" else site.W.abs()
+        w = (
+            site.W.abs() * site.fisher.sqrt()
+            if criterion == "taylor"
+            else site.W.square()
+            if criterion == "l2"
+            else site.W.abs()
+        )
         tiles = w.unfold(0, pattern[0], pattern[0]).unfold(1, pattern[1], pattern[1])
         scores.append((tiles.amax((2, 3)) if criterion == "linf" else tiles.sum((2, 3))).flatten())
     kept = torch.cat([weights[site.name].mask[:: pattern[0], :: pattern[1]].flatten() for site in sites])
@@ -123,7 +142,14 @@ def test_scaled_matrices_compete_on_equal_terms() -> None:
 def test_blocks_by_their_criterion() -> None:
     W = torch.tensor([[3.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 0.0]])
     F = torch.tensor([[1.0, 1.0, 0.01, 0.01], [1.0, 1.0, 0.01, 0.01]])
-    left = {"l1": True, "l2": True, "linf": False, "mean": True, "taylor": False, "hessian": False}  # 3:6, 9:12, 3:2, 3:6, 3:0.6, 4.5:0.06
+    left = {
+        "l1": True,
+        "l2": True,
+        "linf": False,
+        "mean": True,
+        "taylor": False,
+        "hessian": False,
+    }  # 3:6, 9:12, 3:2, 3:6, 3:0.6, 4.5:0.06
     for criterion, dropped in left.items():
         weight = Magnitude(0.5, (2, 2), criterion=criterion)(Site("x", W, fisher=F))  # type: ignore[arg-type]
         assert bool((weight()[:, :2] == 0).all()) == dropped, criterion
@@ -180,7 +206,10 @@ def test_sparse_then_quantized_keeps_the_zeros_and_stores_survivors_only() -> No
 
 def test_the_second_of_two_feeds_its_error_forward() -> None:
     site = make_site(rows=64, columns=128, spread=1.0)
-    errors = {second: output_error(site, (SparseGPT(0.5) >> second)(site)) for second in (GPTQ(bits=2, group=32), RTN(bits=2, group=32))}
+    errors = {
+        second: output_error(site, (SparseGPT(0.5) >> second)(site))
+        for second in (GPTQ(bits=2, group=32), RTN(bits=2, group=32))
+    }
     assert errors[GPTQ(bits=2, group=32)] < 0.8 * errors[RTN(bits=2, group=32)]
 
 

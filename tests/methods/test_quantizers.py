@@ -14,7 +14,7 @@ from laconic.methods.kmeans import KMeans
 from laconic.methods.rtn import RTN
 from laconic.methods.spqr import SpQR
 from laconic.methods.wanda import Wanda
-from laconic.sites import Site
+from laconic.model.sites import Site
 from laconic.weights import Rotated, Sum, Uniform
 from tests.conftest import make_site, output_loss
 
@@ -60,7 +60,7 @@ def test_spqr_without_outliers_or_second_level_is_the_plain_sweep() -> None:
     site = make_site()
     weight = SpQR(bits=3, group=16, second_bits=0, outliers=float("inf"))(site)
     assert isinstance(weight, Sum)
-    from laconic.methods.column import Sweep, solve
+    from laconic.solvers.column import Sweep, solve
 
     grid = Uniform((48, 64), bits=3, group=16, zero="float")
     solve(grid, site, Sweep(act_order=False), lambda w, j, importance: grid.fit(w, j))
@@ -96,7 +96,9 @@ def test_spqr_with_a_great_many_outliers_stays_sound() -> None:
 
 
 def test_spqr_bits_are_the_papers_formula() -> None:
-    weight = SpQR(bits=3, group=16, second_bits=3, second_group=16, outliers=float("inf"))(make_site(rows=64, columns=128))
+    weight = SpQR(bits=3, group=16, second_bits=3, second_group=16, outliers=float("inf"))(
+        make_site(rows=64, columns=128)
+    )
     grid = weight.terms[0]  # type: ignore[attr-defined]
     assert grid.bits() / (64 * 128) == 3 + 6 / 16 + 64 / 256
 

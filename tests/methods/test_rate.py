@@ -91,7 +91,10 @@ def test_water_filling_lowers_the_weighted_loss_at_equal_bytes() -> None:
     spread = [methods[site.name](site) for site, _ in sites]
     even = [GPTQ(rate=2.5, over="matrix")(site) for site, _ in sites]
     assert sum(w.bits() for w in spread) <= sum(w.bits() for w in even) * 1.01
-    losses = [sum(s * output_loss(site, w()) for (site, s), w in zip(sites, weights, strict=True)) for weights in (spread, even)]
+    losses = [
+        sum(s * output_loss(site, w()) for (site, s), w in zip(sites, weights, strict=True))
+        for weights in (spread, even)
+    ]
     assert losses[0] < 0.3 * losses[1]
 
 
@@ -111,7 +114,21 @@ def test_matrices_that_nothing_was_measured_of_get_the_rate_itself() -> None:
     assert rates[0] < 2.4
 
 
-SHAPES = [(1, 1), (1, 64), (64, 1), (2, 2), (64, 2), (3, 3), (16, 16), (24, 24), (32, 32), (64, 64), (128, 96), (1, 512), (512, 2)]
+SHAPES = [
+    (1, 1),
+    (1, 64),
+    (64, 1),
+    (2, 2),
+    (64, 2),
+    (3, 3),
+    (16, 16),
+    (24, 24),
+    (32, 32),
+    (64, 64),
+    (128, 96),
+    (1, 512),
+    (512, 2),
+]
 
 
 @pytest.mark.parametrize("rate", [0.3, 3.25, 12.0])
@@ -135,7 +152,9 @@ def test_no_allocated_rate_is_one_that_the_format_cannot_hold(rate: float, value
         weight = methods[site.name](site)
         shape = (site.W.shape[0], site.W.shape[1])
         given = getattr(methods[site.name], "rate", None)
-        assert weight.bits() <= (given * site.W.numel() if given is not None else methods[site.name].expected_bits(shape))
+        assert weight.bits() <= (
+            given * site.W.numel() if given is not None else methods[site.name].expected_bits(shape)
+        )
         assert torch.isfinite(weight()).all()
         stored += weight.bits()
     if not any("on average is the least" in note for note in allocation.notes):

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import laconic as lc
-from laconic.calibrate import parameters_of
-from laconic.data import evaluation_windows
+from laconic.data.text import evaluation_windows
+from laconic.disk.load import load_tokenizer
+from laconic.engine.solve import matrix_of
+from laconic.engine.statistics import Statistics
+from laconic.engine.walk import parameters_of
 from laconic.errors import SchemeError
-from laconic.load import load_tokenizer
 from laconic.methods.base import Method
 from laconic.methods.rtn import RTN
 from laconic.methods.smoothquant import SmoothQuant
-from laconic.sites import Site, Stats, find_slots
-from laconic.solve import matrix_of
-from laconic.statistics import Statistics
+from laconic.model.sites import Site, Stats, find_slots
 from laconic.weights import Scaled, Uniform, Weight
 from laconic.weights.inputs import round_input
 from laconic.weights.install import installed

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import laconic as lc
+from laconic.disk.store import Compressed
 from laconic.errors import SchemeError
 from laconic.methods.base import Method
 from laconic.methods.blockprune import BlockPrune
@@ -15,9 +16,8 @@ from laconic.methods.channels import lowest_aligned
 from laconic.methods.cut import Cut
 from laconic.methods.rtn import RTN
 from laconic.methods.structures import FilterPrune, NeuronPrune, StructurePrune
-from laconic.scheme import parse
-from laconic.sites import Site, Stats
-from laconic.store import Compressed
+from laconic.model.sites import Site, Stats
+from laconic.scheme.text import parse
 from laconic.weights import Dense, Sparse, Weight, unpack
 from laconic.weights.blocks import Blocks
 
@@ -63,7 +63,14 @@ def test_the_rows_below_one_threshold_go_whatever_their_layer() -> None:
 
 @pytest.mark.parametrize(
     ("criterion", "expected"),
-    [("l1", [1, 0, 2]), ("l2", [1, 0, 2]), ("linf", [1, 2, 0]), ("mean", [1, 0, 2]), ("taylor", [2, 0, 1]), ("hessian", [2, 0, 1])],
+    [
+        ("l1", [1, 0, 2]),
+        ("l2", [1, 0, 2]),
+        ("linf", [1, 2, 0]),
+        ("mean", [1, 0, 2]),
+        ("taylor", [2, 0, 1]),
+        ("hessian", [2, 0, 1]),
+    ],
 )
 def test_the_criteria_of_a_row(criterion: str, expected: list[int]) -> None:
     W = torch.tensor([[3.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
@@ -80,8 +87,16 @@ def test_the_criteria_of_a_row(criterion: str, expected: list[int]) -> None:
 @pytest.mark.parametrize("criterion", ["l1", "l2", "linf", "mean", "taylor", "hessian"])
 def test_a_coupled_channel_is_scored_by_all_its_rows(criterion: str) -> None:
     """Three convolutions that are added up: a channel's score is that of one row made of its three rows."""
-    sites = [conv(f"{i}", (12, i + 2, 3, 3), arange(0, 12), seed=i, fisher=values(12, 9 * (i + 2), seed=9 + i).square()) for i in range(3)]
-    together = Site("all", torch.cat([s.W for s in sites], 1), channels=arange(0, 12), fisher=torch.cat([s.fisher for s in sites], 1))  # type: ignore[misc]
+    sites = [
+        conv(f"{i}", (12, i + 2, 3, 3), arange(0, 12), seed=i, fisher=values(12, 9 * (i + 2), seed=9 + i).square())
+        for i in range(3)
+    ]
+    together = Site(
+        "all",
+        torch.cat([s.W for s in sites], 1),
+        channels=arange(0, 12),
+        fisher=torch.cat([s.fisher for s in sites], 1),
+    )  # type: ignore[misc]
     expected = spread(FilterPrune(0.4, criterion), [together])["all"]  # type: ignore[arg-type]
     assert spread(FilterPrune(0.4, criterion), sites) == dict.fromkeys("012", expected)  # type: ignore[arg-type]
     assert len(expected.rows) == 5  # type: ignore[attr-defined]
@@ -114,7 +129,9 @@ def test_what_a_structure_is_not_for_is_left_as_it_is() -> None:
     assert len(neurons["fc"].rows) == 8  # type: ignore[attr-defined]
     assert isinstance(both["conv"], Cut | Cast)
     gone = sum(len(m.rows) * site.W.shape[1] for m, site in zip(both.values(), net, strict=True) if isinstance(m, Cut))
-    assert gone == pytest.approx((8 * 27 + 16 * 8) / 2, abs=14), "half of the entries of both kinds together, to within half a filter"
+    assert gone == pytest.approx((8 * 27 + 16 * 8) / 2, abs=14), (
+        "half of the entries of both kinds together, to within half a filter"
+    )
     weight = (Cast("float32") >> Cast("float16"))(net[3])
     assert isinstance(weight, Dense)
     assert weight.dtype == "float16"
@@ -132,7 +149,10 @@ def test_a_gate_is_cut_with_the_filters_it_multiplies() -> None:
 @pytest.mark.parametrize("align", [1, 2, 4, 8])
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.8, 0.97])
 def test_what_stays_of_a_layer_is_a_multiple(align: int, sparsity: float) -> None:
-    sites = [conv(f"{i}", (width, 4, 3, 3), arange(100 * i, 100 * i + width), seed=i) for i, width in enumerate((16, 22, 8, 5))]
+    sites = [
+        conv(f"{i}", (width, 4, 3, 3), arange(100 * i, 100 * i + width), seed=i)
+        for i, width in enumerate((16, 22, 8, 5))
+    ]
     kept = []
     for site, method in zip(sites, spread(FilterPrune(sparsity, align=align), sites).values(), strict=True):
         width = len(site.W)
@@ -167,12 +187,18 @@ def test_the_least_of_many_aligned_choices() -> None:
                 options[float((sizes * cut).sum())] = cut
             nearest = min(options, key=lambda entries: abs(entries - sparsity * float(sizes.sum())))
             found = lowest_aligned(scores, sizes, layers, sparsity, align)
-            assert abs(float((sizes * found).sum()) - sparsity * float(sizes.sum())) <= abs(nearest - sparsity * float(sizes.sum())) + 1e-9
+            assert (
+                abs(float((sizes * found).sum()) - sparsity * float(sizes.sum()))
+                <= abs(nearest - sparsity * float(sizes.sum())) + 1e-9
+            )
             assert torch.equal(found, options[float((sizes * found).sum())])
 
 
 def test_scaled_layers_compete_on_equal_terms() -> None:
-    sites = [conv("small", (20, 4, 3, 3), arange(0, 20), W=0.01 * values(20, 36)), conv("large", (20, 4, 3, 3), arange(20, 40), seed=1)]
+    sites = [
+        conv("small", (20, 4, 3, 3), arange(0, 20), W=0.01 * values(20, 36)),
+        conv("large", (20, 4, 3, 3), arange(20, 40), seed=1),
+    ]
     plain, scaled = spread(FilterPrune(0.4), sites), spread(FilterPrune(0.4, scale="layer"), sites)
     assert len(plain["small"].rows) == 16  # type: ignore[attr-defined]
     assert plain["large"] == Cast("float32")
@@ -182,9 +208,13 @@ def test_scaled_layers_compete_on_equal_terms() -> None:
 
 
 def test_structures_need_a_network() -> None:
-    with pytest.raises(SchemeError, match=r"fc: NeuronPrune.*one channel; structures need a module in memory with an example input"):
+    with pytest.raises(
+        SchemeError, match=r"fc: NeuronPrune.*one channel; structures need a module in memory with an example input"
+    ):
         spread(NeuronPrune(0.5), [linear("fc", 8, 4, None)])
-    assert spread(NeuronPrune(0.5), [linear("fc", 8, 4, arange(0, 8)), conv("conv", (4, 2, 3, 3), None)])["conv"] == Cast("float32")
+    assert spread(NeuronPrune(0.5), [linear("fc", 8, 4, arange(0, 8)), conv("conv", (4, 2, 3, 3), None)])[
+        "conv"
+    ] == Cast("float32")
     with pytest.raises(SchemeError, match="needs gradients"):
         spread(NeuronPrune(0.5, "taylor"), [linear("fc", 8, 4, arange(0, 8))])
     assert NeuronPrune(0.5).wants == Stats.CHANNELS
@@ -207,7 +237,11 @@ def test_structures_then_another_code() -> None:
 def test_rows_and_columns_cut_are_stored_as_rows_and_columns() -> None:
     site = linear("x", 40, 30, None)
     both, rows, columns = Cut((1, 2, 39), (0, 7))(site), Cut((1, 2, 39))(site), Cut(columns=(0, 7))(site)
-    assert [w.bits() for w in (both, rows, columns)] == [32 * 37 * 28 + 8 * 9, 32 * 37 * 30 + 8 * 5, 32 * 40 * 28 + 8 * 4]
+    assert [w.bits() for w in (both, rows, columns)] == [
+        32 * 37 * 28 + 8 * 9,
+        32 * 37 * 30 + 8 * 5,
+        32 * 40 * 28 + 8 * 4,
+    ]
     for weight, method in ((both, Cut((1, 2, 39), (0, 7))), (rows, Cut((1, 2, 39))), (columns, Cut(columns=(0, 7)))):
         assert weight.bits() == pytest.approx(method.expected_bits((40, 30)), rel=1e-9)
         assert torch.equal(unpack(*weight.pack())(), weight())
@@ -258,7 +292,9 @@ def test_blocks_of_a_tiny_matrix() -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("criterion", ["l1", "linf", "mean", "l2"])
-def test_n_d_blocks_are_what_slices_say(dims: tuple[int, ...], block: int | tuple[int, ...], blocks: tuple[int, ...], criterion: str) -> None:
+def test_n_d_blocks_are_what_slices_say(
+    dims: tuple[int, ...], block: int | tuple[int, ...], blocks: tuple[int, ...], criterion: str
+) -> None:
     """Against loops over slices of the parameter itself."""
     T = values(*dims)
     weight = BlockPrune(0.5, block, criterion)(Site("x", T.flatten(1), dims=dims))  # type: ignore[arg-type]
@@ -281,7 +317,11 @@ def test_n_d_blocks_are_what_slices_say(dims: tuple[int, ...], block: int | tupl
 
 
 def test_one_threshold_over_blocks_of_many_shapes() -> None:
-    sites = [conv("conv", (12, 10, 3, 3), arange(0, 12)), linear("fc", 23, 17, None, seed=1), Site("bare", values(8, 8, seed=2))]
+    sites = [
+        conv("conv", (12, 10, 3, 3), arange(0, 12)),
+        linear("fc", 23, 17, None, seed=1),
+        Site("bare", values(8, 8, seed=2)),
+    ]
     methods = spread(BlockPrune(0.6, 5), sites)
     scores, sizes, kept = [], [], []
     for site in sites:
@@ -301,9 +341,13 @@ def test_packed_experts_and_blocks_that_do_not_fit() -> None:
     weight = BlockPrune(0.5, (4, 3))(experts)
     assert isinstance(weight, Sparse)
     assert weight.pattern == Blocks((3, 8, 6), (1, 4, 3))
-    turned = BlockPrune(0.5, (4, 3))(experts.having(dims=(3, 6, 8)))  # stored as [in, out]: blocks are of [out, in] all the same
+    turned = BlockPrune(0.5, (4, 3))(
+        experts.having(dims=(3, 6, 8))
+    )  # stored as [in, out]: blocks are of [out, in] all the same
     assert torch.equal(turned(), weight())
-    with pytest.raises(SchemeError, match=r"x: a block of 3 sizes \(2, 2, 2\) does not fit a parameter of 2 dimensions \(8, 4\)"):
+    with pytest.raises(
+        SchemeError, match=r"x: a block of 3 sizes \(2, 2, 2\) does not fit a parameter of 2 dimensions \(8, 4\)"
+    ):
         BlockPrune(0.5, (2, 2, 2))(linear("x", 8, 4, None))
 
 
@@ -312,9 +356,13 @@ def test_a_directory_run_prunes_blocks_but_knows_no_channels(tiny: Path, tmp_pat
         with pytest.raises(SchemeError, match=r"layers\.0.*structures need a module in memory"):
             lc.compress(tiny, scheme, out=tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    report = lc.compress(tiny, "BlockPrune(0.5, block=7) >> Cast('bfloat16')", out=tmp_path / "out", keep="embedding", evaluate=False)
+    report = lc.compress(
+        tiny, "BlockPrune(0.5, block=7) >> Cast('bfloat16')", out=tmp_path / "out", keep="embedding", evaluate=False
+    )
     zeros = entries = 0
-    for name, weight in ((site["parameter"], Compressed(tmp_path / "out").weight(site["parameter"])) for site in report.sites):
+    for name, weight in (
+        (site["parameter"], Compressed(tmp_path / "out").weight(site["parameter"])) for site in report.sites
+    ):
         zeros, entries = zeros + int((weight() == 0).sum()), entries + weight().numel()
         assert isinstance(weight, Sparse), name
     assert zeros / entries == pytest.approx(0.5, abs=0.001)

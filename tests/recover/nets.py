@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laconic.blocks import call
+from laconic.model.blocks import call
 from laconic.recover import Task
 
 
@@ -36,7 +36,11 @@ def seeded(make: Any, seed: int = 0) -> Any:
 
 
 def mlp(width: int = 24) -> nn.Sequential:
-    return seeded(lambda: nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, 16), nn.ReLU(), nn.Linear(16, 4)))
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Linear(16, width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, 16), nn.ReLU(), nn.Linear(16, 4)
+        )
+    )
 
 
 def conv() -> nn.Sequential:
@@ -66,14 +70,18 @@ def vectors(number: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def task(**more: Any) -> Task:
     """Training data in a shuffled loader, as a user has it; validation and test as lists."""
-    return Task(DataLoader(TensorDataset(*vectors(96, 1)), 16, shuffle=True), [vectors(64, 2)], [vectors(64, 3)], **more)
+    return Task(
+        DataLoader(TensorDataset(*vectors(96, 1)), 16, shuffle=True), [vectors(64, 2)], [vectors(64, 3)], **more
+    )
 
 
 def words_task() -> Task:
     g = torch.Generator().manual_seed(4)
 
     def tokens(number: int) -> list[tuple[Tensor, Tensor]]:
-        ids = (torch.randint(20, (number, 1), generator=g) + 3 * torch.arange(9)) % 20  # the next word follows from the last one
+        ids = (
+            torch.randint(20, (number, 1), generator=g) + 3 * torch.arange(9)
+        ) % 20  # the next word follows from the last one
         ids = torch.where(torch.rand(ids.shape, generator=g) < 0.1, torch.randint(20, ids.shape, generator=g), ids)
         return [(part[:, :-1], part[:, 1:]) for part in ids.split(8)]
 
@@ -81,7 +89,10 @@ def words_task() -> Task:
 
 
 def bytes_of(model: nn.Module) -> dict[str, bytes]:
-    return {name: t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in model.state_dict().items()}
+    return {
+        name: t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        for name, t in model.state_dict().items()
+    }
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -98,10 +109,18 @@ def outputs(model: nn.Module, data: Any) -> Tensor:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Asserts that a model, its modes, flags and gradients, and the global random states come out as they went in."""
     model.train(model.training)
-    before = bytes_of(model), [m.training for m in model.modules()], [(p.requires_grad, p.grad) for p in model.parameters()]
+    before = (
+        bytes_of(model),
+        [m.training for m in model.modules()],
+        [(p.requires_grad, p.grad) for p in model.parameters()],
+    )
     state, numbers, python = torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate()
     yield
-    assert before == (bytes_of(model), [m.training for m in model.modules()], [(p.requires_grad, p.grad) for p in model.parameters()])
+    assert before == (
+        bytes_of(model),
+        [m.training for m in model.modules()],
+        [(p.requires_grad, p.grad) for p in model.parameters()],
+    )
     assert torch.equal(state, torch.get_rng_state())
     assert numbers == np.random.get_state()[1].tobytes()
     assert python == random.getstate()
@@ -113,7 +132,11 @@ def digits() -> tuple[DataLoader[Any], list[tuple[Tensor, Tensor]], list[tuple[T
     given = datasets.load_digits()
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
     x, y = torch.tensor(given.images / 16, dtype=torch.float32)[order], torch.tensor(given.target)[order]
-    return DataLoader(TensorDataset(x[:1000], y[:1000]), 50, shuffle=True), [(x[1000:1300], y[1000:1300])], [(x[1300:], y[1300:])]
+    return (
+        DataLoader(TensorDataset(x[:1000], y[:1000]), 50, shuffle=True),
+        [(x[1000:1300], y[1000:1300])],
+        [(x[1300:], y[1300:])],
+    )
 
 
 def trained(model: nn.Module, data: Any, minibatches: int = 400) -> nn.Module:

@@ -54,7 +54,9 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def train(model: nn.Module, run: nn.Module, parts: list[Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
+def train(
+    model: nn.Module, run: nn.Module, parts: list[Tensor], optimizer: torch.optim.Optimizer | None = None
+) -> None:
     optimizer = optimizer or torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
     for step in range(STEPS):
         lc.advance(model, step / STEPS)
@@ -143,7 +145,9 @@ def refusals() -> list[str]:
 
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(THREADS)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE)
+    )
     found: dict[Any, Any] = {(kind, scheme): together(kind, scheme, rank) for kind in KINDS for scheme in SCHEMES}
     found |= {("back", scheme): back_into_shards(scheme) for scheme in BACK}
     found["refused"] = refusals()

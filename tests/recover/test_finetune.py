@@ -31,7 +31,10 @@ def side(weight: nn.Module) -> list[Tensor]:
     return [weight.tables().detach().clone()] if isinstance(weight, Codebook) else []
 
 
-@pytest.mark.parametrize("scheme", ["Magnitude(0.7)", "Magnitude(0.7, scope='model') >> KMeans(bits=3)", "RTN(3, 'channel')", "KMeans(bits=3)"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["Magnitude(0.7)", "Magnitude(0.7, scope='model') >> KMeans(bits=3)", "RTN(3, 'channel')", "KMeans(bits=3)"],
+)
 def test_side_information_is_kept_and_values_move(scheme: str) -> None:
     net, problem = mlp().eval(), task()
     direct = installed(recover_task(net, scheme, Direct(), problem)[0])
@@ -150,7 +153,10 @@ def silent_rows(model: nn.Module) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", [Direct(), FineTune(20, FAST), LC(4, 8, mu=0.2, learn=FAST), LC(2, 8, mu=0.2, learn=FAST, then=FineTune(8, FAST))])
+@pytest.mark.parametrize(
+    "how",
+    [Direct(), FineTune(20, FAST), LC(4, 8, mu=0.2, learn=FAST), LC(2, 8, mu=0.2, learn=FAST, then=FineTune(8, FAST))],
+)
 def test_silenced_filters_stay_silent_and_can_be_cut(how: Any) -> None:
     pytest.importorskip("torch_pruning")
     net, problem = conv(), task()
@@ -219,7 +225,9 @@ def test_distillation_follows_the_original_where_labels_are_noise() -> None:
     last = {}
     for share in (0.0, 1.0):
         steps = Steps(lr=0.05, lr_end=0.01, distill=share)
-        last[share] = recover_task(net, "Magnitude(0.8, scope='model')", FineTune(40, steps, checks=1), noisy)[1].curve[-1]["score"]
+        last[share] = recover_task(net, "Magnitude(0.8, scope='model')", FineTune(40, steps, checks=1), noisy)[1].curve[
+            -1
+        ]["score"]
     assert last[1.0] > last[0.0] + 0.2
 
 

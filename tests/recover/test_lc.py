@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import laconic as lc
+from laconic.engine.module import load_into, save
 from laconic.errors import RecoveryError, SchemeError
-from laconic.memory import load_into, save
 from laconic.methods.base import Keep
 from laconic.recover import LC, Direct, FineTune, Recovery, Steps, Task, recover_task
 from laconic.recover.compressed import Bench
@@ -40,7 +40,10 @@ def regression(seed: int) -> tuple[nn.Module, Task, float]:
     model = nn.Linear(8, 1, bias=False)
     with torch.no_grad():
         model.weight.copy_(w[None])
-    best = min(float((X[:, s] @ torch.linalg.lstsq(X[:, s], y).solution - y).square().mean()) for s in map(list, itertools.combinations(range(8), 3)))
+    best = min(
+        float((X[:, s] @ torch.linalg.lstsq(X[:, s], y).solution - y).square().mean())
+        for s in map(list, itertools.combinations(range(8), 3))
+    )
     data = [(X, y[:, None])]
     return model, Task(data, data, loss=squares), best
 
@@ -118,7 +121,9 @@ def test_nothing_to_compress_leaves_the_score_and_meets_the_constraint(scheme: s
     assert torch.equal(outputs(same, problem.validation), outputs(net, problem.validation))
 
 
-@pytest.mark.parametrize("scheme", ["Magnitude(0.6, scope='model') >> KMeans(bits=3)", "RTN(3, 'channel') + LowRank(2)"])
+@pytest.mark.parametrize(
+    "scheme", ["Magnitude(0.6, scope='model') >> KMeans(bits=3)", "RTN(3, 'channel') + LowRank(2)"]
+)
 def test_direct_is_what_compress_gives(scheme: str) -> None:
     net, problem = conv().eval(), task()
     found = recover_task(net, scheme, Direct(), problem)[0]
@@ -217,11 +222,17 @@ def test_a_language_model_with_tied_embeddings(tiny: Path) -> None:
     g = torch.Generator().manual_seed(0)
 
     def windows(number: int) -> list[dict[str, Any]]:
-        ids = (torch.randint(300, (number, 1), generator=g) + torch.randint(5, 8, (number, 24), generator=g).cumsum(1)) % 300
+        ids = (
+            torch.randint(300, (number, 1), generator=g) + torch.randint(5, 8, (number, 24), generator=g).cumsum(1)
+        ) % 300
         return [{"input_ids": part, "use_cache": False} for part in ids.split(8)]
 
     problem = Task(windows(32), windows(8)).checked()
-    plan = [("lm_head", lc.RTN(8, "channel")), ("*.down_proj", lc.Magnitude(0.5) >> lc.RTN(4, "channel")), ("*", lc.GPTQ(bits=4, group=32))]
+    plan = [
+        ("lm_head", lc.RTN(8, "channel")),
+        ("*.down_proj", lc.Magnitude(0.5) >> lc.RTN(4, "channel")),
+        ("*", lc.GPTQ(bits=4, group=32)),
+    ]
     with untouched(model):
         compressed, found = recover_task(model, plan, LC(2, 4, mu=0.1, learn=Steps("adam", 1e-3, 1e-3)), problem)
     weights = installed(compressed)
@@ -251,13 +262,17 @@ def test_masks_stay_where_they_were_without_refit() -> None:
 
     assert all(torch.equal(a, b) for a, b in zip(masks(direct), masks(kept), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(masks(direct), masks(moved), strict=True))
-    assert all(not torch.equal(a(), b()) for a, b in zip(installed(direct).values(), installed(kept).values(), strict=True))
+    assert all(
+        not torch.equal(a(), b()) for a, b in zip(installed(direct).values(), installed(kept).values(), strict=True)
+    )
 
 
 def test_the_best_is_by_validation_loss() -> None:
     """Training that makes things worse returns direct compression."""
     net, problem = mlp().eval(), task()
-    _, found = recover_task(net, "RTN(8, 'channel')", LC(3, 5, mu=1e-6, a=1.0, learn=Steps(lr=3.0, lr_end=3.0, clip=1000.0)), problem)
+    _, found = recover_task(
+        net, "RTN(8, 'channel')", LC(3, 5, mu=1e-6, a=1.0, learn=Steps(lr=3.0, lr_end=3.0, clip=1000.0)), problem
+    )
     assert found.curve[-1]["validation_loss"] > found.curve[0]["validation_loss"]
     assert found.loss == min(p["validation_loss"] for p in found.curve) == found.curve[0]["validation_loss"]
     assert found.score == found.direct
@@ -271,14 +286,18 @@ def test_the_best_does_not_move_with_what_is_trained_after_it(how: Any) -> None:
     compressed, found = recover_task(net, "Magnitude(0.3) >> RTN(6, 'channel')", how, problem)
     best = min(range(6), key=lambda i: found.curve[i]["validation_loss"])
     assert 0 < best < 5
-    assert problem.judge(compressed, problem.validation).loss == pytest.approx(found.curve[best]["validation_loss"], rel=1e-6)
+    assert problem.judge(compressed, problem.validation).loss == pytest.approx(
+        found.curve[best]["validation_loss"], rel=1e-6
+    )
 
 
 def test_looking_at_a_compressed_point_changes_nothing() -> None:
     """Neither the values in training, nor norms that were estimated anew or silenced for it, nor modes."""
     pytest.importorskip("torch_pruning")
     net, problem = conv().train(), task()
-    bench = Bench(net, project_onto(net, lc.parse("FilterPrune(0.5)"), example=problem.sample()), problem, norm_batches=2)
+    bench = Bench(
+        net, project_onto(net, lc.parse("FilterPrune(0.5)"), example=problem.sample()), problem, norm_batches=2
+    )
     weights = bench.projection.compress(bench.values())
     with untouched(net):
         snapshot = bench.judged(weights, 0)
@@ -306,7 +325,9 @@ def test_same_seed_same_bytes_another_seed_other_bytes() -> None:
     net, problem, how = mlp(), task(), LC(2, 4, mu=0.1)
 
     def weights(seed: int, model: nn.Module) -> list[Tensor]:
-        return [weight() for weight in installed(recover_task(model, "Magnitude(0.5)", how, problem, seed=seed)[0]).values()]
+        return [
+            weight() for weight in installed(recover_task(model, "Magnitude(0.5)", how, problem, seed=seed)[0]).values()
+        ]
 
     first = weights(0, net)
     torch.rand(3)  # the user goes on

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 pytest.importorskip("optuna")
 
 import laconic as lc
-from laconic.data import sample_windows
-from laconic.progress import Log
+from laconic.data.text import sample_windows
+from laconic.disk.store import stored_bytes
+from laconic.host.progress import Log
 from laconic.recover import own_text as module
 from laconic.recover.checkpoint import STATE
 from laconic.recover.own_text import is_own_text, own_text
 from laconic.recover.text import text_task
 from laconic.recover.train import Trainer
-from laconic.store import stored_bytes
 from tests.test_cli import laconic
 
 COUNTS = [70, 40]  # batches of 32, 32, 6 and 32, 8
@@ -66,7 +66,9 @@ def written(model: Any, folder: Path | None, windows: int = 10**6, seed: int = 3
 
 
 @pytest.mark.parametrize("windows", [1, 33, 70, 71, 103])
-def test_what_was_killed_goes_on_to_the_same_text(windows: int, model: Any, calls: list[int], tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_was_killed_goes_on_to_the_same_text(
+    windows: int, model: Any, calls: list[int], tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(module, "_EVERY", -1.0)  # seconds: after every batch
     expected = [sample_windows(model, count, 6, 3 + i).tokens for i, count in enumerate(COUNTS)]
     whole = len(calls)
@@ -76,7 +78,9 @@ def test_what_was_killed_goes_on_to_the_same_text(windows: int, model: Any, call
     found = written(model, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     lost = whole - len(calls)
-    assert lost == {1: 0, 33: 5, 70: 10, 71: 15, 103: 20}[windows], "batches before the one it was killed in are not written again"
+    assert lost == {1: 0, 33: 5, 70: 10, 71: 15, 103: 20}[windows], (
+        "batches before the one it was killed in are not written again"
+    )
     calls.clear()
     assert all(torch.equal(a, b) for a, b in zip(written(model, tmp_path), expected, strict=True))
     assert not calls
@@ -90,7 +94,9 @@ def test_without_a_folder_nothing_is_kept(model: Any, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "one bit"])
-def test_a_damaged_text_is_written_anew(damage: str, model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_text_is_written_anew(
+    damage: str, model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     before = written(model, tmp_path)
     (file,) = kept(tmp_path)
     content = bytearray(file.read_bytes())
@@ -154,7 +160,17 @@ def test_recover_does_not_write_it_twice(resume: list[str], tiny: Path, tmp_path
 
 
 def test_search_does_not_write_it_twice(tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    search = ["search", tiny, *SELF, "--scheme", "[('*', Magnitude(Free(0, 0.5)) >> RTN(8, 32))]", "--recovery", "Direct()", "--keep", 9]
+    search = [
+        "search",
+        tiny,
+        *SELF,
+        "--scheme",
+        "[('*', Magnitude(Free(0, 0.5)) >> RTN(8, 32))]",
+        "--recovery",
+        "Direct()",
+        "--keep",
+        9,
+    ]
     found = laconic(*search, "--trials", 1, "--out", tmp_path / "s")
     assert found.exit_code == 0, found.stderr
     with monkeypatch.context() as patched:

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import laconic as lc
 from laconic.clustering import dkm_naive
 from laconic.clustering.relax import SoftClusters
+from laconic.disk.store import read_manifest
 from laconic.errors import CheckpointError, DataError, LaconicError, SchemeError
 from laconic.recover.prepare import relaxations
-from laconic.store import read_manifest
 from laconic.weights import Codebook, Sparse, Uniform, Weight, installed
 from tests.conftest import tiny_config
 from tests.recover.nets import Words, conv, same, seeded, untouched, vectors, words_task
@@ -36,14 +36,20 @@ def net() -> nn.Sequential:
 
 
 def llama(**changes: object) -> Any:
-    return seeded(lambda: transformers.LlamaForCausalLM(tiny_config(hidden_size=32, num_hidden_layers=2, dtype="float32", **changes)))
+    return seeded(
+        lambda: transformers.LlamaForCausalLM(
+            tiny_config(hidden_size=32, num_hidden_layers=2, dtype="float32", **changes)
+        )
+    )
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
-def train(model: nn.Module, steps: int, optimizer: torch.optim.Optimizer | None = None, first: int = 0, total: int = 20) -> torch.optim.Optimizer:
+def train(
+    model: nn.Module, steps: int, optimizer: torch.optim.Optimizer | None = None, first: int = 0, total: int = 20
+) -> torch.optim.Optimizer:
     """A plain loop, as anybody writes it."""
     optimizer = optimizer or torch.optim.Adam(model.parameters(), 5e-3)
     model.train()
@@ -64,7 +70,9 @@ def test_a_plain_loop_trains_it_and_it_ends_in_stored_weights(scheme: str, tmp_p
     x, y = vectors(256, 100)
     direct = loss_of(lc.compress(net(), lc.parse(scheme))[0].eval(), x, y).detach()
     model = lc.prepare(net(), scheme)
-    torch.testing.assert_close(loss_of(model.eval(), x, y).detach(), direct)  # in evaluation it is the compressed model from the start on
+    torch.testing.assert_close(
+        loss_of(model.eval(), x, y).detach(), direct
+    )  # in evaluation it is the compressed model from the start on
     train(model, 20)
     with torch.no_grad():
         shown = model.eval()(x)
@@ -96,7 +104,11 @@ def test_matrices_of_every_shape(make: Any) -> None:
 
 
 def test_transposed_layers_and_packed_experts() -> None:
-    gpt = seeded(lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)))
+    gpt = seeded(
+        lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+        )
+    )
     mixtral = seeded(
         lambda: transformers.MixtralForCausalLM(
             transformers.MixtralConfig(
@@ -109,7 +121,9 @@ def test_transposed_layers_and_packed_experts() -> None:
     for model in (gpt, mixtral):
         lc.prepare(model.train(), "[('*', DKM(bits=2))]")
         model(tokens, labels=tokens).loss.backward()
-        assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if name.endswith("original"))
+        assert all(
+            p.grad is not None and p.grad.any() for name, p in model.named_parameters() if name.endswith("original")
+        )
         shown = model.eval()(tokens).logits
         assert torch.equal(lc.convert(model)(tokens).logits, shown)
 
@@ -140,13 +154,17 @@ def test_a_tie_stays_one_parameter_one_relaxation_one_stored_weight(tmp_path: Pa
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("scheme", ["DKM(bits=2, tau=0.3)", "Magnitude(0.5) >> DKM(bits=2, tau=0.3)", "RTN(3, 'channel')"])
+@pytest.mark.parametrize(
+    "scheme", ["DKM(bits=2, tau=0.3)", "Magnitude(0.5) >> DKM(bits=2, tau=0.3)", "RTN(3, 'channel')"]
+)
 def test_checkpointed_activations_change_no_gradient(scheme: str, reentrant: bool) -> None:
     """A block that is used twice runs again while its first use has had its gradient already; two steps, so that centroids have moved on."""
     x = vectors(32, 0)[0].requires_grad_()
     found = []
     for again in (False, True):
-        model = lc.prepare(seeded(lambda: nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh())), scheme)
+        model = lc.prepare(
+            seeded(lambda: nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16), nn.Tanh())), scheme
+        )
         optimizer = torch.optim.SGD(model.parameters(), 1.0)
         for _ in range(2):
             optimizer.zero_grad()
@@ -237,7 +255,9 @@ def test_a_state_dict_goes_on_where_it_was_saved(scheme: str, tmp_path: Path) ->
     optimizer = train(model, 5)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
     train(model, 5, optimizer, 5)
-    other = lc.prepare(seeded(net, 1).apply(lambda m: nn.init.normal_(m.weight) if isinstance(m, nn.Linear) else None), scheme)
+    other = lc.prepare(
+        seeded(net, 1).apply(lambda m: nn.init.normal_(m.weight) if isinstance(m, nn.Linear) else None), scheme
+    )
     resumed, state = torch.optim.Adam(other.parameters(), 5e-3), torch.load(tmp_path / "state.pt", weights_only=True)
     other.load_state_dict(state["model"])
     resumed.load_state_dict(state["optimizer"])
@@ -273,7 +293,9 @@ def test_what_is_refused_changes_nothing(scheme: str, error: type[LaconicError],
 
 
 def test_parametrizations_of_others_are_left_alone() -> None:
-    model = seeded(lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 8, 3)), nn.Flatten(), nn.Linear(16, 4)))
+    model = seeded(
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 8, 3)), nn.Flatten(), nn.Linear(16, 4))
+    )
     x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0))
     before = model[0](x)
     lc.prepare(model, "[('*', DKM(bits=2))]")
@@ -310,7 +332,9 @@ def test_an_optimizer_sees_the_parameters_there_were() -> None:
     value = frozen.detach().clone()
     train(model, 3)
     assert torch.equal(frozen, value)
-    assert torch.equal(lc.convert(model)[2].weight.unique().sort().values, installed(model)["2.weight"].tables().flatten().unique())  # type: ignore[operator]
+    assert torch.equal(
+        lc.convert(model)[2].weight.unique().sort().values, installed(model)["2.weight"].tables().flatten().unique()
+    )  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("cast_first", [True, False])
@@ -318,7 +342,11 @@ def test_16_bit_master_weights_are_clustered_as_they_are(cast_first: bool) -> No
     model = nn.Sequential(nn.Linear(64, 512, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.randn(512, 64, generator=torch.Generator().manual_seed(0)))
-    model = lc.prepare(model.bfloat16(), "DKM(bits=2, tau=0.1)") if cast_first else lc.prepare(model, "DKM(bits=2, tau=0.1)").to(torch.bfloat16)
+    model = (
+        lc.prepare(model.bfloat16(), "DKM(bits=2, tau=0.1)")
+        if cast_first
+        else lc.prepare(model, "DKM(bits=2, tau=0.1)").to(torch.bfloat16)
+    )
     (relaxation,) = relaxations(model)
     assert isinstance(relaxation, SoftClusters)
     assert relaxation.start.dtype == torch.float32  # the cast leaves what is carried alone
@@ -327,7 +355,9 @@ def test_16_bit_master_weights_are_clustered_as_they_are(cast_first: bool) -> No
     x = torch.eye(64, dtype=torch.bfloat16)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     shown = model(x)
-    wanted = expected.bfloat16().t()  # decoded in float32: once in a thousand values that is on the other side of a tie of bfloat16
+    wanted = (
+        expected.bfloat16().t()
+    )  # decoded in float32: once in a thousand values that is on the other side of a tie of bfloat16
     assert float((shown != wanted).float().mean()) < 0.01
     torch.testing.assert_close(shown, wanted, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
     assert torch.allclose(relaxation.centroids.double(), last, atol=1e-6)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import laconic as lc
+from laconic.engine.module import save
 from laconic.errors import CheckpointError, OutputError, SchemeError
-from laconic.memory import save
-from laconic.progress import Log
+from laconic.host.progress import Log
 from laconic.recover import LC, Direct, FineTune, Recovery, Steps, StopRecovery, Task, deliver, recover_task
 from laconic.recover.checkpoint import STATE, Checkpoints
 from laconic.recover.deliver import recover_directory
@@ -66,10 +66,16 @@ def figures(found: Recovery) -> dict[str, Any]:
 
 
 CASES: dict[str, tuple[str, LC]] = {
-    "sgd": ("Magnitude(0.6, scope='model') >> KMeans(bits=3)", LC(5, 7, first=9, mu=0.05, a=1.2, learn=LEARN, norm_batches=2)),
+    "sgd": (
+        "Magnitude(0.6, scope='model') >> KMeans(bits=3)",
+        LC(5, 7, first=9, mu=0.05, a=1.2, learn=LEARN, norm_batches=2),
+    ),
     "adam": ("GPTQ(bits=3, group='channel')", LC(5, 7, mu=0.05, learn=Steps("adam", 1e-3, 1e-3))),
     "a sum": ("RTN(3, 'channel') + LowRank(2)", LC(5, 7, mu=0.05, learn=LEARN)),
-    "no refit": ("Magnitude(0.5) >> RTN(4, 'channel')", LC(5, 7, mu=0.05, learn=LEARN, refit=False, then=FineTune(9, LEARN, checks=2))),
+    "no refit": (
+        "Magnitude(0.5) >> RTN(4, 'channel')",
+        LC(5, 7, mu=0.05, learn=LEARN, refit=False, then=FineTune(9, LEARN, checks=2)),
+    ),
     "plain": ("LowRank(0.5)", LC(5, 7, mu=0.05, learn=Steps(lr=0.05, lr_end=0.005, momentum=0.0), multipliers=False)),
 }
 
@@ -83,10 +89,14 @@ def test_killed_and_resumed_it_gives_the_same_bytes(kind: str, step: int, tmp_pa
     whole, expected = recover_task(net, scheme, how, noisy_task())
     with pytest.raises(Killed):
         recover_task(net, scheme, how, noisy_task(), folder=tmp_path / "run", listen=killed_after(step))
-    assert (tmp_path / "run" / STATE).exists() == (step >= 0)  # what was trained when a listener ended the run is stored
+    assert (tmp_path / "run" / STATE).exists() == (
+        step >= 0
+    )  # what was trained when a listener ended the run is stored
     torch.rand(5)  # another process has another random state
     heard: list[dict[str, Any]] = []
-    resumed, found = recover_task(net, scheme, how, noisy_task(), folder=tmp_path / "run", resume=True, listen=heard.append)
+    resumed, found = recover_task(
+        net, scheme, how, noisy_task(), folder=tmp_path / "run", resume=True, listen=heard.append
+    )
     assert stored(resumed, tmp_path / "a") == stored(whole, tmp_path / "b")
     assert figures(found) == figures(expected)
     assert heard == expected.curve  # a listener that stops by the whole curve decides as it would have
@@ -94,10 +104,20 @@ def test_killed_and_resumed_it_gives_the_same_bytes(kind: str, step: int, tmp_pa
     assert not (tmp_path / "run" / STATE).exists()
 
 
-TAIL = LC(2, 5, mu=0.05, a=1.2, learn=LEARN, norm_batches=2, then=FineTune(13, Steps("adam", 2e-3, 2e-4), checks=3, norm_batches=2))
+TAIL = LC(
+    2,
+    5,
+    mu=0.05,
+    a=1.2,
+    learn=LEARN,
+    norm_batches=2,
+    then=FineTune(13, Steps("adam", 2e-3, 2e-4), checks=3, norm_batches=2),
+)
 
 
-@pytest.mark.parametrize("scheme", ["Magnitude(0.6, scope='model') >> KMeans(bits=3)", "DKM(bits=2, tau=0.2, tau_end=0.02)"])
+@pytest.mark.parametrize(
+    "scheme", ["Magnitude(0.6, scope='model') >> KMeans(bits=3)", "DKM(bits=2, tau=0.2, tau_end=0.02)"]
+)
 @pytest.mark.parametrize("check", [0, 1, 2])
 def test_killed_in_the_training_after_l_c(scheme: str, check: int, tmp_path: Path) -> None:
     """The L-steps are not taken again, nor the checks that were told."""
@@ -233,7 +253,12 @@ def test_another_amount_of_data_is_another_run(unfinished: Path) -> None:
     """As with another --train-tokens or --batch on the command line."""
     with pytest.raises(OutputError, match=r"6 minibatches a pass.*this one is .* 4 minibatches a pass"):
         recover_task(
-            mlp(), "Magnitude(0.5)", LC(3, 4, mu=0.1), replace(task(), train=[vectors(16, i) for i in range(4)]), folder=unfinished, resume=True
+            mlp(),
+            "Magnitude(0.5)",
+            LC(3, 4, mu=0.1),
+            replace(task(), train=[vectors(16, i) for i in range(4)]),
+            folder=unfinished,
+            resume=True,
         )
 
 
@@ -316,9 +341,9 @@ def test_stopped_by_its_listener_it_is_complete(tmp_path: Path) -> None:
 
 def test_snapshots_do_not_move_with_what_is_trained_later() -> None:
     """Weights, of every kind there is a default of, are points of their own: changing the values they were found for changes nothing."""
+    from laconic.model.sites import Stats
     from laconic.recover.projection import project_onto
-    from laconic.scheme import known_methods
-    from laconic.sites import Stats
+    from laconic.scheme.text import known_methods
 
     tried = 0
     for name, method in known_methods().items():
@@ -343,7 +368,9 @@ def vectors_of(width: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("when", ["save", "write_json"])
-def test_killed_while_it_is_stored_nothing_is_trained_again(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_while_it_is_stored_nothing_is_trained_again(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The state of a directory's recovery stays until its model and its figures are there."""
     net, how, out = mlp(), LC(3, 4, mu=0.1), tmp_path / "out"
     arguments: dict[str, Any] = {"source": None, "overwrite": False, "seed": 0, "command": "", "progress": Log()}

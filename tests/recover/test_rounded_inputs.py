@@ -18,7 +18,12 @@ from tests.recover.nets import mlp, seeded, task, vectors
 from tests.recover.test_finetune import FAST
 from tests.test_activations import Rounded
 
-HOW = [Direct(), FineTune(16, FAST, checks=2), LC(3, 4, mu=0.1, learn=FAST), LC(2, 4, mu=0.1, learn=FAST, then=FineTune(8, FAST, checks=1))]
+HOW = [
+    Direct(),
+    FineTune(16, FAST, checks=2),
+    LC(3, 4, mu=0.1, learn=FAST),
+    LC(2, 4, mu=0.1, learn=FAST, then=FineTune(8, FAST, checks=1)),
+]
 
 
 class Noting(nn.Module):
@@ -87,7 +92,13 @@ def test_anybodys_loop_sees_them_too() -> None:
     assert not torch.allclose(prepared(x), before, atol=1e-2)
 
 
-@pytest.mark.parametrize("way", [lambda net: recover_task(net, [("*", Rounded(4))], Direct(), task()), lambda net: prepare(net, [("*", Rounded(4))])])
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda net: recover_task(net, [("*", Rounded(4))], Direct(), task()),
+        lambda net: prepare(net, [("*", Rounded(4))]),
+    ],
+)
 def test_what_cannot_round_is_refused_by_name(way: Any) -> None:
     net = nn.Sequential(nn.Unflatten(1, (1, 16)), nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(56, 4))
     with pytest.raises(SchemeError, match="1: the inputs of Conv1d"):

@@ -46,7 +46,9 @@ def test_default_losses() -> None:
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     kept = torch.cat([logits[0, :4], logits[1, :1]]), torch.cat([tokens[0, 1:], tokens[1, 1:2]])
     assert torch.allclose(default_loss(logits, {"input_ids": tokens, "attention_mask": mask}), F.cross_entropy(*kept))
-    assert torch.allclose(default_loss(logits, (tokens, tokens)), F.cross_entropy(logits.reshape(-1, 7), tokens.reshape(-1)))
+    assert torch.allclose(
+        default_loss(logits, (tokens, tokens)), F.cross_entropy(logits.reshape(-1, 7), tokens.reshape(-1))
+    )
 
 
 def test_the_default_score_is_only_for_one_class_per_example() -> None:
@@ -73,7 +75,10 @@ BATCHES: dict[str, tuple[Any, Any]] = {
     "targets of another shape": (torch.randn(4, 3, 2), (torch.randn(4, 3), torch.arange(4))),
     "targets that are no tensor": (torch.randn(4, 3), (torch.randn(4, 3), [0, 1, 2, 0])),
     "a dict that is no text": (torch.randn(4, 3), {"pixels": torch.randn(4, 3)}),
-    "a dict whose labels the model ignores": (torch.randn(4, 3), {"input_ids": torch.arange(4), "labels": torch.arange(4)}),
+    "a dict whose labels the model ignores": (
+        torch.randn(4, 3),
+        {"input_ids": torch.arange(4), "labels": torch.arange(4)},
+    ),
     "hidden states": ({"last_hidden_state": torch.randn(4, 3, 2)}, {"input_ids": torch.ones(4, 3, dtype=torch.int64)}),
 }
 
@@ -210,7 +215,10 @@ class Noisy(TensorDataset):
 def test_the_order_of_batches_follows_from_the_seed_also_for_a_generator_of_the_loaders_own() -> None:
     x, y = vectors(24, 1)
     own = torch.Generator().manual_seed(5)
-    for loader in (DataLoader(TensorDataset(x, y), 8, shuffle=True, generator=own), DataLoader(TensorDataset(x, y), 8, shuffle=True)):
+    for loader in (
+        DataLoader(TensorDataset(x, y), 8, shuffle=True, generator=own),
+        DataLoader(TensorDataset(x, y), 8, shuffle=True),
+    ):
 
         def drawn(seed: int, loader: Any = loader) -> Tensor:
             return torch.cat([batch[1] for _, batch in zip(range(7), stream(loader, seed), strict=False)])

@@ -12,7 +12,7 @@ import torch
 
 import laconic as lc
 from laconic.errors import CheckpointError, DataError, SchemeError
-from laconic.progress import Log
+from laconic.host.progress import Log
 from laconic.recover import LC, Direct, FineTune, Steps, recover_task
 from laconic.recover.batches import stream
 from laconic.recover.text import Shuffled, text_task
@@ -67,7 +67,9 @@ def test_methods_that_read_gradients_recover_a_language_model(scheme: str, how: 
     assert found.loss < 1.5 * task.judge(model, task.validation).loss
     if isinstance(how, Direct):
         blind, _ = recover_task(model, f"[{keep}, ('*', {GRADIENTS[scheme]})]", how, task)
-        assert any(not torch.equal(w(), installed(blind)[name]()) for name, w in installed(small).items()), "they are read"
+        assert any(not torch.equal(w(), installed(blind)[name]()) for name, w in installed(small).items()), (
+            "they are read"
+        )
 
 
 def test_a_search_reads_gradients_of_a_language_model(tiny: Path, text: Path, tmp_path: Path) -> None:
@@ -77,7 +79,9 @@ def test_a_search_reads_gradients_of_a_language_model(tiny: Path, text: Path, tm
     model, task = text_task(tiny, text, length=32, batch=8, train_tokens=2048, check_tokens=512)
     scheme = "[('lm_head', Keep()), ('*', Magnitude(Free(0.01, 0.1), criterion='taylor', scope='model') >> RTN(8, 32))]"
     goal = lc.Minimize(lc.objectives.stored_bytes)
-    found = search_task(model, scheme, task, (goal,), lc.within(2.0), Direct(), tmp_path / "out", SearchOptions(trials=2), Log())
+    found = search_task(
+        model, scheme, task, (goal,), lc.within(2.0), Direct(), tmp_path / "out", SearchOptions(trials=2), Log()
+    )
     assert [row["state"] for row in found.result["trials"]] == ["complete", "complete"]
     assert found.result["best"]["score"] >= found.result["floor"]
 
@@ -99,7 +103,9 @@ def test_what_is_not_compressed_is_judged_and_stored_in_its_own_type(tiny: Path,
     assert task.judge(read, task.validation).score == found.score
     with torch.no_grad():
         small.model.norm.weight[3] = 1.001
-    with pytest.raises(SchemeError, match=r"model.norm.weight: has torch.float32 values that torch.bfloat16 does not hold exactly"):
+    with pytest.raises(
+        SchemeError, match=r"model.norm.weight: has torch.float32 values that torch.bfloat16 does not hold exactly"
+    ):
         lc.save(small, tmp_path / "c", types=found.types)
     assert not (tmp_path / "c" / "model.safetensors").exists()
 
@@ -148,7 +154,10 @@ def test_text_the_model_writes_itself(tiny: Path, text: Path) -> None:
 def test_windows_come_in_a_new_order_at_every_pass() -> None:
     data = Shuffled(torch.arange(22).view(11, 2), 3)
     assert len(data) == len(list(data)) == 3
-    first, second = (torch.cat([b["input_ids"][:, 0] for _, b in zip(range(3), part, strict=False)]) for part in (stream(data, 0), stream(data, 1)))
+    first, second = (
+        torch.cat([b["input_ids"][:, 0] for _, b in zip(range(3), part, strict=False)])
+        for part in (stream(data, 0), stream(data, 1))
+    )
     assert not torch.equal(first, second)
     passes = torch.cat([b["input_ids"][:, 0] for _, b in zip(range(6), stream(data, 0), strict=False)])
     assert torch.equal(passes[:9], first)
@@ -174,7 +183,9 @@ def test_models_that_will_not_do(tiny: Path, text: Path, tmp_path: Path) -> None
 def test_code_of_the_model_runs_only_if_it_is_trusted(tiny: Path, text: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "mine.Mine", "AutoConfig": "mine.Config"}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "mine.Mine", "AutoConfig": "mine.Config"}})
+    )
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(CheckpointError, match="mine.Mine.*--trust-remote-code|mine.Config.*--trust-remote-code"):
         text_task(folder, text, length=32, batch=4)

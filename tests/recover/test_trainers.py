@@ -21,7 +21,9 @@ _TOKENS = torch.randint(320, (32, 16), generator=torch.Generator().manual_seed(0
 
 
 def llama(seed: int = 0) -> Any:
-    return seeded(lambda: transformers.LlamaForCausalLM(tiny_config(hidden_size=32, num_hidden_layers=2, dtype="float32")), seed)
+    return seeded(
+        lambda: transformers.LlamaForCausalLM(tiny_config(hidden_size=32, num_hidden_layers=2, dtype="float32")), seed
+    )
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -96,7 +98,9 @@ def test_a_step_of_accelerate_is_a_step_by_hand(scheme: str) -> None:
             accelerator.backward(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
             optimizer.step()
             optimizer.zero_grad()
-    for start, one, other in zip(before.parameters(), accelerator.unwrap_model(model).parameters(), plain.parameters(), strict=True):
+    for start, one, other in zip(
+        before.parameters(), accelerator.unwrap_model(model).parameters(), plain.parameters(), strict=True
+    ):
         step = other - start
         assert step.any()
         assert (one - other).norm() <= 1e-4 * step.norm()
@@ -117,7 +121,9 @@ def test_accelerate_trains_saves_and_resumes(scheme: str, tmp_path: Path) -> Non
 
     own = lc.prepare(llama().train(), scheme)
     before = copy.deepcopy(own)
-    model, optimizer, loader = accelerator.prepare(own, torch.optim.SGD(own.parameters(), 0.5), torch.utils.data.DataLoader(_TOKENS, 4))
+    model, optimizer, loader = accelerator.prepare(
+        own, torch.optim.SGD(own.parameters(), 0.5), torch.utils.data.DataLoader(_TOKENS, 4)
+    )
     epoch(model, optimizer)
     accelerator.save_state(str(tmp_path / "state"))
     half = copy.deepcopy(accelerator.unwrap_model(model))

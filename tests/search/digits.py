@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import laconic as lc
-from laconic.objectives import stored_bytes
+from laconic.measure.objectives import stored_bytes
 from laconic.recover import LC, Steps, Task
 from laconic.search import Found
 

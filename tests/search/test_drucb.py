@@ -120,7 +120,10 @@ def test_algorithm_1_line_by_line(star: float, reading: str) -> None:
 
 def test_the_three_readings_of_line_7() -> None:
     history = [(0.8, 0.2), (0.4, 0.91), (0.5, 0.905), (0.45, 0.91), (0.6, 0.4)]
-    assert domain(history, LEVEL, BOUNDS, Rule("dr-ucb", reading="listing")) == (0.5, 1)  # 0.4 is not above 0.8, 0.5 is above 0.4
+    assert domain(history, LEVEL, BOUNDS, Rule("dr-ucb", reading="listing")) == (
+        0.5,
+        1,
+    )  # 0.4 is not above 0.8, 0.5 is above 0.4
     assert domain(history, LEVEL, BOUNDS, Rule("dr-ucb", reading="equation")) == (0, 1)  # nothing is above 0.8
     assert domain(history, LEVEL, BOUNDS, Rule("dr-ucb", reading="feasible")) == (0.5, 1)
     assert domain(history, LEVEL, BOUNDS, Rule("ils-ucb")) == (0, 1)
@@ -146,7 +149,9 @@ def test_no_sample_lies_outside_the_domain(rule: Rule) -> None:
         history.append((proposal.s, curve(proposal.s)))
 
 
-@pytest.mark.parametrize("make", [knee, cliff, lambda star: knee(star, 0.1), lambda star: lambda s: 0.92 - 0.02 * (s / star) ** 2])
+@pytest.mark.parametrize(
+    "make", [knee, cliff, lambda star: knee(star, 0.1), lambda star: lambda s: 0.92 - 0.02 * (s / star) ** 2]
+)
 def test_two_sided_takes_at_most_one_sample_more_than_bisection(make: Callable[[float], Curve]) -> None:
     for star in np.linspace(0.06, 0.97, 14):
         assert found(make(star), star) <= 8  # bisection: ceil(log2(100)) = 7

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from laconic.lock import LOCK
+from laconic.disk.lock import LOCK
 from tests.search.digits import Problem, run, sampled
 
 pytestmark = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the workers are forked")
@@ -37,7 +37,8 @@ def killed_at(call: int, original: Callable[..., Any], before: bool) -> Callable
 PLACES = [
     ("laconic.search.study", "SharedSampler.before_trial", 1, True), ("laconic.recover.checkpoint", "atomically", 2, False),
     ("laconic.recover.checkpoint", "atomically", 1, False), ("laconic.recover.checkpoint", "atomically", 1, False),
-    ("laconic.recover.checkpoint", "atomically", 1, False), ("laconic.memory", "write_manifest", 1, True), ("laconic.search.study", "tell", 1, True),
+    ("laconic.recover.checkpoint", "atomically", 1, False), ("laconic.engine.module", "write_manifest", 1, True),
+    ("laconic.search.study", "tell", 1, True),
     ("laconic.search.study", "SharedSampler.sample_relative", 2, False), ("laconic.search.study", "tell", 1, False),
     ("laconic.search.outcome", "shutil.copytree", 1, False),
 ]  # fmt: skip
@@ -62,7 +63,11 @@ def test_killed_at_any_moment_it_takes_the_same_samples(problem: Problem, no_pic
     found = run(problem, out, resume=True)
     assert sampled(found) == sampled(whole)
     assert found.values == whole.values
-    assert not [file for file in out.rglob("*") if file.name.endswith(".tmp") or file.name.startswith(".") or file.name == "recovery.safetensors"]
+    assert not [
+        file
+        for file in out.rglob("*")
+        if file.name.endswith(".tmp") or file.name.startswith(".") or file.name == "recovery.safetensors"
+    ]
     kept = [row for row in found.result["trials"] if row["state"] == "complete"]
     assert len(list((out / "trials").iterdir())) == len(kept)
     assert not (out / LOCK).exists()

@@ -43,7 +43,9 @@ def test_a_run_is_not_given_up_too_soon() -> None:
 def test_runs_are_compared_at_equal_shares() -> None:
     """A warm run of 10 minibatches beside cold ones of 40: at its half they were at theirs."""
     cold = [[point(0, 0.0), point(10, 0.0), point(20, 0.8), point(40, 0.88)]] * 2
-    assert hopeless([point(0, 0.0), point(5, 0.5)], 10, cold, 1.0, 0.9)  # they closed 0.4 of the gap, this would need 0.8
+    assert hopeless(
+        [point(0, 0.0), point(5, 0.5)], 10, cold, 1.0, 0.9
+    )  # they closed 0.4 of the gap, this would need 0.8
     assert not hopeless([point(0, 0.0), point(5, 0.85)], 10, cold, 1.0, 0.9)
 
 
@@ -61,7 +63,11 @@ def test_the_nearest_trial() -> None:
 
 
 def test_the_nearest_of_several_variables() -> None:
-    rows = [{"s": 0.5, "dtype": "float16", "bits": 4}, {"s": 0.5, "dtype": "float32", "bits": 4}, {"s": 0.5, "dtype": "float16", "bits": 8}]
+    rows = [
+        {"s": 0.5, "dtype": "float16", "bits": 4},
+        {"s": 0.5, "dtype": "float32", "bits": 4},
+        {"s": 0.5, "dtype": "float16", "bits": 8},
+    ]
     known = [Neighbour(i, row, None) for i, row in enumerate(rows)]
 
     def of(**values: Any) -> int | None:

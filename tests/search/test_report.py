@@ -15,8 +15,16 @@ X = [i / 20 for i in range(1, 20)]
 
 def trial(number: int, sparsity: float, **changes: Any) -> dict[str, Any]:
     score = 0.9 - 0.5 * sparsity**4
-    posterior = {"x": X, "mean": [0.9 - 0.5 * x**4 for x in X], "std": [abs(x - sparsity) / 5 for x in X], "acquisition": X}
-    curve = [{"step": j, "minibatches": 40 * j, "mu": 1e-3, "loss": 1.0, "distance": 2.0, "score": score - 0.1 / (j + 1)} for j in range(4)]
+    posterior = {
+        "x": X,
+        "mean": [0.9 - 0.5 * x**4 for x in X],
+        "std": [abs(x - sparsity) / 5 for x in X],
+        "acquisition": X,
+    }
+    curve = [
+        {"step": j, "minibatches": 40 * j, "mu": 1e-3, "loss": 1.0, "distance": 2.0, "score": score - 0.1 / (j + 1)}
+        for j in range(4)
+    ]
     made = {
         "number": number, "stage": 1 if number < 4 else 2, "values": {"sparsity": sparsity}, "score": score, "direct_score": score - 0.3,
         "objective": 1000 + 500 * sparsity, "domain": [0.0, 1.0], "posterior": posterior if number in (1, 5) else None,
@@ -27,7 +35,15 @@ def trial(number: int, sparsity: float, **changes: Any) -> dict[str, Any]:
 
 
 def result(**changes: Any) -> dict[str, Any]:
-    layer = {"entries_before": 2304, "entries_after": 1152, "nonzero": 1152, "macs_before": 2e6, "macs_after": 1e6, "ms_before": 0.2, "ms_after": 0.1}
+    layer = {
+        "entries_before": 2304,
+        "entries_after": 1152,
+        "nonzero": 1152,
+        "macs_before": 2e6,
+        "macs_after": 1e6,
+        "ms_before": 0.2,
+        "ms_after": 0.1,
+    }
     made = {
         "scheme": "FilterPrune(sparsity=Free(0, 1))", "objective": {"name": "throughput", "direction": "maximize"}, "floor": 0.87, "margin": 0.02,
         "reference": {"score": 0.89, "test_score": 0.88, "objective": 1000.0, "stored_bytes": 1_000_000, "parameters": 270_000},
@@ -69,7 +85,12 @@ def test_the_page_shows_the_figures(page: Page) -> None:
     assert page.row("parameters of the network that runs")[1:] == ["270 k", "", "90 k", "3.00 x"]
     trials = page.table("minibatches")
     assert [row[0] for row in trials] == [str(i) for i in range(1, 8)]
-    assert trials[2][2:6] == ["sparsity 0.7", f"{0.9 - 0.5 * 0.7**4:.4f}", f"{0.9 - 0.5 * 0.7**4 - 0.3:.4f}", "1,350 / s"]
+    assert trials[2][2:6] == [
+        "sparsity 0.7",
+        f"{0.9 - 0.5 * 0.7**4:.4f}",
+        f"{0.9 - 0.5 * 0.7**4 - 0.3:.4f}",
+        "1,350 / s",
+    ]
     assert trials[2][-1] == "warm from 2, stopped early"
     assert [row[0] for row in page.table("MACs")] == ["layer0.conv", "layer1.conv", "layer2.conv"]
     text = "".join(page.text)
@@ -102,7 +123,19 @@ def test_hostile_names_are_shown_and_do_nothing() -> None:
     assert not {"script", "img"} & {tag for tag, _ in page.tags}
     assert pictures(page) == 4
     text = "".join(page.text)
-    for field in ("scheme", "command", "note", "free", "goal", "split", "source", "package", "version", "state", "layer"):
+    for field in (
+        "scheme",
+        "command",
+        "note",
+        "free",
+        "goal",
+        "split",
+        "source",
+        "package",
+        "version",
+        "state",
+        "layer",
+    ):
         assert hostile(field) in text, field
 
 
@@ -117,7 +150,17 @@ def test_hostile_names_are_shown_and_do_nothing() -> None:
         ({"trials": [], "best": None, "layers": []}, 0),
         ({"best": None}, 4),
         ({"reference": {"score": 0.89, "objective": None}}, 4),
-        ({"trials": [trial(0, 0.5), trial(1, 0.6, state="failed", score=None, objective=None, direct_score=None, curve=[], posterior=None)]}, 3),
+        (
+            {
+                "trials": [
+                    trial(0, 0.5),
+                    trial(
+                        1, 0.6, state="failed", score=None, objective=None, direct_score=None, curve=[], posterior=None
+                    ),
+                ]
+            },
+            3,
+        ),
     ],
 )
 def test_parts_that_are_missing_are_left_out(changes: dict[str, Any], count: int) -> None:
@@ -145,9 +188,19 @@ def test_the_summary_for_a_terminal() -> None:
 
 def test_several_objectives_and_parameters() -> None:
     goals = [{"name": "stored_bytes", "direction": "minimize"}, {"name": "macs", "direction": "minimize"}]
-    free = {"sparsity": {"low": 0.0, "high": 1.0}, "bits": {"choices": [2, 4, 8]}, "rate": {"low": 1e-4, "high": 0.1, "log": True}}
+    free = {
+        "sparsity": {"low": 0.0, "high": 1.0},
+        "bits": {"choices": [2, 4, 8]},
+        "rate": {"low": 1e-4, "high": 0.1, "log": True},
+    }
     trials = [
-        trial(i, s, objective=[1e5 * (1 - s), 1e7 * s], values={"sparsity": s, "bits": (2, 4, 8)[i % 3], "rate": 10.0**-i}, posterior=None)
+        trial(
+            i,
+            s,
+            objective=[1e5 * (1 - s), 1e7 * s],
+            values={"sparsity": s, "bits": (2, 4, 8)[i % 3], "rate": 10.0**-i},
+            posterior=None,
+        )
         for i, s in enumerate((0.3, 0.5, 0.7, 0.9))
     ]
     made = result(objective=goals, free=free, trials=trials, pareto=[0, 1], layers=[])

@@ -24,15 +24,15 @@ pytest.importorskip("torch_pruning")
 pytest.importorskip("sklearn")
 
 import laconic as lc
+from laconic.disk.files import atomically
+from laconic.disk.store import read_manifest
 from laconic.errors import OutputError, SearchError
-from laconic.files import atomically
-from laconic.objectives import Candidate, flops, stored_bytes
+from laconic.measure.objectives import Candidate, flops, stored_bytes
 from laconic.recover import LC, Direct, FineTune, recover_task
 from laconic.recover.checkpoint import STATE as UNFINISHED
 from laconic.recover.train import Trainer
 from laconic.search import Found
 from laconic.search.trial import Trials
-from laconic.store import read_manifest
 from laconic.weights import baked, installed
 from tests.processes import PATIENCE
 from tests.recover.nets import bytes_of, untouched
@@ -68,7 +68,9 @@ def fresh(path: Path) -> nn.Module:
     return lc.load_into(conv(), path).eval()
 
 
-def test_the_answer_keeps_the_floor_as_it_is_read_from_its_file(problem: Problem, small: tuple[Found, Counted, Path]) -> None:
+def test_the_answer_keeps_the_floor_as_it_is_read_from_its_file(
+    problem: Problem, small: tuple[Found, Counted, Path]
+) -> None:
     found, _, out = small
     net, task = problem
     best, reference = found.result["best"], found.result["reference"]
@@ -105,9 +107,25 @@ def test_the_result_says_everything(small: tuple[Found, Counted, Path]) -> None:
     assert set(result) == whole
     assert result["objective"] == {"name": "stored_bytes", "direction": "minimize"}
     assert result["scheme"] == "Magnitude(sparsity=Free(0, 1), scope='model') >> Cast(dtype='float16')"
-    assert set(result["reference"]) == {"score", "test_score", "objective", "stored_bytes", "nonzero_bytes", "parameters"}
+    assert set(result["reference"]) == {
+        "score",
+        "test_score",
+        "objective",
+        "stored_bytes",
+        "nonzero_bytes",
+        "parameters",
+    }
     for row in result["trials"]:
-        assert {"stage", "domain", "posterior", "curve", "direct_score", "seconds", "warm_from", "stopped_early"} <= set(row)
+        assert {
+            "stage",
+            "domain",
+            "posterior",
+            "curve",
+            "direct_score",
+            "seconds",
+            "warm_from",
+            "stopped_early",
+        } <= set(row)
         assert row["curve"][-1]["minibatches"] == row["minibatches"]
         assert "late" not in row
     assert {row["name"] for row in result["layers"]} == {"1", "4", "8", "everything else"}
@@ -161,7 +179,9 @@ def test_a_finished_search_returns_the_same_again(problem: Problem, small: tuple
         run(problem, out, "Magnitude(Free(0, 1)) >> Cast('float16')", resume=True)
 
 
-def test_more_trials_go_on_from_the_finished_ones(problem: Problem, small: tuple[Found, Counted, Path], tmp_path: Path) -> None:
+def test_more_trials_go_on_from_the_finished_ones(
+    problem: Problem, small: tuple[Found, Counted, Path], tmp_path: Path
+) -> None:
     two = run(problem, tmp_path / "s", trials=2)
     four = run(problem, tmp_path / "s", trials=4, resume=True)
     assert sampled(four)[:2] == sampled(two)
@@ -212,7 +232,9 @@ def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("how", [HOW, replace(HOW, then=FineTune(8, HOW.learn, checks=2))])
-def test_an_interrupted_trial_goes_on_from_its_last_l_step(problem: Problem, tmp_path: Path, how: LC, steps_taken: list[int]) -> None:
+def test_an_interrupted_trial_goes_on_from_its_last_l_step(
+    problem: Problem, tmp_path: Path, how: LC, steps_taken: list[int]
+) -> None:
     """To the same model, without taking any step of what was finished a second time."""
     options = {"scheme": "Magnitude(Free(0.3, 0.6), scope='model')", "trials": 1, "recover": how}
     whole = run(problem, tmp_path / "w", **options)
@@ -231,7 +253,9 @@ def test_an_interrupted_trial_goes_on_from_its_last_l_step(problem: Problem, tmp
     assert not list(tmp_path.rglob(UNFINISHED))
 
 
-def test_what_another_recovery_left_is_not_gone_on_from(problem: Problem, tmp_path: Path, steps_taken: list[int]) -> None:
+def test_what_another_recovery_left_is_not_gone_on_from(
+    problem: Problem, tmp_path: Path, steps_taken: list[int]
+) -> None:
     """The neighbour an interrupted trial started from may not be the nearest any more: then it begins anew."""
     with pytest.raises(KeyboardInterrupt):
         run(problem, tmp_path / "s", trials=1, score=broken(7, _interrupt))
@@ -263,7 +287,9 @@ def test_a_damaged_state_does_not_end_a_search(
     assert "damaged: its tensors are not those that were written; the run begins anew" in caplog.text
 
 
-def test_a_trial_interrupted_again_and_again(problem: Problem, tmp_path: Path, steps_taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_interrupted_again_and_again(
+    problem: Problem, tmp_path: Path, steps_taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also before its recovery begins: the state is looked for in all of its attempts."""
     with pytest.raises(KeyboardInterrupt):
         run(problem, tmp_path / "s", trials=1, score=broken(6, _interrupt))
@@ -289,7 +315,9 @@ def test_a_trial_whose_result_could_not_be_stored_is_not_trained_again(
     assert (before, len(steps_taken)) == (HOW.total, HOW.total)
 
 
-def test_a_full_disk_puts_the_trial_back(problem: Problem, tmp_path: Path, steps_taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_puts_the_trial_back(
+    problem: Problem, tmp_path: Path, steps_taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was stored before is there when some space is free again; after any other error nothing is left of a trial."""
     writes = []
 
@@ -307,7 +335,13 @@ def test_a_full_disk_puts_the_trial_back(problem: Problem, tmp_path: Path, steps
     run(problem, tmp_path / "s", trials=1, resume=True)
     assert len(steps_taken) == HOW.total + 4
     with pytest.raises(SearchError, match="the score is nan"):
-        run(problem, tmp_path / "s", trials=2, resume=True, score=lambda output, batch: output[:, 0] * (torch.nan if len(steps_taken) > 24 else 1))
+        run(
+            problem,
+            tmp_path / "s",
+            trials=2,
+            resume=True,
+            score=lambda output, batch: output[:, 0] * (torch.nan if len(steps_taken) > 24 else 1),
+        )
     with monkeypatch.context() as patched:
         patched.setattr(Trials, "stored_form", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -319,7 +353,9 @@ def test_random_samplers_go_on_after_an_interruption_too(problem: Problem, tmp_p
     options = {"scheme": PAIR, "recover": Direct(2), "keep": lc.within(0.5), "trials": 3}
     with pytest.raises(KeyboardInterrupt):  # twice the original, twice a trial: in the second one
         run(problem, tmp_path / "s", score=broken(5, _interrupt), **options)
-    assert sampled(run(problem, tmp_path / "s", resume=True, **options)) == sampled(run(problem, tmp_path / "w", **options))
+    assert sampled(run(problem, tmp_path / "s", resume=True, **options)) == sampled(
+        run(problem, tmp_path / "w", **options)
+    )
 
 
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the workers are forked")
@@ -340,7 +376,10 @@ def test_the_trial_of_a_killed_worker_is_run_again(
     assert died.exitcode == -signal.SIGKILL
     found = run(problem, tmp_path / "s", heartbeat=1, resume=True)
     done = sorted((tuple(values.items()), score) for values, score, *_ in sampled(found))
-    assert (found.result["trials"][1]["state"], found.result["trials"][1]["values"]) == ("fail", found.result["trials"][1]["values"])
+    assert (found.result["trials"][1]["state"], found.result["trials"][1]["values"]) == (
+        "fail",
+        found.result["trials"][1]["values"],
+    )
     lost = found.result["trials"][1]["values"]
     assert sum(row["values"] == lost and row["state"] == "complete" for row in found.result["trials"]) == 1
     assert len(done) == 4
@@ -386,21 +425,37 @@ def test_filters_and_neurons_are_taken_out(problem: Problem, tmp_path: Path) -> 
 
 def test_what_was_trained_is_not_compressed_again_after_the_cut(problem: Problem, tmp_path: Path) -> None:
     """Filters of one layer go, single weights of the next keep their masks, and a layer that lost nothing keeps its codes."""
-    scheme = [("1", lc.RTN(6, "channel")), ("4", lc.FilterPrune(lc.Free(0.2, 0.4))), ("8", lc.Magnitude(0.7) >> lc.RTN(6, "channel"))]
+    scheme = [
+        ("1", lc.RTN(6, "channel")),
+        ("4", lc.FilterPrune(lc.Free(0.2, 0.4))),
+        ("8", lc.Magnitude(0.7) >> lc.RTN(6, "channel")),
+    ]
     found = run(problem, tmp_path / "s", scheme, keep=lc.within(0.3), trials=1)
     read = fresh(found.path)
-    masked = lc.load_into(conv(), run(problem, tmp_path / "m", scheme, keep=lc.within(0.3), trials=1, thin=False).path).eval()
+    masked = lc.load_into(
+        conv(), run(problem, tmp_path / "m", scheme, keep=lc.within(0.3), trials=1, thin=False).path
+    ).eval()
     assert torch.equal(read[1].weight, masked[1].weight)
     left = (masked[4].weight.flatten(1) != 0).any(1)
     assert 9 < int(left.sum()) < 16
     columns = left.repeat_interleave(16)
     assert torch.equal(read[8].weight != 0, masked[8].weight[:, columns] != 0)
     assert torch.allclose(read[8].weight, masked[8].weight[:, columns], atol=0.02)
-    assert found.result["best"]["score"] == pytest.approx(problem[1].judge(masked, problem[1].validation).score, abs=0.02)
+    assert found.result["best"]["score"] == pytest.approx(
+        problem[1].judge(masked, problem[1].validation).score, abs=0.02
+    )
 
 
 def test_without_thinning_channels_stay_as_zeros(problem: Problem, tmp_path: Path) -> None:
-    found = run(problem, tmp_path / "s", "FilterPrune(Free(0.2, 0.6))", recover=Direct(4), keep=lc.at_least(0.0), trials=2, thin=False)
+    found = run(
+        problem,
+        tmp_path / "s",
+        "FilterPrune(Free(0.2, 0.6))",
+        recover=Direct(4),
+        keep=lc.at_least(0.0),
+        trials=2,
+        thin=False,
+    )
     read = fresh(found.path)
     assert "shapes" not in read_manifest(found.path)
     assert read[4].weight.shape == (16, 8, 3, 3)
@@ -419,7 +474,10 @@ def test_schemes_that_are_programs(kind: str, problem: Problem, tmp_path: Path) 
         scheme = lambda slot: {"4": deep, "8": last}.get(slot.name, lc.Keep())  # type: ignore[assignment]  # noqa: E731
     found = run(problem, tmp_path / "s", scheme, recover=FineTune(8, checks=2), keep=lc.within(0.2), trials=2)
     weights = installed(fresh(found.path))
-    assert {name: type(weight).__name__ for name, weight in weights.items()} == {"4.weight": "Sparse", "8.weight": "Uniform"}
+    assert {name: type(weight).__name__ for name, weight in weights.items()} == {
+        "4.weight": "Sparse",
+        "8.weight": "Uniform",
+    }
     assert float((weights["4.weight"]() == 0).float().mean()) == pytest.approx(found.values["sparsity"], abs=0.01)
 
 
@@ -450,7 +508,14 @@ class Rate:
 
 def test_what_the_machine_says_is_said_beside_the_original(problem: Problem, tmp_path: Path) -> None:
     rate = Rate()
-    found = run(problem, tmp_path / "s", "Magnitude(Free(0.1, 0.9))", objective=lc.Maximize(rate, "rate"), recover=Direct(4), trials=3)
+    found = run(
+        problem,
+        tmp_path / "s",
+        "Magnitude(Free(0.1, 0.9))",
+        objective=lc.Maximize(rate, "rate"),
+        recover=Direct(4),
+        trials=3,
+    )
     original = 1e6 / flops(Candidate(problem[0], problem[0], problem[1].sample(), problem[0]))
     assert found.result["reference"]["objective"] == pytest.approx(original)
     assert rate.calls == 1, "the original was measured once, the trials as multiples of it"
@@ -472,15 +537,24 @@ def test_two_objectives_have_a_pareto_front(problem: Problem, tmp_path: Path) ->
         return -float(candidate.network[8].weight.unique().numel())
 
     goals = [lc.Minimize(stored_bytes), lc.Minimize(coarseness)]
-    found = run(problem, tmp_path / "s", PAIR, recover=Direct(4), keep=lc.within(0.1), trials=5, objective=goals, sampler="tpe")
+    found = run(
+        problem, tmp_path / "s", PAIR, recover=Direct(4), keep=lc.within(0.1), trials=5, objective=goals, sampler="tpe"
+    )
     result = found.result
     kept = [row for row in result["trials"] if row["score"] >= result["floor"]]
 
     def beaten(row: dict[str, Any]) -> bool:
-        return any(all(a <= b for a, b in zip(o["objective"], row["objective"], strict=True)) and o["objective"] != row["objective"] for o in kept)
+        return any(
+            all(a <= b for a, b in zip(o["objective"], row["objective"], strict=True))
+            and o["objective"] != row["objective"]
+            for o in kept
+        )
 
     assert result["pareto"] == [row["number"] for row in kept if not beaten(row)]
-    assert result["best"]["trial"] == min((row for row in kept if not beaten(row)), key=lambda row: row["objective"][0])["number"]
+    assert (
+        result["best"]["trial"]
+        == min((row for row in kept if not beaten(row)), key=lambda row: row["objective"][0])["number"]
+    )
     assert [len(result[key]["objective"]) for key in ("best", "reference")] == [2, 2]
     assert [goal["name"] for goal in result["objective"]] == ["stored_bytes", "coarseness"]
 
@@ -518,7 +592,11 @@ def test_a_trial_that_has_no_time_left_is_put_back(
     assert (cut["state"], waiting["state"]) == ("fail", "waiting")
     assert "time was up" in cut["failure"]
     before = len(steps_taken)
-    cut, done = carry_out(trials=1, resume=True, match=r"no trial kept the floor 0\.\d{4}: the best of 1 has 0\.\d{4}, at {'sparsity': 0\.985}")
+    cut, done = carry_out(
+        trials=1,
+        resume=True,
+        match=r"no trial kept the floor 0\.\d{4}: the best of 1 has 0\.\d{4}, at {'sparsity': 0\.985}",
+    )
     assert done["state"] == "complete"
     assert 0 < before < len(steps_taken) <= 16 + 4, "it went on from what was trained before"
     assert done["values"] == cut["values"]
@@ -535,7 +613,9 @@ def test_every_session_gets_a_trial_further(
         with monkeypatch.context() as patched:
             clocks(patched, trial=60)
             with pytest.raises(SearchError, match="no trial was finished: allow more time"):
-                run(problem, tmp_path / "s", minutes=2 + session, resume=True, **options)  # a look at the clock per point of the curve
+                run(
+                    problem, tmp_path / "s", minutes=2 + session, resume=True, **options
+                )  # a look at the clock per point of the curve
         assert len(steps_taken) == 4 * session
         assert caplog.text.count(", put back: the time is up") == session
     with pytest.raises(SearchError, match="no trial kept the floor"):
@@ -551,5 +631,7 @@ def test_the_time_ends_the_search(problem: Problem, tmp_path: Path, monkeypatch:
         clocks(patched, run=60)
         found = run(problem, tmp_path / "s", "Magnitude(Free(0.1, 0.5))", recover=Direct(2), minutes=4)
     assert len(sampled(found)) == 3
-    assert found.result["notes"] == ["the search ended after its 4 minutes, with 3 trials of at most 4; it can be resumed"]
+    assert found.result["notes"] == [
+        "the search ended after its 4 minutes, with 3 trials of at most 4; it can be resumed"
+    ]
     assert len(sampled(run(problem, tmp_path / "s", "Magnitude(Free(0.1, 0.5))", recover=Direct(2), resume=True))) == 4

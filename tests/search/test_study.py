@@ -21,7 +21,21 @@ from laconic.errors import SearchError
 from laconic.methods.free import Free
 from laconic.search.drucb import Rule, propose
 from laconic.search.samplers import DRUCBSampler, Settings, distribution_of
-from laconic.search.study import Asked, Search, ask, best, fail, finished, is_feasible, open_study, pareto, running, set_reference, tell, trials
+from laconic.search.study import (
+    Asked,
+    Search,
+    ask,
+    best,
+    fail,
+    finished,
+    is_feasible,
+    open_study,
+    pareto,
+    running,
+    set_reference,
+    tell,
+    trials,
+)
 from tests.processes import PATIENCE
 
 ONE = {"sparsity": Free(0.0, 1.0)}
@@ -37,7 +51,11 @@ def throughput(s: float) -> float:
 
 
 def opened(storage: Path | None = None, **options: Any) -> Search:
-    given = {"free": ONE, "objectives": {"throughput": "maximize"}, "about": {"scheme": "Magnitude(sparsity=Free(0, 1))"}} | options
+    given = {
+        "free": ONE,
+        "objectives": {"throughput": "maximize"},
+        "about": {"scheme": "Magnitude(sparsity=Free(0, 1))"},
+    } | options
     search = open_study(storage, "test", **given)
     set_reference(search, level=0.88, reference=0.9)
     return search
@@ -95,7 +113,11 @@ def test_more_trials_may_be_added_and_the_first_facts_hold(tmp_path: Path) -> No
     settings = Settings(trials=2)
     assert len(run(opened(tmp_path / "study.db", settings=settings))) == 2
     search = open_study(
-        tmp_path / "study.db", "test", free=ONE, objectives={"throughput": "maximize"}, about={"scheme": "Magnitude(sparsity=Free(0, 1))"}
+        tmp_path / "study.db",
+        "test",
+        free=ONE,
+        objectives={"throughput": "maximize"},
+        about={"scheme": "Magnitude(sparsity=Free(0, 1))"},
     )
     assert set_reference(search, level=0.5, reference=0.6) == {"level": 0.88, "reference": 0.9}
     assert len(run(search)) > 2
@@ -103,7 +125,10 @@ def test_more_trials_may_be_added_and_the_first_facts_hold(tmp_path: Path) -> No
 
 def test_another_search_under_the_same_name(tmp_path: Path) -> None:
     opened(tmp_path / "study.db")
-    with pytest.raises(SearchError, match=r"free.sparsity was 'Free\(0.0, 1.0\)' and is 'Free\(0.0, 0.5\)'; settings.rule.gamma was 0.95 and is 0.5"):
+    with pytest.raises(
+        SearchError,
+        match=r"free.sparsity was 'Free\(0.0, 1.0\)' and is 'Free\(0.0, 0.5\)'; settings.rule.gamma was 0.95 and is 0.5",
+    ):
         opened(tmp_path / "study.db", free={"sparsity": Free(0.0, 0.5)}, settings=Settings(rule=Rule(gamma=0.5)))
     with pytest.raises(SearchError, match="objectives.bytes was None and is 'minimize'"):
         opened(tmp_path / "study.db", objectives={"bytes": "minimize"})
@@ -262,7 +287,12 @@ def test_results_that_are_no_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["postgresql://me:secret@127.0.0.1:1/db", "mysql+pymysql://me:secret@127.0.0.1:1/db", "nonsense://me:secret@host/db"]
+    "address",
+    [
+        "postgresql://me:secret@127.0.0.1:1/db",
+        "mysql+pymysql://me:secret@127.0.0.1:1/db",
+        "nonsense://me:secret@host/db",
+    ],
 )
 def test_a_storage_that_does_not_answer(address: str) -> None:
     with pytest.raises(SearchError, match=r"me:\*\*\*@") as error:
@@ -308,7 +338,9 @@ MANY = {"sparsity": Free(0.0, 1.0), "block": Free(1, 16, integer=True), "dtype":
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe"])
 @pytest.mark.parametrize("objectives", [{"bytes": "minimize"}, {"bytes": "minimize", "throughput": "maximize"}])
-def test_several_variables_and_objectives(sampler: str, objectives: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_several_variables_and_objectives(
+    sampler: str, objectives: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     def carry_out(search: Search, limit: int = 100) -> list[dict[str, Any]]:
         sampled: list[dict[str, Any]] = []
         while len(sampled) < limit and (asked := ask(search)) is not None:
@@ -332,7 +364,10 @@ def test_several_variables_and_objectives(sampler: str, objectives: dict[str, An
         with pytest.raises(SearchError, match="no single best"):
             best(search)
     if len(objectives) == 1:
-        assert carry_out(opened(tmp_path / "s.db", **options), 5) + carry_out(opened(tmp_path / "s.db", **options)) == whole
+        assert (
+            carry_out(opened(tmp_path / "s.db", **options), 5) + carry_out(opened(tmp_path / "s.db", **options))
+            == whole
+        )
     assert capfd.readouterr().err == ""
 
 
@@ -349,7 +384,9 @@ def test_a_samplers_name_is_its_rule_of_stage_1(sampler: Any, rule: Any) -> None
 
 
 def test_the_sampler_in_optunas_own_loop() -> None:
-    study = optuna.create_study(direction="maximize", sampler=DRUCBSampler("sparsity", distribution_of(ONE["sparsity"])))
+    study = optuna.create_study(
+        direction="maximize", sampler=DRUCBSampler("sparsity", distribution_of(ONE["sparsity"]))
+    )
     study.set_user_attr("facts", {"level": 0.88, "reference": 0.9})
 
     def objective(trial: Any) -> float:

@@ -13,7 +13,11 @@ class Residual(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(before, 7, 3, stride, 1, bias=False), nn.BatchNorm2d(7)
         self.conv2, self.bn2 = nn.Conv2d(7, after, 3, 1, 1), nn.BatchNorm2d(after)
         plain = before == after and stride == 1
-        self.shortcut = nn.Identity() if plain else nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+        self.shortcut = (
+            nn.Identity()
+            if plain
+            else nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
@@ -37,7 +41,9 @@ class Dense(nn.Module):
     def __init__(self, width: int, growth: int, layers: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.BatchNorm2d(width + i * growth) for i in range(layers))
-        self.convs = nn.ModuleList(nn.Conv2d(width + i * growth, growth, 3, 1, 1, bias=i % 2 == 0) for i in range(layers))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(width + i * growth, growth, 3, 1, 1, bias=i % 2 == 0) for i in range(layers)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for norm, conv in zip(self.norms, self.convs, strict=True):
@@ -51,7 +57,10 @@ class Inception(nn.Module):
     def __init__(self, width: int, after: int) -> None:
         super().__init__()
         a, b = after // 3, after // 3
-        self.one, self.three = nn.Conv2d(width, a, 1), nn.Sequential(nn.Conv2d(width, 4, 1), nn.SiLU(), nn.Conv2d(4, b, 3, 1, 1))
+        self.one, self.three = (
+            nn.Conv2d(width, a, 1),
+            nn.Sequential(nn.Conv2d(width, 4, 1), nn.SiLU(), nn.Conv2d(4, b, 3, 1, 1)),
+        )
         self.pooled = nn.Sequential(nn.AvgPool2d(3, 1, 1), nn.Conv2d(width, after - a - b, 1))
         self.norm = nn.BatchNorm2d(after)
 
@@ -70,7 +79,12 @@ def separable(before: int, after: int, stride: int) -> nn.Module:
 def grouped(before: int, after: int) -> nn.Module:
     """ResNeXt's middle: 1x1, grouped 3x3 with more rows than columns per group, 1x1."""
     return nn.Sequential(
-        nn.Conv2d(before, 8, 1), nn.PReLU(8), nn.Conv2d(8, 12, 3, 1, 1, groups=4), nn.GroupNorm(4, 12), nn.LeakyReLU(), nn.Conv2d(12, after, 1)
+        nn.Conv2d(before, 8, 1),
+        nn.PReLU(8),
+        nn.Conv2d(8, 12, 3, 1, 1, groups=4),
+        nn.GroupNorm(4, 12),
+        nn.LeakyReLU(),
+        nn.Conv2d(12, after, 1),
     )
 
 
@@ -92,7 +106,11 @@ def conv_net(kinds: tuple[str, ...], widths: tuple[int, ...], flatten: bool) -> 
         else:
             stride = 2 if kind in ("narrowing", "separable") and side > 2 else 1
             side //= stride
-            makers = {"narrowing": Residual(width, after, stride), "inception": Inception(width, after), "grouped": grouped(width, after)}
+            makers = {
+                "narrowing": Residual(width, after, stride),
+                "inception": Inception(width, after),
+                "grouped": grouped(width, after),
+            }
             layers.append(makers[kind] if kind in makers else separable(width, after, stride))
             width = after
     if flatten:
@@ -105,7 +123,9 @@ def conv_net(kinds: tuple[str, ...], widths: tuple[int, ...], flatten: bool) -> 
 class Attention(nn.Module):
     """Grouped-query attention. `fused`: one projection for all three; `sizes`: the module keeps and uses its number of heads."""
 
-    def __init__(self, width: int, heads: int, groups: int, entries: int, fused: bool, sizes: bool, eager: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, groups: int, entries: int, fused: bool, sizes: bool, eager: bool
+    ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.entries, self.repeats = heads, groups, entries, heads // groups
         self.fused, self.sizes, self.eager = fused, sizes, eager
@@ -149,7 +169,9 @@ class Gated(nn.Module):
 class Transformer(nn.Module):
     """Embedding, blocks of attention and a gated network behind norms, and a head."""
 
-    def __init__(self, layers: int, heads: int, groups: int, fused: bool, sizes: bool, eager: bool, norm: type[nn.Module]) -> None:
+    def __init__(
+        self, layers: int, heads: int, groups: int, fused: bool, sizes: bool, eager: bool, norm: type[nn.Module]
+    ) -> None:
         super().__init__()
         width = 16
         self.embed = nn.Embedding(20, width)

@@ -64,7 +64,9 @@ def test_resnet_with_padded_shortcuts() -> None:
     model = resnet(20)
     x = torch.randn(4, 3, 32, 32, generator=generator())
     coupling = couple(model, x)
-    assert [group.layers for group in coupling.groups] == [(f"layer{i}.{j}.conv1",) for i in (1, 2, 3) for j in range(3)]
+    assert [group.layers for group in coupling.groups] == [
+        (f"layer{i}.{j}.conv1",) for i in (1, 2, 3) for j in range(3)
+    ]
     assert {group.kind for group in coupling.groups} == {f"layer{i}.*.conv1" for i in (1, 2, 3)}
     assert len(coupling) == 3 * (16 + 32 + 64)
     assert (coupling.channels["conv1"] == -1).all()
@@ -84,7 +86,11 @@ def test_a_residual_stream_is_one_group() -> None:
     coupling = couple(model, torch.randn(2, 3, 6, 6, generator=generator()))
     stream = [coupling.channels[name] for name in ("0", "1.conv2", "2.conv2")]
     assert all(torch.equal(stream[0], ids) for ids in stream)
-    assert next(group for group in coupling.groups if group.ids[0] == int(stream[0].min())).layers == ("0", "1.conv2", "2.conv2")
+    assert next(group for group in coupling.groups if group.ids[0] == int(stream[0].min())).layers == (
+        "0",
+        "1.conv2",
+        "2.conv2",
+    )
 
 
 def test_depthwise_rows_are_those_of_what_they_read() -> None:
@@ -95,7 +101,9 @@ def test_depthwise_rows_are_those_of_what_they_read() -> None:
 
 
 def test_a_group_of_a_grouped_convolution_is_one_channel() -> None:
-    model = shaken(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.ReLU(), nn.Conv2d(12, 2, 1)))
+    model = shaken(
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.ReLU(), nn.Conv2d(12, 2, 1))
+    )
     x = torch.randn(2, 3, 6, 6, generator=generator())
     coupling = couple(model, x)
     assert coupling.channels["0"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -148,13 +156,17 @@ def test_gpt2_follows_the_sizes_its_code_keeps() -> None:
     """One projection for queries, keys and values, split by an attribute: the attribute is found and cut too."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=16, bos_token_id=0, eos_token_id=0)
+        config = GPT2Config(
+            vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=16, bos_token_id=0, eos_token_id=0
+        )
         model = shaken(GPT2LMHeadModel(config))
     batch = {"input_ids": torch.randint(50, (2, 5), generator=generator())}
     coupling = couple(model, batch)
     heads = [group for group in coupling.groups if group.heads]
     assert [len(group) for group in heads] == [4, 4]
-    assert coupling.channels["transformer.h.0.attn.c_attn"].tolist() == 3 * torch.arange(4).repeat_interleave(4).tolist()
+    assert (
+        coupling.channels["transformer.h.0.attn.c_attn"].tolist() == 3 * torch.arange(4).repeat_interleave(4).tolist()
+    )
     thinned = check(model, batch, coupling, some(coupling, generator(3)))
     left = thinned.transformer.h[0].attn
     assert left.num_heads * left.head_dim == left.split_size == left.c_proj.weight.shape[0]
@@ -166,7 +178,11 @@ def test_a_block_that_is_called_twice_is_cut_once() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.start, self.attention, self.end = nn.Linear(5, 16), Attention(16, 4, 2, 4, False, True, False), nn.Linear(16, 3)
+            self.start, self.attention, self.end = (
+                nn.Linear(5, 16),
+                Attention(16, 4, 2, 4, False, True, False),
+                nn.Linear(16, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.start(x)
@@ -195,7 +211,10 @@ def test_attention_of_fixed_slices_is_mask_only_and_its_mlp_is_not() -> None:
     coupling = couple(model, batch)
     assert [group.layers for group in coupling.groups] == [(f"model.layers.{i}.mlp.gate_up_proj",) for i in range(2)]
     assert coupling.channels["model.layers.0.mlp.gate_up_proj"].tolist() == 2 * list(range(12))
-    assert any(line.startswith("model.layers.0.self_attn.qkv_proj: cutting it breaks the forward pass") for line in coupling.refused)
+    assert any(
+        line.startswith("model.layers.0.self_attn.qkv_proj: cutting it breaks the forward pass")
+        for line in coupling.refused
+    )
     check(model, batch, coupling, some(coupling, generator(4)))
 
 
@@ -224,7 +243,15 @@ def test_a_failing_group_does_not_take_the_others_with_it(seed: int) -> None:
     """Whatever the weights: where a ReLU is dead on the example, the sigmoid's group is refused for that."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        layers = [nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 5, 1), nn.Sigmoid(), nn.Conv2d(5, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)]
+        layers = [
+            nn.Conv2d(3, 5, 1),
+            nn.ReLU(),
+            nn.Conv2d(5, 5, 1),
+            nn.Sigmoid(),
+            nn.Conv2d(5, 5, 1),
+            nn.ReLU(),
+            nn.Conv2d(5, 2, 1),
+        ]
     coupling = couple(shaken(nn.Sequential(*layers)), torch.randn(2, 3, 4, 4, generator=generator()))
     assert not any("2" in group.layers for group in coupling.groups)
     assert (coupling.channels["2"] == -1).all()
@@ -268,7 +295,10 @@ def test_torch_attention_is_refused_and_its_feed_forward_is_cut() -> None:
     x = torch.randn(2, 5, 16, generator=generator())
     coupling = couple(model, x)
     assert [(group.kind, len(group)) for group in coupling.groups] == 2 * [("layers.*.linear1", 12)]
-    assert "layers.0.self_attn: torch's MultiheadAttention fixes its own width, so its heads cannot be cut" in coupling.refused
+    assert (
+        "layers.0.self_attn: torch's MultiheadAttention fixes its own width, so its heads cannot be cut"
+        in coupling.refused
+    )
     check(model, x, coupling, some(coupling, generator(5)))
 
 
@@ -276,17 +306,24 @@ def test_layers_that_were_not_called_are_named() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
     model.spare = nn.Linear(3, 3)
     model.forward = lambda x: model[2](model[1](model[0](x)))  # type: ignore[method-assign]
-    assert "spare: its module was not called on the example" in couple(model, torch.randn(2, 4, generator=generator())).refused
+    assert (
+        "spare: its module was not called on the example"
+        in couple(model, torch.randn(2, 4, generator=generator())).refused
+    )
 
 
 def test_data_dependent_control_flow_is_named() -> None:
-    with pytest.raises(SurgeryError, match=r"Branching: Tensor\.__bool__ makes the computation depend .*\(thin=False in a search\)"):
+    with pytest.raises(
+        SurgeryError, match=r"Branching: Tensor\.__bool__ makes the computation depend .*\(thin=False in a search\)"
+    ):
         couple(Branching(), torch.randn(3, 3, generator=generator()))
 
 
 def test_a_model_that_fails_is_named() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 2))
-    with pytest.raises(SurgeryError, match=r"1: no graph can be traced: RuntimeError: mat1 and mat2 .* masks without thinning"):
+    with pytest.raises(
+        SurgeryError, match=r"1: no graph can be traced: RuntimeError: mat1 and mat2 .* masks without thinning"
+    ):
         couple(model, torch.randn(2, 3, generator=generator()))
 
 
@@ -348,4 +385,7 @@ def test_few_takes_the_first_samples_of_everything() -> None:
     assert batch["x"].shape == (4, 2)
     assert batch["y"].tolist() == [0, 1, 2, 3]
     assert batch["flag"] is True
-    assert few((torch.zeros(7, 2), torch.zeros(3)))[0].shape == (7, 2)  # lengths differ: nobody knows which is the batch
+    assert few((torch.zeros(7, 2), torch.zeros(3)))[0].shape == (
+        7,
+        2,
+    )  # lengths differ: nobody knows which is the batch

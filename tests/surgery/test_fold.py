@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import laconic as lc
-from laconic.cli import app
+from laconic.command.cli import app
 from laconic.errors import SurgeryError
-from laconic.inspect import inspect_directory
+from laconic.model.sites import find_slots
 from laconic.recover.text import complete_directory
-from laconic.sites import find_slots
+from laconic.show.inspect import inspect_directory
 from laconic.surgery import Fold, find_folds, folds
 from laconic.surgery.feeds import Feed, Refused, feeds
 from laconic.surgery.folds import bench, search
@@ -43,21 +43,31 @@ def model_of(name: str) -> nn.Module:
         return build(name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = transformers.BertModel(BERT) if name == "bert" else transformers.AutoModelForCausalLM.from_config(MORE[name], dtype=torch.float32)
+        model = (
+            transformers.BertModel(BERT)
+            if name == "bert"
+            else transformers.AutoModelForCausalLM.from_config(MORE[name], dtype=torch.float32)
+        )
     return model.eval().requires_grad_(False)
 
 
 def of_block(folds: list[Fold], block: str) -> dict[str, tuple[str, list[str]]]:
     """Source -> kind and readers, of the folds whose source is in a block, without the block's name."""
     short = {fold.source.path: fold for fold in folds if fold.source.path.startswith(block)}
-    return {path[len(block) :]: (fold.kind, [slot.name[len(block) :] for slot in fold.readers]) for path, fold in short.items()}
+    return {
+        path[len(block) :]: (fold.kind, [slot.name[len(block) :] for slot in fold.readers])
+        for path, fold in short.items()
+    }
 
 
 ATTENTION = {
     "input_layernorm": ("norm", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
     "self_attn.v_proj": ("rows", ["self_attn.o_proj"]),
 }
-GATED = {"post_attention_layernorm": ("norm", ["mlp.gate_proj", "mlp.up_proj"]), "mlp.up_proj": ("rows", ["mlp.down_proj"])}
+GATED = {
+    "post_attention_layernorm": ("norm", ["mlp.gate_proj", "mlp.up_proj"]),
+    "mlp.up_proj": ("rows", ["mlp.down_proj"]),
+}
 EXPECTED: dict[str, tuple[str, dict[str, tuple[str, list[str]]]]] = {
     "llama": ("model.layers.1.", ATTENTION | GATED),
     "qwen2": ("model.layers.1.", ATTENTION | GATED),
@@ -107,7 +117,11 @@ def test_which_channel_feeds_which_column() -> None:
     """Grouped queries: 4 heads of 16 read 2 value heads; fused projections: values lie behind queries and keys, up behind gate."""
 
     def index(name: str, source: str) -> list[int]:
-        return next(fold.index.tolist() for fold in find_folds(model_of(name), ids()) if fold.source.path.endswith(f"1.{source}"))
+        return next(
+            fold.index.tolist()
+            for fold in find_folds(model_of(name), ids())
+            if fold.source.path.endswith(f"1.{source}")
+        )
 
     shared = [16 * (head // 2) + i for head in range(4) for i in range(16)]
     assert index("qwen2", "self_attn.v_proj") == shared
@@ -248,7 +262,10 @@ def test_the_folded_model_computes_the_same_without_a_column_scale(name: str) ->
     assert len(weights) >= 9
     assert all("takes the column scales of" in note for note in notes)
     assert sum(note.count(", ") + 1 for note in notes) == len(weights)
-    found = {key.removesuffix(".weight"): weight.weight if isinstance(weight, Scaled) else weight for key, weight in now.items()}
+    found = {
+        key.removesuffix(".weight"): weight.weight if isinstance(weight, Scaled) else weight
+        for key, weight in now.items()
+    }
     assert all(torch.equal(found[key].codes, codes[key]) for key in codes), "what was solved is not solved again"
     assert name == "gpt2" or sum(weight.bits() for weight in now.values()) < bits
 
@@ -271,13 +288,19 @@ def test_rows_take_the_scale_with_what_is_there() -> None:
     """v's own row scale and column scale, its bias, and the bits of its inputs."""
     model = net(lambda a, b: F.relu(a) + 0 * b)
     view, rows, s = find_slots(model)[0].view, random_scale(12, 1), random_scale(12, 2)
-    source, reader = scaled(model.a.weight.detach(), random_scale(8, 3), rows=rows), scaled(model.last.weight.detach(), s)
+    source, reader = (
+        scaled(model.a.weight.detach(), random_scale(8, 3), rows=rows),
+        scaled(model.last.weight.detach(), s),
+    )
     source.input_bits = reader.input_bits = 8
     install(model.a, "weight", source, view)
     install(model.last, "weight", reader, find_slots(net(None))[2].view)
     bias, columns = model.a.bias.detach().clone(), source.column_scale
     notes = lc.fold(model, X)
-    assert notes == ["a: takes the column scales of last", "a: keeps its column scale: norm: b reads it too and has no column scale"]
+    assert notes == [
+        "a: takes the column scales of last",
+        "a: keeps its column scale: norm: b reads it too and has no column scale",
+    ]
     now = installed(model)
     assert isinstance(now["a.weight"], Scaled)
     assert now["a.weight"].row_scale is not None
@@ -306,7 +329,10 @@ def test_what_is_kept_says_why() -> None:
     assert notes(s, None) == ["a: keeps its column scale: norm: b reads it too and has no column scale"]
     assert all("differs" in note for note in notes(s, random_scale(8, 1)))
     assert all("negative" in note for note in notes(-s, -s))
-    assert all("nothing before it feeds its columns one by one" in note for note in notes(s, s, nn.LayerNorm(8, elementwise_affine=False)))
+    assert all(
+        "nothing before it feeds its columns one by one" in note
+        for note in notes(s, s, nn.LayerNorm(8, elementwise_affine=False))
+    )
 
 
 def test_shared_value_heads_need_equal_scales() -> None:
@@ -382,12 +408,23 @@ def test_convolutions_share_a_factor_per_channel() -> None:
     def build_net() -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)]
+            layers = [
+                nn.Conv2d(3, 6, 3),
+                nn.BatchNorm2d(6),
+                nn.ReLU(),
+                nn.Conv2d(6, 4, 3),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(64, 5),
+            ]
         return nn.Sequential(*layers).eval()
 
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     found = {fold.source.path: fold for fold in find_folds(build_net(), x)}
-    assert {path: (fold.kind, fold.readers[0].name) for path, fold in found.items()} == {"1": ("norm", "3"), "3": ("rows", "6")}
+    assert {path: (fold.kind, fold.readers[0].name) for path, fold in found.items()} == {
+        "1": ("norm", "3"),
+        "3": ("rows", "6"),
+    }
     assert found["3"].index.tolist() == [i // 16 for i in range(64)]
     per_channel = random_scale(6).repeat_interleave(9)
     for s, done in ((per_channel, True), (random_scale(54), False)):
@@ -406,7 +443,11 @@ def test_a_model_that_does_not_run_is_an_error() -> None:
 
 
 def test_a_language_model_of_the_team(shared: Path) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(shared / "models" / "books-llama-7m", dtype=torch.float32).eval().requires_grad_(False)
+    model = (
+        transformers.AutoModelForCausalLM.from_pretrained(shared / "models" / "books-llama-7m", dtype=torch.float32)
+        .eval()
+        .requires_grad_(False)
+    )
     few = {"input_ids": ids(4096)["input_ids"][:1]}
     weights = scale_all(model, few)
     assert len(weights) == 7 * 8

@@ -145,7 +145,9 @@ def test_another_architecture_is_refused(pair: tuple[nn.Module, nn.Module]) -> N
         shapes(nn.Linear(2, 2), pair[0])
 
 
-def test_a_thinned_directory_does_not_load_into_something_else(pair: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
+def test_a_thinned_directory_does_not_load_into_something_else(
+    pair: tuple[nn.Module, nn.Module], tmp_path: Path
+) -> None:
     original, thinned = pair
     lc.save(thinned, tmp_path, shapes=shapes(thinned, original))
     with pytest.raises(CheckpointError):
@@ -169,14 +171,19 @@ def test_uniform_cuts_load_in_stock_transformers(changes: dict[str, int], tmp_pa
     assert config.num_hidden_layers == changes.get("num_hidden_layers", 3)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert torch.equal(output(stock, batch), output(thinned, batch))
-    assert thinned.config.intermediate_size == changes.get("intermediate_size", 96)  # the thinned model itself is left alone
+    assert thinned.config.intermediate_size == changes.get(
+        "intermediate_size", 96
+    )  # the thinned model itself is left alone
 
 
 def test_uneven_cuts_are_refused_by_name(tmp_path: Path) -> None:
     model, batch = llama(), {"input_ids": IDS}
     coupling = couple(model, batch)
     zero(model, coupling, coupling.channels["model.layers.1.mlp.up_proj"][:5])
-    with pytest.raises(SurgeryError, match=r"model\.layers\.0\.mlp\.gate_proj\.weight has 96, model\.layers\.1\.mlp\.gate_proj\.weight 91"):
+    with pytest.raises(
+        SurgeryError,
+        match=r"model\.layers\.0\.mlp\.gate_proj\.weight has 96, model\.layers\.1\.mlp\.gate_proj\.weight 91",
+    ):
         save_pretrained(thin(model, batch, coupling), tmp_path, batch)
     assert not any(tmp_path.iterdir())
 
@@ -186,13 +193,22 @@ def test_what_transformers_refuses_is_quoted(tmp_path: Path) -> None:
     model, batch = llama(num_key_value_heads=4), {"input_ids": IDS}
     coupling = couple(model, batch)
     zero(model, coupling, evenly(coupling))
-    with pytest.raises(SurgeryError, match=r"transformers says: .*not a multiple of the number of attention heads \(3\)"):
+    with pytest.raises(
+        SurgeryError, match=r"transformers says: .*not a multiple of the number of attention heads \(3\)"
+    ):
         save_pretrained(thin(model, batch, coupling), tmp_path, batch)
 
 
 def test_a_configuration_that_cannot_say_it(tmp_path: Path) -> None:
     """BERT's head size is its width divided by its heads."""
-    config = BertConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=20, max_position_embeddings=16)
+    config = BertConfig(
+        vocab_size=320,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=20,
+        max_position_embeddings=16,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = BertForMaskedLM(config).eval()

@@ -24,7 +24,10 @@ def test_masks_without_a_graph() -> None:
         "first": list(range(8)), "second": list(range(8, 16)), "last": [-1] * 10, "spare": [-1] * 3,
     }  # fmt: skip
     assert coupling.groups == coupling.ports == ()
-    assert coupling.refused[1:] == ["last: its rows reach the model's output", "spare: the output does not depend on it on the example"]
+    assert coupling.refused[1:] == [
+        "last: its rows reach the model's output",
+        "spare: the output does not depend on it on the example",
+    ]
 
 
 class Stream(nn.Module):
@@ -43,7 +46,10 @@ class Stream(nn.Module):
 
 def test_masks_find_the_last_layers() -> None:
     ids = torch.arange(6).view(2, 3)
-    free = {tied: {name for name, ids_ in masks(Stream(tied), ids).channels.items() if (ids_ >= 0).all()} for tied in (True, False)}
+    free = {
+        tied: {name for name, ids_ in masks(Stream(tied), ids).channels.items() if (ids_ >= 0).all()}
+        for tied in (True, False)
+    }
     assert free == {True: {"up", "down"}, False: {"up"}}
     with pytest.raises(SurgeryError, match="no tensor of its output can be traced back"):
         masks(Sign(), torch.rand(2, 3))
@@ -63,9 +69,14 @@ class Sign(nn.Module):
 
 
 def test_a_network_that_can_be_traced_keeps_its_groups() -> None:
-    net, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    net, x = (
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)),
+        torch.rand(5, 4, generator=torch.Generator().manual_seed(0)),
+    )
     one, other = couple(net, x), couple_or_mask(net, x)
-    assert {name: ids.tolist() for name, ids in one.channels.items()} == {name: ids.tolist() for name, ids in other.channels.items()}
+    assert {name: ids.tolist() for name, ids in one.channels.items()} == {
+        name: ids.tolist() for name, ids in other.channels.items()
+    }
     assert len(other.groups) == 1
     assert "reach the model's output" in other.refused[0]
 

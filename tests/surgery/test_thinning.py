@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 import laconic as lc
 from laconic.errors import SurgeryError
-from laconic.sites import find_slots
+from laconic.model.sites import find_slots
 from laconic.surgery import Coupling, couple, report, silence, thin
 from tests.conftest import tiny_config
 from tests.surgery.nets import KINDS, Dense, Transformer, conv_net, shaken
@@ -69,7 +69,9 @@ def test_generated_conv_nets(kinds: tuple[str, ...], widths: list[int], flatten:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(3, 3, 8, 8, generator=generator)
     coupling = couple(model, x)
-    refused = [line for line in coupling.refused if "does not change the output" not in line]  # dead ReLUs, in nets as small as these
+    refused = [
+        line for line in coupling.refused if "does not change the output" not in line
+    ]  # dead ReLUs, in nets as small as these
     assert len(refused) == 1
     assert "model's output" in refused[0]
     assert len(refused) < len(coupling.refused) or all(
@@ -79,7 +81,9 @@ def test_generated_conv_nets(kinds: tuple[str, ...], widths: list[int], flatten:
         return
     dead = some(coupling, generator)
     thinned = check(model, x, coupling, dead)
-    assert (sum(p.numel() for p in thinned.parameters()) < sum(p.numel() for p in model.parameters())) == (len(dead) > 0)
+    assert (sum(p.numel() for p in thinned.parameters()) < sum(p.numel() for p in model.parameters())) == (
+        len(dead) > 0
+    )
 
 
 @FEW
@@ -87,7 +91,9 @@ def test_generated_conv_nets(kinds: tuple[str, ...], widths: list[int], flatten:
     st.integers(1, 2), st.sampled_from(((4, 2), (4, 4), (6, 2), (3, 3))), st.booleans(), st.booleans(), st.booleans(),
     st.sampled_from((nn.RMSNorm, nn.LayerNorm)), st.integers(0, 2**16),
 )  # fmt: skip
-def test_generated_transformers(layers: int, heads: tuple[int, int], fused: bool, sizes: bool, eager: bool, norm: type[nn.Module], seed: int) -> None:
+def test_generated_transformers(
+    layers: int, heads: tuple[int, int], fused: bool, sizes: bool, eager: bool, norm: type[nn.Module], seed: int
+) -> None:
     queries, groups = heads if not fused else (heads[0], heads[0])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -96,7 +102,8 @@ def test_generated_transformers(layers: int, heads: tuple[int, int], fused: bool
     ids = torch.randint(20, (2, 6), generator=generator)
     coupling = couple(model, ids)
     assert sorted((group.kind, len(group)) for group in coupling.groups) == sorted(
-        layers * [("attention.*.qkv" if fused else "attention.*.q", groups), ("gated.*.up" if fused else "gated.*.gate", 10)]
+        layers
+        * [("attention.*.qkv" if fused else "attention.*.q", groups), ("gated.*.up" if fused else "gated.*.gate", 10)]
     )
     assert [group.heads for group in coupling.groups].count(True) == layers
     check(model, ids, coupling, some(coupling, generator))
@@ -136,11 +143,24 @@ def test_exact_case() -> None:
     assert model[0].bias[1] == 7  # the model itself is silenced only on request
     assert silence(model, coupling) == 1
     assert model[0].bias.tolist() == [0.5, 0.0, 0.0]
-    assert [(cut.layer, cut.before, cut.after) for cut in report(model, thinned)] == [("0", (3, 2), (2, 2)), ("2", (1, 3), (1, 2))]
+    assert [(cut.layer, cut.before, cut.after) for cut in report(model, thinned)] == [
+        ("0", (3, 2), (2, 2)),
+        ("2", (1, 3), (1, 2)),
+    ]
 
 
 def test_a_channel_that_nobody_reads_goes_whatever_it_says() -> None:
-    model = shaken(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)))
+    model = shaken(
+        nn.Sequential(
+            nn.Conv2d(3, 6, 3),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 4, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(16, 2),
+        )
+    )
     x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     before = output(model, x)
     with torch.no_grad():
@@ -184,7 +204,9 @@ def test_nothing_dead_changes_nothing() -> None:
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     thinned = thin(model, x)
     assert report(model, thinned) == []
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), thinned.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), thinned.state_dict().values(), strict=True)
+    )
 
 
 def test_concatenation_offsets_by_hand() -> None:
@@ -192,7 +214,9 @@ def test_concatenation_offsets_by_hand() -> None:
     model = shaken(nn.Sequential(nn.Conv2d(3, 4, 1), Dense(4, 2, 2), nn.Conv2d(8, 1, 1)))
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(6))
     coupling = couple(model, x)
-    dead = torch.stack([coupling.channels["0"][3], coupling.channels["1.convs.0"][0], coupling.channels["1.convs.1"][1]])
+    dead = torch.stack(
+        [coupling.channels["0"][3], coupling.channels["1.convs.0"][0], coupling.channels["1.convs.1"][1]]
+    )
     columns = model[2].weight.detach().clone()
     thinned = check(model, x, coupling, dead)
     assert torch.equal(thinned[2].weight, columns[:, [0, 1, 2, 5, 6]])
@@ -206,7 +230,9 @@ def test_installed_weights_are_baked() -> None:
     compressed, _ = lc.compress(copy.deepcopy(model), "Cast('float16')")
     names = [name for name, _ in compressed.named_parameters()]
     again = couple(compressed, x)
-    assert {name: ids.tolist() for name, ids in again.channels.items()} == {name: ids.tolist() for name, ids in coupling.channels.items()}
+    assert {name: ids.tolist() for name, ids in again.channels.items()} == {
+        name: ids.tolist() for name, ids in coupling.channels.items()
+    }
     dead = silence(compressed, coupling)
     thinned = thin(compressed, x, coupling)
     assert dead > 0
@@ -239,7 +265,11 @@ def test_a_wrong_coupling_is_caught_and_named() -> None:
     model = shaken(conv_net(("residual",), (6, 6), False))
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(11))
     coupling = couple(model, x)
-    forged = Coupling(coupling.channels, coupling.groups, tuple(p for p in coupling.ports if not (p.path == "3.conv2" and p.side == "in")))
+    forged = Coupling(
+        coupling.channels,
+        coupling.groups,
+        tuple(p for p in coupling.ports if not (p.path == "3.conv2" and p.side == "in")),
+    )
     zero(model, coupling, coupling.channels["3.conv1"][:2])
     with pytest.raises(SurgeryError, match=r"3\.conv1: the thinned network is not the masked one"):
         thin(model, x, forged)

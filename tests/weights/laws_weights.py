@@ -69,7 +69,9 @@ def low_rank() -> LowRank:
     return LowRank.of(torch.zeros(SHAPE[0], 4), torch.zeros(4, SHAPE[1]))
 
 
-EXAMPLES: dict[str, tuple[Weight, bool]] = {  # the weight, and whether projecting its own decoded value gives that value back
+EXAMPLES: dict[
+    str, tuple[Weight, bool]
+] = {  # the weight, and whether projecting its own decoded value gives that value back
     "dense-bf16": (Dense(SHAPE), True),
     "dense-f16": (Dense(SHAPE, dtype="float16"), True),
     "uniform-4-group": (Uniform(SHAPE, bits=4, group=8), True),
@@ -96,15 +98,27 @@ EXAMPLES: dict[str, tuple[Weight, bool]] = {  # the weight, and whether projecti
     "sparse-ans": (Sparse(Uniform(SHAPE, bits=3, group="tensor", codec="ans"), sparsity=0.5), True),
     "lowrank": (low_rank(), False),
     "sum": (Sum(Uniform(SHAPE, bits=2, group=8), low_rank()), False),
-    "scaled": (Scaled(Uniform(SHAPE, bits=3, group=8), row_scale=factor(SHAPE[0]), column_scale=factor(SHAPE[1])), True),
+    "scaled": (
+        Scaled(Uniform(SHAPE, bits=3, group=8), row_scale=factor(SHAPE[0]), column_scale=factor(SHAPE[1])),
+        True,
+    ),
     "permuted": (Permuted(Uniform(SHAPE, bits=4), torch.randperm(SHAPE[1], generator=SIGNS)), True),
-    "rotated": (Rotated(Uniform(SHAPE, bits=4), row_signs=random_signs(24, SIGNS), column_signs=random_signs(32, SIGNS)), True),
+    "rotated": (
+        Rotated(Uniform(SHAPE, bits=4), row_signs=random_signs(24, SIGNS), column_signs=random_signs(32, SIGNS)),
+        True,
+    ),
     "rotated-inputs": (Rotated(Uniform(SHAPE, bits=4), column_signs=random_signs(32, SIGNS)), True),
 }
 for example, _ in EXAMPLES.values():
     inner = getattr(example, "weight", None)
     if isinstance(inner, Uniform):  # the grids inside combinators are fitted to what they will hold
-        inner.fit(example.rotate(W) if isinstance(example, Rotated) else W[:, example.order] if isinstance(example, Permuted) else W)
+        inner.fit(
+            example.rotate(W)
+            if isinstance(example, Rotated)
+            else W[:, example.order]
+            if isinstance(example, Permuted)
+            else W
+        )
     if isinstance(example, Sum):
         example.terms[0].fit(W)  # type: ignore[attr-defined]
     solved(example)
@@ -121,7 +135,11 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 def test_every_class_has_an_example() -> None:
-    classes = {c for _, c in inspect.getmembers(algebra, inspect.isclass) if issubclass(c, Weight) and not inspect.isabstract(c)}
+    classes = {
+        c
+        for _, c in inspect.getmembers(algebra, inspect.isclass)
+        if issubclass(c, Weight) and not inspect.isabstract(c)
+    }
     assert classes - {Shared} == {type(weight) for weight, _ in EXAMPLES.values()}
 
 
@@ -251,7 +269,9 @@ def test_nearest_values_are_admissible_and_nearest(name: str) -> None:
         chosen[:, here] = weight.nearest(noisy[:, here], j)
     weight.right_inverse(chosen)
     assert close(weight(), chosen), "nearest values must be in the set"
-    assert (chosen - noisy).square().sum() <= (decoded - noisy).square().sum() + 1e-6, "and no farther than another point of it"
+    assert (chosen - noisy).square().sum() <= (decoded - noisy).square().sum() + 1e-6, (
+        "and no farther than another point of it"
+    )
 
 
 def test_entry_weights_store_the_kept_entries_only() -> None:

@@ -35,9 +35,16 @@ def test_packing_is_the_same_across_its_chunks() -> None:
 
 
 @quick
-@given(rows=st.integers(0, 40), columns=st.integers(1, 40), scale=st.sampled_from([0.0, 0.3, 2.0, 60.0]), seed=st.integers(0, 9))
+@given(
+    rows=st.integers(0, 40),
+    columns=st.integers(1, 40),
+    scale=st.sampled_from([0.0, 0.3, 2.0, 60.0]),
+    seed=st.integers(0, 9),
+)
 def test_entropy_coding_is_lossless(rows: int, columns: int, scale: float, seed: int) -> None:
-    values = np.rint(np.random.default_rng(seed).normal(size=(rows, columns)) * scale * np.linspace(0.2, 3, columns)).astype(np.int32)
+    values = np.rint(
+        np.random.default_rng(seed).normal(size=(rows, columns)) * scale * np.linspace(0.2, 3, columns)
+    ).astype(np.int32)
     coded = entropy.encode(values)
     assert torch.equal(entropy.decode(coded, (rows, columns)), torch.from_numpy(values))
 
@@ -119,7 +126,9 @@ def test_a_sparse_mask_takes_the_cheaper_coding() -> None:
     few = masks.choose(score, "unstructured", 0.97)
     spec, tensors = masks.store_mask(few, "unstructured")
     assert spec == {"coding": "entropy"}  # 0.194 bits per entry
-    assert sum(t.nbytes for t in tensors.values()) == masks.mask_bytes(few, "unstructured") < 1.1 * 0.194 * few.numel() / 8
+    assert (
+        sum(t.nbytes for t in tensors.values()) == masks.mask_bytes(few, "unstructured") < 1.1 * 0.194 * few.numel() / 8
+    )
     assert torch.equal(masks.restore_mask(spec, tensors, (64, 1024), "unstructured"), few)
     assert masks.store_mask(few[:2], "unstructured")[0] == {"coding": "index"}  # too small to pay for a head
 
@@ -130,7 +139,9 @@ def test_a_mask_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     few = torch.rand(64, 256, generator=torch.Generator().manual_seed(0)) > 0.97
     assert masks.store_mask(few, "unstructured")[0] == {"coding": "entropy"}
     masks.store_mask(few.logical_not(), "unstructured")
-    masks.store_mask(torch.rand(64, 256, generator=torch.Generator().manual_seed(1)) > 0.5, "unstructured")  # not worth a try
+    masks.store_mask(
+        torch.rand(64, 256, generator=torch.Generator().manual_seed(1)) > 0.5, "unstructured"
+    )  # not worth a try
     assert calls == [(64, 256)] * 2
 
 
@@ -138,7 +149,11 @@ def test_a_damaged_entropy_coded_mask_is_refused() -> None:
     few = torch.rand(64, 256, generator=torch.Generator().manual_seed(0)) > 0.97
     spec, tensors = masks.store_mask(few, "unstructured")
     assert spec == {"coding": "entropy"}
-    for damaged in ({"mask": tensors["mask"]}, tensors | {"stream": tensors["stream"][:-1]}, tensors | {"mask": tensors["mask"][:-1]}):
+    for damaged in (
+        {"mask": tensors["mask"]},
+        tensors | {"stream": tensors["stream"][:-1]},
+        tensors | {"mask": tensors["mask"][:-1]},
+    ):
         with pytest.raises(CheckpointError):
             masks.restore_mask(spec, damaged, (64, 256), "unstructured")
     numbers = masks.entropy.encode(torch.arange(64 * 256).view(64, 256).remainder(3).int().numpy())

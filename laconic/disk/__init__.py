@@ -1,0 +1,1 @@
+"""What lies in files: tensors, the format, originals and compressed directories, the output folder, locks, checksums."""

@@ -1,0 +1,255 @@
+"""What every stage of a run will take, in bytes of memory and in seconds, from the model's sizes and three speeds of this machine."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from laconic.disk.load import Checkpoint
+from laconic.engine.walk import MANY, PART, units
+from laconic.measure.quality import COMPARED, LOGITS
+from laconic.methods.base import Keep, Method
+from laconic.model.sites import Slot, Stats
+
+_FLOAT = 4  # bytes of the computing precision
+_TOGETHER = 4096  # tokens per forward pass
+_WRITTEN = 32  # windows that a model writes together
+_SAMPLES = 84  # tokens of the report's samples of text, prompt included
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is run through the model. `samples` windows of `length` tokens calibrate; `surveyed` of them go through it backwards too, before.
+
+    `written`: windows that the model writes itself; `test_tokens` are evaluated, `generates`: samples of text are made for the report.
+    `width` is the hidden size, `vocabulary` the logits per token (0 for a model without).
+    """
+
+    samples: int = 0
+    length: int = 0
+    surveyed: int = 0
+    written: int = 0
+    width: int = 0
+    vocabulary: int = 0
+    test_tokens: int = 0
+    generates: bool = False
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """This machine's, measured now: `flops` of a float32 product per second, `bytes` copied per second, `exponentials` per second."""
+
+    flops: float
+    bytes: float
+    exponentials: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A stage's peak memory beyond what the process takes before, in bytes, and its time in seconds."""
+
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+def measure_speeds() -> Speeds:
+    """Cost: about a tenth of a second."""
+    a = torch.randn(768, 768, generator=torch.Generator().manual_seed(0))
+    big = torch.empty(1 << 22)
+    flops = 2 * 768**3 / _fastest(lambda: a @ a)
+    return Speeds(
+        flops,
+        2 * _FLOAT * big.numel() / _fastest(lambda: big.copy_(big + 1)) * 2,
+        a.numel() / _fastest(lambda: torch.softmax(a, -1)),
+    )
+
+
+def _fastest(work: object) -> float:
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        work()  # type: ignore[operator]
+        times.append(time.perf_counter() - started)
+    return max(min(times), 1e-7)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model by where they lie: all, outside the chain, of the largest block, and of matrices that every token meets."""
+
+    total: int
+    outside: int
+    block: int
+    largest: int
+    body: int
+    head: int
+
+
+def sizes_of(source: Checkpoint, chain: str | None, load: Load) -> Sizes:
+    """Counted on the skeleton; experts are counted as if every token met them all, which is too much."""
+    blocks: dict[str, int] = {}
+    tables = {id(m.weight) for m in source.skeleton.modules() if isinstance(m, torch.nn.Embedding)}
+    body = 0
+    for name, parameter in source.skeleton.named_parameters():
+        part = block_of(name, chain)
+        blocks[part] = blocks.get(part, 0) + parameter.numel()
+        body += parameter.numel() if parameter.dim() > 1 and id(parameter) not in tables else 0
+    outside = blocks.pop("", 0)
+    head = load.vocabulary * load.width
+    largest = max((p.numel() for p in source.skeleton.parameters()), default=0)
+    total = sum(p.numel() for p in source.skeleton.parameters())
+    separate = any(
+        p.shape == (load.vocabulary, load.width) and id(p) not in tables for p in source.skeleton.parameters()
+    )
+    return Sizes(total, outside, max(blocks.values(), default=0), largest, body - (head if separate else 0), head)
+
+
+def block_of(name: str, chain: str | None) -> str:
+    """The path of the block that a module or parameter lies in; empty outside the chain."""
+    if chain is None or not name.startswith(chain + "."):
+        return ""
+    return ".".join(name.split(".")[: len(chain.split(".")) + 1])
+
+
+def costs(
+    source: Checkpoint, chosen: Mapping[Slot, Method], load: Load, chain: str | None, speeds: Speeds
+) -> dict[str, Cost]:
+    """The cost of every stage, in their order: own text, survey, compression, verification, evaluation, samples of text."""
+    sizes = sizes_of(source, chain, load)
+    return {
+        "own text": _own_text(sizes, load, speeds), "survey": _survey(sizes, chosen, load, speeds),
+        "compression": _compression(source, sizes, chosen, load, chain, speeds), "verification": _verification(chosen, speeds),
+        "evaluation": _evaluation(sizes, load, speeds), "samples": _samples(sizes, load, speeds),
+    }  # fmt: skip
+
+
+def _own_text(sizes: Sizes, load: Load, speeds: Speeds) -> Cost:
+    """The model as it is stored (at most float32), keys and values of the windows written together, and a few rows of logits."""
+    if not load.written:
+        return Cost()
+    rounds = -(-load.written // _WRITTEN)
+    together = min(load.written, _WRITTEN)
+    memory = _FLOAT * (sizes.total + sizes.largest + 8 * together * load.vocabulary)
+    memory += _FLOAT * 4 * together * load.length * load.width * max(1, sizes.total // max(12 * load.width**2, 1) // 4)
+    products = 2.0 * together * (sizes.body + sizes.head)
+    step = (
+        max(products / (0.5 * speeds.flops), _FLOAT * (sizes.body + sizes.head) / speeds.bytes)
+        + 4 * together * load.vocabulary / speeds.exponentials
+    )
+    return Cost(memory, rounds * load.length * (step + 2e-3))
+
+
+def _survey(sizes: Sizes, chosen: Mapping[Slot, Method], load: Load, speeds: Speeds) -> Cost:
+    """Forwards, then backwards with each block's forward again: three products with the weights and one with the gradients; and the logits,
+    of one window at a time: they, their gradient, and a part of them that labels are drawn from (all of it where they are few)."""
+    if not load.surveyed:
+        return Cost()
+    tokens = load.surveyed * load.length
+    logits = load.length * load.vocabulary
+    copies = 2 * logits + 5 * PART if logits > MANY else 5 * logits
+    hidden = 3 * tokens * load.width
+    memory = _FLOAT * (sizes.outside + copies + hidden + 12 * load.length * load.width)
+    squares = sum(slot.columns**2 * slot.groups for slot in _distinct(chosen))
+    if (
+        not sizes.block
+    ):  # a model that is run whole: all statistics at once, the graph of a window, and the gradients of its tables
+        memory += _FLOAT * (
+            squares + 2 * load.length * sum(slot.rows + slot.columns for slot in chosen) + 2 * sizes.largest
+        )
+    block = _FLOAT * (
+        3 * sizes.block
+        + hidden
+        + 40 * load.length * load.width
+        + max((slot.columns**2 * slot.groups for slot in chosen), default=0)
+    )
+    flops = 8.0 * tokens * sizes.body + 4.0 * tokens * sizes.head + 2.0 * tokens * squares
+    return Cost(max(memory, block), flops / speeds.flops + 10.0 * tokens * load.vocabulary / speeds.exponentials)
+
+
+def _distinct(chosen: Mapping[Slot, Method]) -> list[Slot]:
+    """Slots that need a Hessian, of those fed alike in a block one (they have their columns in common)."""
+    found: dict[tuple[str, int], Slot] = {}
+    for slot, method in chosen.items():
+        if not isinstance(method, Keep) and method.wants & Stats.HESSIAN:
+            found.setdefault((slot.users[0][0].rpartition(".")[0], slot.columns), slot)
+    return list(found.values())
+
+
+def _compression(
+    source: Checkpoint, sizes: Sizes, chosen: Mapping[Slot, Method], load: Load, chain: str | None, speeds: Speeds
+) -> Cost:  # fmt: skip
+    """The hidden states, and the largest part with its statistics and its solver's workspace; two forward passes and a sweep per site."""
+    parts: dict[str, list[Slot]] = dict(units(source.skeleton, list(chosen))) if chain is None else {}
+    for slot in chosen if chain is not None else ():
+        parts.setdefault(block_of(slot.users[0][0], chain) or slot.name, []).append(slot)
+    largest = 0
+    for slots in parts.values():
+        wanted = {slot: chosen[slot].wants if not isinstance(chosen[slot], Keep) else Stats(0) for slot in slots}
+        calibrated = any(wanted.values())
+        weights = sum(
+            (_FLOAT if calibrated else source.nbytes(slot.parameter) / slot.entries) * slot.entries for slot in slots
+        )
+        columns = {
+            slot.columns: slot.groups for slot in slots if wanted[slot] & Stats.HESSIAN
+        }  # slots fed alike share their Hessian
+        hessians = sum(_FLOAT * n * n * groups for n, groups in columns.items())
+        solver = max((_workspace(slot, chosen[slot], wanted[slot]) for slot in slots), default=0)
+        packed = sum(chosen[slot].expected_bits(slot.shape) / 8 for slot in slots if not isinstance(chosen[slot], Keep))
+        largest = max(largest, round(weights + hessians + solver + packed))
+    calibrated = any(not isinstance(method, Keep) and method.wants for method in chosen.values())
+    tokens = load.samples * load.length
+    seconds = 4.0 * tokens * sizes.body / speeds.flops if calibrated else 0.0
+    for slot in _distinct(chosen):
+        seconds += slot.groups * (2.0 * tokens * slot.columns**2 + slot.columns**3) / speeds.flops
+    for slot, method in chosen.items():
+        if not isinstance(method, Keep):
+            sweep = 6.0 * slot.entries * slot.columns / speeds.flops if method.wants & Stats.HESSIAN else 0.0
+            seconds += sweep + 80.0 * slot.entries / speeds.exponentials
+    if not load.samples:
+        return Cost(largest, seconds)
+    hidden = 2 * _FLOAT * tokens * load.width
+    return Cost(largest + hidden + 12 * _FLOAT * _TOGETHER * load.width + _FLOAT * sizes.outside, seconds)
+
+
+def _workspace(slot: Slot, method: Method, wanted: Stats) -> int:
+    """Bytes a method takes for one site beside its weight: codes, and for column solvers the factor and three copies of the weight."""
+    if isinstance(method, Keep):
+        return 0
+    if wanted & Stats.HESSIAN:
+        return _FLOAT * (slot.groups * slot.columns**2 + 4 * slot.entries)
+    return 2 * slot.entries + (128 << 20)
+
+
+def _verification(chosen: Mapping[Slot, Method], speeds: Speeds) -> Cost:
+    """Every weight decoded once, alone."""
+    entries = [slot.entries for slot, method in chosen.items() if not isinstance(method, Keep)]
+    return Cost(_FLOAT * 3 * max(entries, default=0), 16.0 * sum(entries) / speeds.exponentials)
+
+
+def _evaluation(sizes: Sizes, load: Load, speeds: Speeds) -> Cost:
+    """Both models: what lies outside the chain in float32, a block and its decoding, hidden states, and one batch of logits each."""
+    if not load.test_tokens:
+        return Cost()
+    tokens = max(load.length, min(_TOGETHER, LOGITS // max(load.vocabulary, 1)))
+    logits = 3 * tokens * load.vocabulary + 6 * COMPARED  # some models widen theirs, which takes a copy
+    states = 2 * load.test_tokens * load.width + 12 * tokens * load.width
+    memory = _FLOAT * (2 * sizes.outside + sizes.largest + 2 * sizes.block + logits + states)
+    flops = 4.0 * load.test_tokens * (sizes.body + sizes.head)
+    decoding = 8.0 * sizes.total / speeds.exponentials
+    return Cost(
+        memory, flops / speeds.flops + 10.0 * load.test_tokens * load.vocabulary / speeds.exponentials + decoding
+    )
+
+
+def _samples(sizes: Sizes, load: Load, speeds: Speeds) -> Cost:
+    """The model as a whole, once in float32, with its largest tensor a second time while that is decoded; a token at a time, twice."""
+    if not load.generates:
+        return Cost()
+    step = (
+        max(2.0 * (sizes.body + sizes.head) / (0.2 * speeds.flops), _FLOAT * (sizes.body + sizes.head) / speeds.bytes)
+        + 5e-3
+    )
+    return Cost(
+        _FLOAT * (sizes.total + 2 * sizes.largest), 2 * _SAMPLES * step + 8.0 * sizes.total / speeds.exponentials
+    )

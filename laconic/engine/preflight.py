@@ -1,0 +1,60 @@
+"""What a run will do and cost, before it starts: method and size of every site, peak memory, time."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from laconic.disk.load import Checkpoint
+from laconic.disk.lock import LOCK
+from laconic.disk.output import below
+from laconic.engine.estimate import Load, costs, measure_speeds
+from laconic.errors import OutputError
+from laconic.host.progress import resident_memory
+from laconic.host.units import human_bytes
+from laconic.methods.base import Keep, Method
+from laconic.methods.fitting import fitted
+from laconic.model.sites import Slot
+
+_LIBRARIES = 120_000_000  # bytes: what is imported later (plots, kernels), and the allocator's slack
+
+
+def preflight(source: Checkpoint, chosen: dict[Slot, Method], load: Load, chain: str | None) -> dict[str, Any]:
+    """The plan as numbers: sites with method and expected bits, bytes of the weights, peak memory in bytes, seconds; `stages`: both of each."""
+    chosen = {slot: fitted(method, slot.shape) for slot, method in chosen.items()}
+    sites: list[dict[str, Any]] = []
+    for slot, method in chosen.items():
+        original = 8 * source.nbytes(slot.parameter) or 16 * slot.entries
+        kept = isinstance(method, Keep)
+        bits = original if kept else method.expected_bits(slot.shape)
+        sites.append(
+            {"name": slot.name, "aliases": list(slot.names[1:]), "shape": list(slot.shape), "method": repr(method), "role": slot.role,
+             "bits_per_weight": bits / slot.entries, "bytes": bits / 8, "original_bytes": original / 8, "kept": kept,
+             "reason": method.reason if isinstance(method, Keep) else ""}
+        )  # fmt: skip
+    total = sum(stored.bytes for stored in source.files.tensors.values())
+    rest = total - sum(site["original_bytes"] for site in sites)
+    stages = costs(source, chosen, load, chain, measure_speeds())
+    return {
+        "sites": sites,
+        "bytes": round(sum(site["bytes"] for site in sites) + rest),
+        "original_bytes": total,
+        "peak_memory": resident_memory() + _LIBRARIES + max(cost.bytes for cost in stages.values()),
+        "seconds": sum(cost.seconds for cost in stages.values()),
+        "stages": {name: {"bytes": cost.bytes, "seconds": cost.seconds} for name, cost in stages.items()},
+    }
+
+
+def room_for(out: Path, expected: int) -> list[str]:
+    """What to say of the free space for a model of so many bytes. Raises: OutputError when the model alone takes more than there is."""
+    there = sum(file.stat().st_size for file in below(out, skip=(LOCK,)) if file.is_file())
+    free = shutil.disk_usage(out).free + there
+    if free < expected:
+        raise OutputError(
+            f"{out}: {human_bytes(free)} are free on that disk, the model takes {human_bytes(expected)}; choose another place"
+        )
+    if free < 2 * expected:
+        need, have = human_bytes(2 * expected), human_bytes(free)
+        return [
+            f"{out}: finished parts and the model made of them take {need} for a while; {have} are free on that disk"
+        ]
+    return []

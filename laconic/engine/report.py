@@ -1,0 +1,110 @@
+"""The record of a run: everything it measured, as plain values."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from laconic.engine.coverage import coverage_line
+
+REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+_WORST = 10
+_DERIVED = ("bits_per_weight", "matrix_bits", "worst", "by_class")  # of the values
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a run measured, as plain values (`report["metrics"]`), with the few figures people ask for as properties."""
+
+    values: dict[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    @property
+    def sites(self) -> list[dict[str, Any]]:
+        """A record per compressed site: name, shape, method, bits, relative output error, notes."""
+        return self.values["sites"]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What was measured of the stored model against the original."""
+        return self.values["metrics"]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the model's files; of a module in memory, what `save` will write, but for file headers."""
+        return self.values.get("stored_bytes", self.values["expected_bytes"])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bytes x 8 / the original's parameters."""
+        return 8 * self.stored_bytes / self.values["parameters"]
+
+    @property
+    def matrix_bits(self) -> float:
+        """Stored bits per weight of the compressed matrices of the body, scales, tables and indices included; without any, of all sites."""
+        body = [site for site in self.sites if site["role"] == "body"] or self.sites
+        entries = sum(site["shape"][0] * site["shape"][1] for site in body)
+        return sum(site["bits"] for site in body) / max(entries, 1)
+
+    @property
+    def coverage(self) -> str:
+        """What share of the parameters is compressed, kept by choice and not compressible, in a sentence."""
+        return coverage_line(self.values["coverage"])
+
+    @property
+    def worst(self) -> list[dict[str, Any]]:
+        """The sites with the largest relative output error."""
+        return sorted(self.sites, key=lambda site: -site["error"])[:_WORST]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user must hear: fallbacks, experts without tokens."""
+        return self.values["notes"] + [note for site in self.sites for note in site["notes"]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return self.values | {
+            "bits_per_weight": self.bits_per_weight, "matrix_bits": self.matrix_bits, "worst": [site["name"] for site in self.worst],
+            "by_class": by_class(self), "coverage_line": self.coverage,
+        }  # fmt: skip
+
+
+def by_class(report: Report) -> list[dict[str, Any]]:
+    """Bytes before and after by tensor class; the rows add up to the files."""
+    rows: dict[str, list[float]] = {}
+
+    def add(name: str, before: float, after: float) -> None:
+        row = rows.setdefault(name, [0.0, 0.0])
+        row[0] += before
+        row[1] += after
+
+    for site in report.sites:
+        label = {"embedding": "embeddings, compressed", "head": "output head, compressed"}.get(
+            site["role"], "matrices, compressed"
+        )
+        add(label, site.get("original_bytes", 2.0 * site["shape"][0] * site["shape"][1]), site["bits"] / 8)
+    for kept in report.values.get("kept", []):
+        matrix = len(kept.get("shape", [])) > 1
+        add(
+            "matrices and embeddings kept as they are" if matrix else "norms, biases and buffers",
+            kept["bytes"],
+            kept["bytes"],
+        )
+    before, after = sum(r[0] for r in rows.values()), sum(r[1] for r in rows.values())
+    if "stored_bytes" in report.values:
+        add("file headers and manifest", max(report["original_bytes"] - before, 0), report.stored_bytes - after)
+    return [{"class": name, "before": round(b), "after": round(a)} for name, (b, a) in rows.items()]
+
+
+def read_report(out: Path) -> dict[str, Any] | None:
+    """What `write_report` was given, as `report` (its values) and `samples`; None where there is none, or a damaged one."""
+    try:
+        told = json.loads((out / REPORT_JSON).read_text(encoding="utf-8"))
+        samples = told.pop("samples")
+        for key in _DERIVED:
+            del told[key]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return {"report": told, "samples": samples}

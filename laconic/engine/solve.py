@@ -1,0 +1,145 @@
+"""From sites to weights: sites solved one by one or together, the record of each, and the weight in the parameter's place."""
+
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.disk.tensors import is_finite
+from laconic.engine.unmeasured import completed
+from laconic.engine.walk import Stage
+from laconic.errors import SchemeError
+from laconic.methods.base import Method, output_error
+from laconic.methods.fitting import fitted
+from laconic.model.sites import Site, Slot
+from laconic.weights import Weight
+from laconic.weights.inputs import Rounding, check_rounding, set_rounding
+
+_ROWS = 2048  # decoded at a time for a checksum
+
+
+def fed_alike(methods: Mapping[Slot, Method], inputs: Mapping[Slot, int | None]) -> list[list[Slot]]:
+    """The sites of `inputs` in their order, those together that a joint method treats as one: fed one tensor, under equal methods."""
+    found: dict[object, list[Slot]] = {}
+    for slot, number in inputs.items():
+        together = methods[slot].joint and number is not None
+        found.setdefault((methods[slot], number) if together else slot, []).append(slot)
+    return list(found.values())
+
+
+def solve_sites(method: Method, sites: Sequence[Site]) -> list[Weight]:
+    """The weights a method finds for sites that it treats together. Raises: SchemeError with the sites' names."""
+    try:
+        with torch.no_grad():
+            return method.together(sites)
+    except SchemeError as error:
+        names = [site.name for site in sites]
+        named = any(re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", str(error)) for name in names)
+        raise error if named else SchemeError(f"{', '.join(names)}: {error}") from error
+
+
+def solve_stage(
+    stage: Stage, chosen: Mapping[Slot, Method], model: nn.Module, given: Callable[[Site], Site], seed: int
+) -> Iterator[tuple[Slot, Weight, dict[str, Any]]]:
+    """The weight of every site of a stage, and the record of it; `given` adds to a site what was kept for it before.
+
+    Raises: SchemeError with the name of a site, DataError where its statistics are not finite.
+    """
+    statistics = stage.statistics
+    if statistics is None:
+        return
+    chosen = {slot: fitted(chosen[slot], slot.shape) for slot in stage.slots}
+    for slots in fed_alike(chosen, {slot: statistics.input_of(slot) for slot in stage.slots}):
+        started = time.perf_counter()
+        described = [given(statistics.describe(slot, matrix_of(model, slot), seed)) for slot in slots]
+        sites = [completed(site, chosen[slot].wants) for slot, site in zip(slots, described, strict=True)]
+        del described
+        for slot in slots:
+            statistics.forget(slot)
+        weights = solve_sites(chosen[slots[0]], sites)
+        for slot, weight in zip(slots, weights, strict=True):
+            for layer in slot.layers(model):
+                check_rounding(layer, weight, slot.name)
+        records = [
+            record_of(*found) for found in zip(slots, [chosen[slot] for slot in slots], sites, weights, strict=True)
+        ]
+        del (
+            sites
+        )  # a tensor of the block that is left behind keeps its Hessian, or the pages of its whole file, in memory
+        seconds, entries = time.perf_counter() - started, sum(slot.entries for slot in slots)
+        for slot, record in zip(slots, records, strict=True):
+            yield slot, weights.pop(0), record | {"seconds": seconds * slot.entries / entries}
+
+
+def record_of(slot: Slot, method: Method, site: Site, weight: Weight) -> dict[str, Any]:
+    """What the report says of a site and its weight, but for the seconds."""
+    bits = weight.bits()
+    record: dict[str, Any] = {
+        "name": slot.name, "aliases": list(slot.names[1:]), "parameter": slot.parameter, "shape": list(slot.shape), "role": slot.role,
+        "method": repr(method), "kind": kind_of(weight), "bits": bits, "bits_per_weight": bits / slot.entries,
+        "error": output_error(site, weight), "weight_error": output_error(site.having(hessian=None, squares=None), weight),
+        "checksum": checksum(weight, slot.name), "notes": site.notes,
+    }  # fmt: skip
+    if site.tokens is not None and site.groups > 1 and slot.view.lead > 1:
+        record["expert_tokens"] = site.tokens.tolist()
+    if site.unmeasured:
+        record["unmeasured"] = site.unmeasured
+    if weight.input_bits is not None:
+        record["input_bits"] = weight.input_bits
+    return record
+
+
+def kind_of(weight: Weight) -> str:
+    """The weight's structure in words, such as "sum(uniform, sparse(dense))"."""
+    children = [child for name, child in weight.named_children() if isinstance(child, Weight) and name != "bias"]
+    children += [
+        term
+        for child in weight.children()
+        if isinstance(child, nn.ModuleList)
+        for term in child
+        if isinstance(term, Weight)
+    ]
+    inner = [kind_of(child) for child in children] if weight.kind not in ("uniform", "codebook") else []
+    kind = f"{weight.kind}({', '.join(inner)})" if inner else weight.kind
+    kind += ", bias" if weight.output_bias() is not None else ""
+    return kind if weight.input_bits is None else f"{kind}, inputs {weight.input_bits} bits"
+
+
+def checksum(weight: Weight, name: str = "") -> int:
+    """CRC-32 of the decoded matrix and output bias as float32, a few rows at a time.
+
+    Raises: SchemeError when the site is named and a decoded value is not finite, as where 16 bits cannot hold it.
+    """
+    value = 0
+    with torch.no_grad():
+        for start in range(0, weight.shape[0], _ROWS):
+            rows = weight.rows(start, min(start + _ROWS, weight.shape[0])).float().cpu().contiguous()
+            if name and not is_finite(rows):
+                raise SchemeError(
+                    f"{name}: decodes to values that are not finite: the type its values are stored in does not hold them"
+                )
+            value = zlib.crc32(rows.numpy().data, value)
+        if (bias := weight.output_bias()) is not None:
+            value = zlib.crc32(bias.float().cpu().contiguous().numpy().data, value)
+    return value
+
+
+def matrix_of(model: nn.Module, slot: Slot) -> Tensor:
+    """The site's present values as [out, in]."""
+    path, name = slot.users[0]
+    tensor: Tensor = getattr(model.get_submodule(path), name)
+    return slot.view.matrix(tensor.detach())
+
+
+def put_back(model: nn.Module, slot: Slot, weight: Weight) -> None:
+    """Let the rest of the model see the decoded weight in the parameter's place, and its layers round their inputs if it asks for it."""
+    for layer in slot.layers(model):
+        set_rounding(layer, Rounding.of(weight))
+    path, name = slot.users[0]
+    parameter: Tensor = getattr(model.get_submodule(path), name)
+    with torch.no_grad():
+        parameter.copy_(slot.view.restore(weight.forward()))

@@ -1,0 +1,1 @@
+"""What a compressed model comes to: quality, layers, time, objectives and goals."""

@@ -1,0 +1,1 @@
+"""Schemes as text: parsed, never evaluated; described, spelled and filled in."""

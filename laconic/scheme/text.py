@@ -1,0 +1,202 @@
+"""Schemes: which method each site gets, written as Python values or as text that is parsed and never evaluated."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import laconic.methods
+from laconic.errors import SchemeError
+from laconic.host.foreign import run_file
+from laconic.methods.base import Method
+from laconic.methods.free import Free
+from laconic.model.sites import Slot
+from laconic.scheme.expressions import instance, nearest, parsed, where
+from laconic.scheme.spelling import scheme_called
+
+Predicate = Callable[[Slot], bool]
+Rule = tuple[str | Predicate, Method]
+Scheme = Method | Sequence[Rule] | Callable[[Slot], Method]
+"""A method for the model, of which `choice.resolve` makes what every site needs; a plan of rules (pattern or predicate, method) of which the
+first that matches wins; or a function from a site's description to a method. In a plan or function, nothing is left out: say `Keep()`."""
+
+
+@cache
+def known_methods() -> dict[str, type[Method]]:
+    """Every method by its class name, found by walking `laconic.methods`; a module that does not import is an error, not a gap."""
+    found: dict[str, type[Method]] = {}
+    for module_info in pkgutil.iter_modules(laconic.methods.__path__):
+        module = importlib.import_module(f"laconic.methods.{module_info.name}")
+        for name, cls in vars(module).items():
+            own = inspect.isclass(cls) and issubclass(cls, Method) and cls.__module__ == module.__name__
+            if own and not inspect.isabstract(cls) and name not in ("Then", "Plus"):
+                found[name] = cls
+    return dict(sorted(found.items()))
+
+
+def parse(text: str) -> Scheme:
+    """The scheme a Python expression describes. Only method calls, literals, `+`, `>>`, plans and conditions on a site are understood.
+
+    Examples: `GPTQ(bits=3) + EoRA(rank=16)`; `[("lm_head", Keep()), (columns > 1000, GPTQ(bits=4)), ("*", GPTQ(bits=3))]`;
+    `GPTQ(bits=4) if "v_proj" in name or block < 2 else GPTQ(bits=3)`. Conditions may use name, rows, columns, entries, block and role.
+    Raises: SchemeError naming what was not understood and where, with the nearest spelling of an unknown name.
+    """
+    if isinstance(text, str) and text.strip() not in known_methods() and (meant := scheme_called(text)) is not None:
+        raise SchemeError(f"scheme {text!r}: did you mean {meant}?")
+    node = parsed("scheme", text)
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_rule(item) for item in node.elts]
+    if isinstance(node, ast.IfExp):
+        return _conditional(node)
+    return _method(node)
+
+
+def load_plan(file: Path) -> Scheme:
+    """The variable `scheme` of a Python file, which is run: a plan file is a program of the user's own.
+
+    Raises: SchemeError when there is no such file, where and how it fails, and when the variable is missing or not a scheme.
+    """
+    names = run_file(file, SchemeError, "plan")
+    expected = f"{file}: expected a variable named 'scheme' (a method, a list of rules or a function)"
+    if "scheme" not in names:
+        raise SchemeError(f"{expected}, found none")
+    scheme = names["scheme"]
+    if isinstance(scheme, type):
+        raise SchemeError(f"{expected}, got the class {scheme.__name__}: write {scheme.__name__}(...)")
+    if isinstance(scheme, str):
+        raise SchemeError(
+            f"{expected}, got a text: give that to --scheme, or write scheme = laconic.parse({scheme[:100]!r})"
+        )
+    if not (isinstance(scheme, Method | list | tuple) or callable(scheme)):
+        raise SchemeError(f"{expected}, got a {type(scheme).__name__}")
+    return scheme
+
+
+def describe(scheme: Scheme) -> str:
+    """The text of a scheme: what `parse` reads back, or a function's name."""
+    if isinstance(scheme, Method):
+        return repr(scheme)
+    if callable(scheme):
+        return getattr(scheme, "text", f"function {getattr(scheme, '__name__', 'scheme')}")
+    rules = (
+        f"({getattr(p, 'text', None) or (repr(p) if isinstance(p, str) else 'predicate')}, {m!r})" for p, m in scheme
+    )
+    return f"[{', '.join(rules)}]"
+
+
+def _method(node: ast.expr) -> Method:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift):
+        return _method(node.left) >> _method(node.right)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _method(node.left) + _method(node.right)
+    if isinstance(node, ast.Name):  # GPTQ stands for GPTQ()
+        return _build(node, node.id, [], [])
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return _build(node, node.func.id, node.args, node.keywords)
+    raise SchemeError(f"scheme: expected a method such as GPTQ(bits=4), got {where(node)}; only methods can be called")
+
+
+def _build(node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Method:
+    known = known_methods()
+    if name not in known:
+        if name.upper() in {one.upper() for one in known}:
+            right = next(one for one in known if one.upper() == name.upper())
+            example = f"{right}({ast.unparse(ast.Call(ast.Name(right), args, keywords)).partition('(')[2]}"
+            raise SchemeError(f"scheme: unknown method {name!r}; did you mean {example}?")
+        raise SchemeError(f"scheme: unknown method {name!r} in {where(node)}{nearest(name, list(known))}")
+    return instance("scheme", node, known[name], args, keywords, _value)
+
+
+def _value(node: ast.expr) -> Any:
+    """A literal, a float('inf'), a Free, a method given to a method, or a tuple of these."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Free":
+        return instance("scheme", node, Free, node.args, node.keywords, _value, typed=False)
+    if isinstance(node, ast.Tuple):
+        return tuple(_value(item) for item in node.elts)
+    if isinstance(node, ast.Call | ast.Name) or (
+        isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift | ast.Add)
+    ):
+        if ast.unparse(node) in ("inf", "float('inf')"):
+            return float("inf")
+        return _method(node)
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError) as error:
+        raise SchemeError(f"scheme: expected a literal value, got {where(node)}") from error
+    if isinstance(value, list | dict | set):
+        raise SchemeError(
+            f"scheme: expected a number, a text, a truth value, None or a tuple of these, got {where(node)}"
+        )
+    return value
+
+
+def _rule(node: ast.expr) -> Rule:
+    if not (isinstance(node, ast.Tuple) and len(node.elts) == 2):
+        raise SchemeError(f"scheme: a rule of a plan is a pair (pattern, method), got {where(node)}")
+    test, method = node.elts
+    if isinstance(test, ast.Constant) and isinstance(test.value, str):
+        return test.value, _method(method)
+    return _predicate(test), _method(method)
+
+
+def _conditional(node: ast.IfExp) -> Callable[[Slot], Method]:
+    test, then = _predicate(node.test), _method(node.body)
+    other = _conditional(node.orelse) if isinstance(node.orelse, ast.IfExp) else _method(node.orelse)
+
+    def choose(slot: Slot) -> Method:
+        if test(slot):
+            return then
+        return other if isinstance(other, Method) else other(slot)
+
+    choose.text = ast.unparse(node)  # type: ignore[attr-defined]
+    return choose
+
+
+_FIELDS = ("name", "rows", "columns", "entries", "block", "role")
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Lt: lambda a, b: a < b, ast.LtE: lambda a, b: a <= b, ast.Gt: lambda a, b: a > b, ast.GtE: lambda a, b: a >= b,
+    ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
+}  # fmt: skip
+
+
+def _predicate(node: ast.expr) -> Predicate:
+    """A condition on a site: comparisons of its fields and literals, joined by and, or, not."""
+    _evaluate(node, None)  # everything is understood, before it is used
+
+    def test(slot: Slot) -> bool:
+        try:
+            return bool(_evaluate(node, slot))
+        except TypeError as error:
+            raise SchemeError(f"scheme: {where(node)} compares things that do not compare: {error}") from error
+
+    test.text = ast.unparse(node)  # type: ignore[attr-defined]
+    return test
+
+
+def _evaluate(node: ast.expr, slot: Slot | None) -> Any:
+    """The value of a condition for a slot, or, for None, only a check that every part of it is understood."""
+    if isinstance(node, ast.BoolOp):
+        values = [_evaluate(value, slot) for value in node.values]
+        return all(values) if isinstance(node.op, ast.And) else any(values)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return not _evaluate(node.operand, slot)
+    if isinstance(node, ast.Compare):
+        values = [_evaluate(value, slot) for value in (node.left, *node.comparators)]
+        tests = [_COMPARISONS.get(type(op)) for op in node.ops]
+        if all(test is not None for test in tests):
+            pairs = zip(tests, values[:-1], values[1:], strict=True)
+            return slot is None or all(test(a, b) for test, a, b in pairs if test is not None)
+    field = (
+        node.attr
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "site"
+        else getattr(node, "id", None)
+    )
+    if field in _FIELDS:
+        return None if slot is None else getattr(slot, str(field))
+    if isinstance(node, ast.Constant | ast.Tuple | ast.List | ast.UnaryOp):
+        return _value(node)
+    raise SchemeError(f"scheme: a condition compares {', '.join(_FIELDS)} and literals, got {where(node)}")
