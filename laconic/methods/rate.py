@@ -252,9 +252,9 @@ class WaterFilling(Allocation):
         beside = sum(n for n, _ in self.small.values())
         left = self.rate * (entries + beside) - self.small_bits
         rates = self._rates(left / entries) if entries else {}
-        found: dict[str, Method] = {
-            name: replace(self.method, rate=rate, over="matrix") for name, rate in rates.items()
-        }  # type: ignore[type-var]
+        found: dict[str, Method] = {}
+        for name, rate in rates.items():
+            found[name] = replace(self.method, rate=rate, over="matrix")  # type: ignore[type-var]
         self._tell(sum(site.entries * rates[name] for name, site in self.seen.items()), left, entries + beside)
         return found | {name: width for name, (_, width) in self.small.items()}
 
