@@ -1,4 +1,4 @@
-"""What a network computes with while a weight is trained towards its set: differentiable in the uncompressed w, and a Weight in the end."""
+"""What a network computes with in a weight's place while it is trained: differentiable in what is trained, and a Weight in the end."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -8,19 +8,24 @@ from typing import Any, Self
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from laconic.errors import CheckpointError
+from laconic.errors import CheckpointError, SchemeError
 from laconic.weights.base import Weight
+from laconic.weights.compose import Scaled
+from laconic.weights.dense import Dense
 from laconic.weights.sparse import Sparse
+from laconic.weights.uniform import Uniform
 
 
 class Relaxation(nn.Module, ABC):
-    """Stands between the uncompressed matrix w [out, in], which is trained, and the matrix the network multiplies with.
+    """Stands between the uncompressed matrix w [out, in] and the matrix the network multiplies with, and says what training moves.
 
-    In training mode `forward(w)` is differentiable in w; in evaluation mode it is what `stored(w)` decodes to. Between two changes of w it
-    computes the same however often it is called. `weight` is the compressed weight training starts from. It is no submodule: its scales and
-    tables are not the optimizer's to train nor a wrapper's to shard, and casting the model does not round them. It goes where w is when it is
-    used; buffers follow the model from device to device. The state dict holds all that `stored` depends on beside w.
+    In training mode `forward(w)` is differentiable in everything that `trained(w)` names; in evaluation mode it is what `stored(w)` decodes to.
+    Between two changes of that it computes the same however often it is called. `weight` is the compressed weight training starts from. It is no
+    submodule: its scales and tables are not a wrapper's to shard, and casting the model does not round them. It goes where w is when it is used;
+    buffers, and parameters of the relaxation's own, follow the model from device to device. The state dict holds all that `stored` depends on
+    beside w.
     """
 
     def __init__(self, weight: Weight) -> None:
@@ -35,7 +40,13 @@ class Relaxation(nn.Module, ABC):
         device = fn(torch.empty(0)).device
         for name, buffer in self.named_buffers(recurse=False):
             setattr(self, name, buffer.to(device))
+        for own in self.parameters(recurse=False):
+            own.data = own.data.to(device)
         return self
+
+    def trained(self, w: nn.Parameter) -> dict[str, nn.Parameter]:
+        """What training moves, by name: w itself, unless a relaxation trains states of its own (scales, tables, logits) in w's stead."""
+        return {"w": w}
 
     @abstractmethod
     def forward(self, w: Tensor) -> Tensor:
@@ -53,28 +64,8 @@ class Relaxation(nn.Module, ABC):
         """Be told how much of the training is done, 0 to 1; a relaxation that hardens on the way does so. Nothing happens by default."""
 
 
-class StraightThrough(Relaxation):
-    """Forward: the nearest point of a weight's set, its side information (mask, scales, tables) as it is. Backward: as if it were w.
-
-    Entries outside a mask get no gradient: it would only count in a norm that is clipped. The state dict holds the weight.
-    Source: Bengio et al. 2013, section 3. Cost: a projection per forward pass.
-    """
-
-    def forward(self, w: Tensor) -> Tensor:
-        value = self._projected(w)
-        passed: Tensor = _Through.apply(w, value, self.weight.mask if isinstance(self.weight, Sparse) else None)
-        return passed
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator] # projections choose by data, and keep what they chose
-    @torch.no_grad()
-    def _projected(self, w: Tensor) -> Tensor:
-        self.weight.to(w.device).right_inverse(w)
-        return self.weight.forward().to(w.dtype)
-
-    def stored(self, w: Tensor) -> Weight:
-        with torch.no_grad():
-            self.weight.to(w.device).right_inverse(w)
-        return copy.deepcopy(self.weight)
+class Carrying(Relaxation):
+    """A relaxation whose state dict holds the weight itself, codes and masks included."""
 
     def get_extra_state(self) -> Tensor:
         """The weight as bytes, in a tensor because checkpoints of tensors are what everybody writes."""
@@ -98,6 +89,30 @@ class StraightThrough(Relaxation):
 _KIND = "kind"  # beside the names of a weight's tensors
 
 
+class StraightThrough(Carrying):
+    """Forward: the nearest point of a weight's set, its side information (mask, scales, tables) as it is. Backward: as if it were w.
+
+    Entries outside a mask get no gradient: it would only count in a norm that is clipped. The state dict holds the weight.
+    Source: Bengio et al. 2013, section 3. Cost: a projection per forward pass.
+    """
+
+    def forward(self, w: Tensor) -> Tensor:
+        value = self._projected(w)
+        passed: Tensor = _Through.apply(w, value, self.weight.mask if isinstance(self.weight, Sparse) else None)
+        return passed
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # projections choose by data, and keep what they chose
+    @torch.no_grad()
+    def _projected(self, w: Tensor) -> Tensor:
+        self.weight.to(w.device).right_inverse(w)
+        return self.weight.forward().to(w.dtype)
+
+    def stored(self, w: Tensor) -> Weight:
+        with torch.no_grad():
+            self.weight.to(w.device).right_inverse(w)
+        return copy.deepcopy(self.weight)
+
+
 class _Through(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, w: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -108,3 +123,67 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
         return grads[0] if mask is None else grads[0] * mask, None, None
+
+
+class Tuned(Carrying):
+    """Trains a weight's own float states, codes and masks as they are: scales, float zero points, tables, low-rank factors, dense parts.
+
+    Forward: D(Theta), each state rounded to the type it is stored in, gradients straight through that rounding. w is not looked at. `stored` is a
+    weight with these states, rounded, so what is judged is what is stored. The states are parameters of the relaxation, float32 in the weight's
+    names with "/" for ".". Raises: SchemeError for a weight that has none.
+    """
+
+    def __init__(self, weight: Weight) -> None:
+        super().__init__(copy.deepcopy(weight))
+        self._names = list(float_states(self.weight))
+        if not self._names:
+            raise SchemeError(
+                f"a {weight.kind} weight has no scales, tables or other float states that could be trained"
+            )
+        for name, state in float_states(self.weight).items():
+            self.register_parameter(_own(name), nn.Parameter(state.detach().clone()))
+
+    def _states(self) -> dict[str, Tensor]:
+        return {name: self.get_parameter(_own(name)) for name in self._names}
+
+    def trained(self, w: nn.Parameter) -> dict[str, nn.Parameter]:
+        return {name: self.get_parameter(_own(name)) for name in self._names}
+
+    def forward(self, w: Tensor) -> Tensor:
+        decoded: Tensor = functional_call(self.weight.to(w.device), self._states(), ())
+        return decoded.to(w.dtype)
+
+    def stored(self, w: Tensor) -> Weight:
+        weight = copy.deepcopy(self.weight.to(w.device))
+        with torch.no_grad():
+            found = float_states(weight)
+            for name, state in self._states().items():
+                found[name].copy_(state)
+            for part in weight.modules():
+                if isinstance(part, Dense):
+                    part.right_inverse(part.values)
+                elif isinstance(part, Uniform):
+                    part.forget()
+        return weight
+
+
+def float_states(weight: Weight) -> dict[str, nn.Parameter]:
+    """The float states of a weight that training may move, by name.
+
+    Two kinds may not: the step of integer zero points, which is 1, and the column scale of a weight that rounds inputs, which says where they
+    are rounded.
+    """
+    fixed: set[int] = set()
+    for part in weight.modules():
+        if isinstance(part, Uniform) and part.zero is not None and part.integer_zero:
+            fixed |= {id(state) for state in part.zero.parameters()}
+        if isinstance(part, Scaled) and part.column_scale is not None and weight.input_bits is not None:
+            fixed |= {id(state) for state in part.column_scale.parameters()}
+    return {
+        name: state for name, state in weight.named_parameters() if state.is_floating_point() and id(state) not in fixed
+    }
+
+
+def _own(name: str) -> str:
+    """A state's name as a parameter of the relaxation, which may hold no dot."""
+    return name.replace(".", "/")

@@ -68,6 +68,12 @@ class Uniform(EntryWeight):
             self._sides = torch.where(scale == 0, torch.ones_like(scale), scale), zero
         return self._sides
 
+    def expanded_sides(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero of every entry [out, in] (or [1, in] under one step): W = scale (codes - zero)."""
+        scale, zero = self._decoded_sides()
+        zero = zero if isinstance(zero, Tensor) else torch.full_like(scale, zero)
+        return tuple(side.t().repeat_interleave(self.width, 1) for side in (scale, zero))  # type: ignore[return-value]
+
     def forward(self) -> Tensor:
         return self.rows(0, self.shape[0])
 
@@ -118,7 +124,7 @@ class Uniform(EntryWeight):
                     grouped,
                     self.bit_width,
                     symmetric=self.symmetric,
-                    integer=self._integer,
+                    integer=self.integer_zero,
                     importance=weights,
                     clip=clip,
                 )
@@ -129,8 +135,13 @@ class Uniform(EntryWeight):
             _write(self.zero, first, torch.cat([zero for _, zero in found]).t())
         self._sides = None
 
+    def forget(self) -> None:
+        """Drop what was computed from scales and zeros, which were changed from outside."""
+        self._sides = None
+
     @property
-    def _integer(self) -> bool:
+    def integer_zero(self) -> bool:
+        """Whether zeros are whole numbers of steps, stored as such."""
         return self.zero_kind == "integer" and self.second is None
 
     def set_step(self, step: float) -> None:
