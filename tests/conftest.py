@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
-)  # as laconic.threads does, before PyTorch is imported; for processes that tests start
+)  # as laconic.host.threads does, before PyTorch is imported; for processes that tests start
 
 from pathlib import Path
 

@@ -519,7 +519,7 @@ def test_a_look_up_in_a_manifest(tiny: Path, text: Path, tmp_path: Path) -> None
 def test_verification_notices_when_it_is_lost(
     tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = laconic.passes.pack_weights
+    original = laconic.engine.passes.pack_weights
 
     def forgetful(weights: Any) -> Any:
         tensors, specs = original(weights)
@@ -527,7 +527,7 @@ def test_verification_notices_when_it_is_lost(
             name: {key: value for key, value in spec.items() if key != "input_bits"} for name, spec in specs.items()
         }
 
-    monkeypatch.setattr(laconic.passes, "pack_weights", forgetful)
+    monkeypatch.setattr(laconic.engine.passes, "pack_weights", forgetful)
     with pytest.raises(VerificationError, match="does not decode to what was computed"):
         compress_directory(tiny, Rounded(4), tmp_path / "out", Options(data=str(text), evaluate=False))
 

@@ -26,8 +26,8 @@ def fresh(program: str, *words: object) -> subprocess.CompletedProcess[str]:
 
 LIGHT = """
 import sys
-import laconic, laconic.cli, laconic.listing
-laconic.listing.list_methods()
+import laconic, laconic.command.cli, laconic.command.listing
+laconic.command.listing.list_methods()
 print(sorted(name for name in ("torch", "transformers", "numpy", "matplotlib", "safetensors") if name in sys.modules))
 print(laconic.__version__)
 """

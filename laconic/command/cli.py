@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from laconic.command import start, training
+from laconic.command import training
 from laconic.command.commands import Commands, Device, Json, Trust, emit, err, guard, note, out_console, print_rows
 from laconic.command.console import Terminal, markup
 from laconic.command.shown import shown
@@ -365,8 +365,3 @@ def comparison(result: dict[str, Any]) -> Table:
 
 app.command()(training.search)
 app.command()(training.recover)
-
-
-def main() -> None:
-    """What scripts call that were installed before the entry point moved to `laconic.start`."""
-    start.main()

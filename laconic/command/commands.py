@@ -37,7 +37,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[
 
 
 class _Guarded:
-    """A block in which errors that are not ours end the command; see `laconic.ends`."""
+    """A block in which errors that are not ours end the command; see `laconic.command.ends`."""
 
     def __init__(self, interrupted: str = "") -> None:
         self.interrupted = interrupted

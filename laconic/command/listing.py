@@ -24,7 +24,7 @@ class _Class:
 def list_methods() -> dict[str, dict[str, Any]]:
     """Of every method, by name: `does`, the first line of its docstring, and `arguments`, as `name: type = default`.
 
-    The names are those of `laconic.scheme.known_methods()`, the arguments those of the classes' signatures; aliases of types are resolved.
+    The names are those of `scheme.text.known_methods()`, the arguments those of the classes' signatures; aliases of types are resolved.
     """
     folder = resources.files("laconic") / "methods"
     modules = sorted(f"laconic.methods.{file.name[:-3]}" for file in folder.iterdir() if file.name.endswith(".py"))

@@ -97,7 +97,7 @@ def _streams() -> None:
 
 
 def _own_error(kind: type[BaseException], error: BaseException, trace: "TracebackType | None") -> None:
-    """An error that is not on the list of `laconic.ends`: its traceback, and what to do with it."""
+    """An error that is not on the list of `laconic.command.ends`: its traceback, and what to do with it."""
     if issubclass(kind, KeyboardInterrupt):
         leave_at_once(signal.SIGINT, None)
     sys.__excepthook__(kind, error, trace)

@@ -1,6 +1,6 @@
 """transformers loads compressed directories: `AutoModelForCausalLM.from_pretrained(dir)` works once `laconic` is imported.
 
-`laconic.registration` imports this module while transformers is being imported: what else is needed of either is imported on use.
+`laconic.disk.registration` imports this module while transformers is being imported: what else is needed of either is imported on use.
 """
 
 from typing import TYPE_CHECKING, Any
