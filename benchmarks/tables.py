@@ -70,8 +70,9 @@ def cell(value: Any) -> str:
 def source(content: dict[str, Any]) -> str:
     """Where the figures come from, in a line."""
     machine, versions = content["machine"], content["versions"]
+    used = f" ({machine['threads']} used)" if machine["threads"] is not None else ""  # the rows say it
     return (
-        f"\n`{content['command']}`: {content['date'][:10]}, {machine['cpu']}, {machine['cores']} cores ({machine['threads']} used), "
+        f"\n`{content['command']}`: {content['date'][:10]}, {machine['cpu']}, {machine['cores']} cores{used}, "
         f"Python {versions['python']}, torch {versions['torch']}, seed {content['seed']}.\n"
     )
 
