@@ -88,7 +88,7 @@ def make_site(rows: int = 48, columns: int = 64, seed: int = 0, groups: int = 1,
     generator = torch.Generator().manual_seed(seed)
     mix = torch.eye(columns) + spread * torch.randn(columns, columns, generator=generator) / columns**0.5
     scale = torch.exp(0.5 * torch.randn(columns, generator=generator))
-    hessians, squares, magnitudes, peaks, centres = [], [], [], [], []
+    hessians, squares, magnitudes, peaks, centres, inputs = [], [], [], [], [], []
     for _ in range(groups):
         X = (torch.randn(512, columns, generator=generator) @ mix) * scale
         hessians.append(X.T @ X / len(X))
@@ -96,10 +96,13 @@ def make_site(rows: int = 48, columns: int = 64, seed: int = 0, groups: int = 1,
         magnitudes.append(X.abs().mean(0))
         peaks.append(X.abs().amax(0))
         centres.append(X.mean(0))
+        inputs.append(X)
     W = 0.05 * torch.randn(rows, columns, generator=generator)
     return Site(
         "block.0.layer", W, groups, hessian=torch.stack(hessians), squares=torch.stack(squares), magnitude=torch.stack(magnitudes),
-        peak=torch.stack(peaks), centre=torch.stack(centres), uses=torch.arange(rows, dtype=torch.float32), tokens=torch.full((groups,), 512),
+        peak=torch.stack(peaks), centre=torch.stack(centres), low=torch.stack([X.amin(0).clamp(max=0) for X in inputs]),
+        high=torch.stack([X.amax(0).clamp(min=0) for X in inputs]), sample=torch.cat(inputs)[:: 2 * groups].clone(),
+        uses=torch.arange(rows, dtype=torch.float32), tokens=torch.full((groups,), 512),
         input=0,
         fisher=torch.rand(rows, columns, generator=generator), output=torch.rand(rows, generator=generator) + 0.1, channels=torch.arange(rows),
     )  # fmt: skip

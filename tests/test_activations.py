@@ -26,7 +26,9 @@ from laconic.pipeline import Options, compress_directory
 from laconic.show.inspect import inspect_directory
 from laconic.weights import Dense, Scaled, Uniform, View, Weight, bake, baked, install, installed
 from laconic.weights.base import pack, unpack
-from laconic.weights.inputs import Rounding, round_input, rounding_of, set_rounding
+from laconic.weights.demands import Demands, demands_of, set_demands
+from laconic.weights.inputs import Inputs
+from laconic.weights.inputs import round_input as round_by
 from tests.conftest import tiny_config
 
 IDS = torch.tensor([[5, 99, 17, 300, 42, 7, 7, 256], [1, 2, 3, 4, 5, 6, 7, 8]])
@@ -49,7 +51,7 @@ class Rounded(Method):
             factors = Dense((1, site.W.shape[1]), dtype="float32")
             factors.right_inverse(1 / s)
             weight = Scaled(weight, column_scale=factors)
-        weight.input_bits = self.input_bits
+        weight.inputs = None if self.input_bits is None else Inputs(self.input_bits)
         return weight
 
 
@@ -92,12 +94,17 @@ def stored(W: Tensor, scale: Tensor | None = None, bits: int | None = 4) -> Weig
         factors = Dense((1, W.shape[1]), dtype="float32")
         factors.right_inverse(scale.unsqueeze(0))
         weight = Scaled(inner, column_scale=factors)
-    weight.input_bits = bits
+    weight.inputs = None if bits is None else Inputs(bits)
     return weight
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def round_input(x: Tensor, bits: int, scale: Tensor | None = None) -> Tensor:
+    """Per token, dynamic and symmetric."""
+    return round_by(x, Inputs(bits), scale)
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -125,7 +132,7 @@ def eight_bits(W: Tensor, s: Tensor) -> tuple[Uniform, Weight]:
     grid.fit(W * s)
     grid.right_inverse(W * s)
     weight = Scaled(grid, column_scale=stored((1 / s).unsqueeze(0), bits=None))
-    weight.input_bits = 8
+    weight.inputs = Inputs(8)
     return grid, weight
 
 
@@ -250,7 +257,7 @@ def test_copies_and_conversions(dense: bool) -> None:
         bake(layer)
         torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
     twin = copy.deepcopy(layer)
-    set_rounding(layer, None)
+    set_demands(layer, None)
     assert not layer._forward_pre_hooks
     assert not layer._forward_pre_hooks_with_kwargs
     assert not torch.equal(layer(x), before)
@@ -292,7 +299,7 @@ def test_a_fused_path_is_not_taken() -> None:
     with torch.no_grad():
         fast = net(x)
     for layer in (net.linear1, net.linear2):
-        set_rounding(layer, None)
+        set_demands(layer, None)
     with torch.no_grad():
         assert not torch.allclose(net(x), fast, atol=1e-3)
 
@@ -334,11 +341,13 @@ def test_where_it_cannot_be_done_it_is_refused(case: str) -> None:
 
 @pytest.mark.parametrize("bits", [True, "8", 0, 1, 17, -1, 8.0])
 def test_numbers_of_bits_that_are_none(bits: Any, tmp_path: Path) -> None:
-    with pytest.raises(SchemeError, match="input_bits should be (a whole number from 2 to 16|int or None)"):
+    with pytest.raises(
+        SchemeError, match="(inputs: bits should be a whole number from 2 to 16|input_bits should be int or None)"
+    ):
         lc.compress(nn.Sequential(nn.Linear(8, 8)), Rounded(bits))
     weight = stored(random(4, 8))
     spec, tensors = pack(weight)
-    assert unpack(spec, tensors).input_bits == 4
+    assert unpack(spec, tensors).inputs == Inputs(4)
     with pytest.raises(CheckpointError, match="dense: input_bits should be a whole number"):
         unpack(spec | {"input_bits": bits}, tensors)
     lc.save(linear(weight), tmp_path)
@@ -351,24 +360,26 @@ def test_numbers_of_bits_that_are_none(bits: Any, tmp_path: Path) -> None:
 
 def test_only_a_whole_weight_rounds_inputs(tmp_path: Path) -> None:
     """A part that asks for it, where nobody would look, is refused when it is made, stored, and read."""
-    inside = "0: a uniform weight with input_bits inside a (sum|rotated|sparse) one"
+    inside = "0: a uniform weight that rounds inputs inside a (sum|rotated) one"
     lost = "0: Rounded.* rounds inputs, which RTN.* would forget"
     composed = {
         Rounded(8) + lc.LowRank(2): inside,
         lc.Hadamard(Rounded(8)): inside,
-        lc.Magnitude(0.5) >> Rounded(8): inside,
     }
     for scheme, message in (composed | {Rounded(8) >> RTN(4, "channel"): lost}).items():
         net = nn.Sequential(nn.Linear(8, 8))
         with pytest.raises(SchemeError, match=message):
             lc.compress(net, scheme)
         assert installed(net) == {}
-    assert lc.compress(nn.Sequential(nn.Linear(8, 8)), lc.LowRank(4) >> Rounded(8))[1].sites[0]["input_bits"] == 8
+    for first in (lc.LowRank(4), lc.Magnitude(0.5)):
+        net, report = lc.compress(nn.Sequential(nn.Linear(8, 8)), first >> Rounded(8))
+        assert report.sites[0]["input_bits"] == 8
+        assert [weight.inputs for weight in installed(net).values()] == [Inputs(8)]
     weight = stored(random(4, 8), torch.ones(8))
-    weight.column_scale.input_bits = 8  # type: ignore[union-attr]
+    weight.column_scale.inputs = Inputs(8)  # type: ignore[union-attr]
     with pytest.raises(SchemeError, match="inside a scaled one"):
         pack(weight)
-    weight.column_scale.input_bits = None  # type: ignore[union-attr]
+    weight.column_scale.inputs = None  # type: ignore[union-attr]
     lc.save(linear(weight), tmp_path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     manifest["specs"][0]["weight"]["input_bits"] = 8
@@ -382,7 +393,7 @@ def test_without_it_nothing_is_said() -> None:
     weight = stored(random(4, 8), torch.ones(8), bits=None)
     assert pack(weight)[0] == weight.pack()[0]
     assert "input_bits" not in json.dumps(pack(weight)[0])
-    assert rounding_of(linear(weight)) is None
+    assert demands_of(linear(weight)) is None
 
 
 def test_compressed_again(tmp_path: Path) -> None:
@@ -441,7 +452,7 @@ def test_every_way_to_run_it_is_one_model(made: tuple[Path, lc.Report], tiny: Pa
     lc.compress(memory, Rounded(4, 4.0))
     torch.testing.assert_close(logits(memory), expected, rtol=1e-5, atol=1e-5)
     for module in ours.modules():
-        set_rounding(module, None)
+        set_demands(module, None)
     assert (logits(ours) - expected).norm() > 0.05 * expected.norm()
 
 
@@ -619,10 +630,10 @@ def test_a_run_from_disk_calibrates_as_one_in_memory_and_resumes(tokenizer: Any,
 
 
 def test_a_rounding_is_made_of_a_weight() -> None:
-    assert Rounding.of(stored(random(3, 8), bits=None)) is None
-    made = Rounding.of(stored(random(3, 8), torch.linspace(1, 2, 8)))
+    assert Demands.of(stored(random(3, 8), bits=None)) is None
+    made = Demands.of(stored(random(3, 8), torch.linspace(1, 2, 8)))
     assert made is not None
-    assert made.bits == 4
+    assert made.inputs == Inputs(4)
     assert torch.equal(made.column_scale, torch.linspace(1, 2, 8))  # type: ignore[arg-type]
     assert not made.column_scale.requires_grad  # type: ignore[union-attr]
 
@@ -648,11 +659,11 @@ def test_what_cannot_round_its_inputs_is_refused_before_work_with_the_way_out() 
 
 def test_a_weight_replaces_one_that_is_installed() -> None:
     first, second = stored(random(4, 8)), stored(random(4, 8, seed=5))
-    second.input_bits = None
+    second.inputs = None
     net = linear(first)
     install(net, "weight", second, View((4, 8)))
     assert list(installed(net).values()) == [second]
-    assert rounding_of(net) is None
+    assert demands_of(net) is None
     assert torch.equal(net.weight, second.forward())
     bake(net)
     assert torch.equal(net.weight, second.forward())

@@ -35,7 +35,8 @@ SCHEMES = {
     "dense": "Cast('float16')", "uniform": "RTN(4, 16)", "second level": "SpQR()", "entropy": "GPTQ(rate=3.0)", "codebook": "KMeans(bits=3)",
     "vectors": "GPTVQ(bits=2, dimension=2, codec='ans')", "sparse": "Magnitude(0.6) >> RTN(4, 'channel')", "2:4": "SparseGPT(pattern='2:4')",
     "blocks": "BlockPrune(0.5, block=(2, 4))", "lowrank": "LowRank(0.5)", "sum": "RTN(3, 16) + LowRank(2)", "rotated": "Hadamard(RTN(4, 16))",
-    "scaled": "AWQ(bits=4, group=16)", "permuted": "GPTQ(bits=3, group=16, act_order=True)", "rounded": "SmoothQuant()", "bias": "AFM(4)",
+    "scaled": "AWQ(bits=4, group=16)", "permuted": "GPTQ(bits=3, group=16, act_order=True)", "rounded": "SmoothQuant()",
+    "static": "RoundInputs(RTN(4, 16), granularity='tensor', symmetric=False, range='mse')", "bias": "AFM(4)",
 }  # fmt: skip
 IDS = torch.tensor([[5, 9, 17, 30, 42, 7, 7, 25]])
 

@@ -26,7 +26,7 @@ from laconic.host.foreign import Foreign, read_object
 from laconic.model.residence import Residence
 from laconic.model.sites import Slot, find_slots, stored_uses, tied_names
 from laconic.weights import install
-from laconic.weights.inputs import Rounding
+from laconic.weights.demands import Demands
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 _HALVES = (torch.bfloat16, torch.float16, torch.float32)
@@ -192,7 +192,7 @@ class Checkpoint:
                 }
         return found
 
-    def rounding(self, name: str) -> Rounding | None:
+    def demands(self, name: str) -> Demands | None:
         return None
 
     def nbytes(self, name: str) -> int:
@@ -420,8 +420,8 @@ class CompressedCheckpoint:
                     found[name] = reader.get(name)
         return found
 
-    def rounding(self, name: str) -> Rounding | None:
-        return self.stored.rounding(name)
+    def demands(self, name: str) -> Demands | None:
+        return self.stored.demands(name)
 
     def nbytes(self, name: str) -> int:
         return self.stored.nbytes(name)

@@ -15,7 +15,7 @@ from laconic.disk.ties import differing
 from laconic.errors import CheckpointError
 from laconic.host.ambient import undisturbed
 from laconic.model.sites import Slot, find_slots, stored_uses
-from laconic.weights.inputs import set_rounding
+from laconic.weights.demands import set_demands
 
 
 class Filling:
@@ -91,8 +91,8 @@ class Filling:
         layers = slot.layers(self.model)
         self.stored.check_layers(name, layers)
         for layer in layers:
-            if (rounding := self.stored.rounding(name)) is not None:
-                set_rounding(layer, rounding.to(target.device))
+            if (demands := self.stored.demands(name)) is not None:
+                set_demands(layer, demands.to(target.device))
 
 
 def _places(model: nn.Module, stored: Compressed) -> dict[str, str]:

@@ -15,7 +15,7 @@ from laconic.disk.files import TYPES
 from laconic.disk.tensors import bytes_of
 from laconic.errors import CheckpointError, SchemeError
 from laconic.weights import Weight
-from laconic.weights.inputs import Rounding, rounding_of
+from laconic.weights.demands import Demands, demands_of
 from laconic.weights.install import Installed
 
 
@@ -156,10 +156,8 @@ def why_no_dense_checkpoint(model: nn.Module) -> str | None:
         if isinstance(module, Installed):
             name = path.replace(".parametrizations", "").removesuffix(".0")
             return f"{name} is a compressed weight; `laconic.save` stores it as it is, after `laconic.bake` a dense checkpoint can be written"
-        if isinstance(rounding := rounding_of(module), Rounding):
-            return (
-                f"{path} {rounding.told()}, which a dense checkpoint would forget; store the compressed model instead"
-            )
+        if isinstance(demands := demands_of(module), Demands):
+            return f"{path} {demands.told()}, which a dense checkpoint would forget; store the compressed model instead"
     return None
 
 

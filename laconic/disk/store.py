@@ -14,8 +14,9 @@ from laconic.disk.tensors import INDEX, TensorFiles
 from laconic.errors import CheckpointError
 from laconic.host.foreign import read_object
 from laconic.weights import Weight, unpack
-from laconic.weights.base import Spec, asks_its_layer, input_bits_of, pack
-from laconic.weights.inputs import Rounding, why_no_bias, why_not
+from laconic.weights.base import Spec, asks_its_layer, pack
+from laconic.weights.demands import Demands, why_no_bias, why_not
+from laconic.weights.inputs import BITS_KEY, KEY, inputs_of
 from laconic.weights.layout import check_spec, stored_names
 
 MANIFEST = "laconic.json"
@@ -83,18 +84,20 @@ class Compressed:
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {name}: {error}") from error
 
-    def rounding(self, name: str) -> Rounding | None:
+    def demands(self, name: str) -> Demands | None:
         """What a parameter's layer does with inputs and outputs, or None; what is not a stored weight asks for nothing."""
-        return Rounding.of(self.weight(name)) if asks_its_layer(self.weights.get(name, {})) else None
+        return Demands.of(self.weight(name)) if asks_its_layer(self.weights.get(name, {})) else None
 
     def check_layers(self, name: str, layers: Iterable[nn.Module]) -> None:
         """Raises CheckpointError where the layers of a parameter cannot do with inputs and outputs what its weight asks for."""
-        for key, why in (("input_bits", why_not), ("bias", why_no_bias)):
-            for layer in layers if key in self.weights[name] else ():
-                if (reason := why(layer)) is not None:
-                    raise CheckpointError(
-                        f"{self.path}: {name} is stored with {'an output bias' if key == 'bias' else key}: {reason}"
-                    )
+        spec = self.weights[name]
+        inputs, scaled = inputs_of(spec), spec["kind"] == "scaled" and "column_scale" in spec
+        for layer in layers:
+            if inputs is not None and (reason := why_not(layer, inputs, scaled)) is not None:
+                key = next(iter(inputs.to_spec()))
+                raise CheckpointError(f"{self.path}: {name} is stored with {key}: {reason}")
+            if "bias" in spec and (reason := why_no_bias(layer)) is not None:
+                raise CheckpointError(f"{self.path}: {name} is stored with an output bias: {reason}")
 
     def nbytes(self, name: str) -> int:
         if name in self.weights:
@@ -125,9 +128,9 @@ def read_manifest(path: Path, *, verify: bool = True) -> dict[str, Any]:
 
 
 def _check_inputs(spec: Spec, where: str) -> None:
-    """Raises CheckpointError unless `input_bits` and `bias` are absent, or stand at the outermost spec."""
+    """Raises CheckpointError unless what a spec says of inputs and `bias` is absent, or stands at the outermost spec and is sound."""
     try:
-        input_bits_of(spec)
+        inputs_of(spec)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     todo: list[Any] = list(spec.values())
@@ -135,9 +138,8 @@ def _check_inputs(spec: Spec, where: str) -> None:
         value = todo.pop()
         todo += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         if isinstance(value, dict) and asks_its_layer(value):
-            raise CheckpointError(
-                f"{where}: {'input_bits' if 'input_bits' in value else 'bias'} in a part of a weight; the manifest is damaged"
-            )
+            key = next(key for key in (BITS_KEY, KEY, "bias") if key in value)
+            raise CheckpointError(f"{where}: {key} in a part of a weight; the manifest is damaged")
 
 
 def pack_weights(weights: dict[str, Weight]) -> tuple[dict[str, Tensor], dict[str, Spec]]:

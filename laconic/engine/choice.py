@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from laconic.errors import SchemeError
 from laconic.host.foreign import Foreign
-from laconic.methods.base import Keep, Method
+from laconic.methods.base import Keep, Method, check_last
 from laconic.methods.fitting import difference, fitted, treats
 from laconic.methods.free import free_within
 from laconic.methods.rtn import RTN
@@ -162,6 +162,7 @@ def _check_shapes(chosen: dict[Slot, Method], group: Fit, notes: list[str]) -> N
             continue
         check_types(slot.name, method)
         try:
+            check_last(method)
             got = fitted(method, slot.shape)
             got.expected_bits(slot.shape)
             if got != method and group == "strict":

@@ -57,7 +57,7 @@ from laconic.model.usage import Use, in_sight
 from laconic.scheme.text import Scheme, describe
 from laconic.surgery.reshape import Shapes, rebuild
 from laconic.weights import Weight, install
-from laconic.weights.inputs import Rounding, rounding_of, set_rounding
+from laconic.weights.demands import Demands, demands_of, set_demands
 
 Score = Callable[[nn.Module], float]
 _log = logging.getLogger("laconic")
@@ -212,7 +212,7 @@ def _run(
                 if running:
                     undo.callback(parameter.copy_, parameter.clone())
                     for layer in slot.layers(model):
-                        undo.callback(set_rounding, layer, rounding_of(layer))
+                        undo.callback(set_demands, layer, demands_of(layer))
                     put_back(model, slot, weight)
                 records.append(record)
                 progress.advance(slot.entries * slot.columns, slot.name)
@@ -242,9 +242,9 @@ def save(
     if what was written does not hold every entry.
     """
     for name, layer in model.named_modules():
-        if isinstance(rounding := rounding_of(layer), Rounding):
+        if isinstance(demands := demands_of(layer), Demands):
             reason = "is stored as a plain tensor, which would forget it; save the module before `bake`"
-            raise SchemeError(f"{name}: {rounding.told()} and {reason}")
+            raise SchemeError(f"{name}: {demands.told()} and {reason}")
     state = state_of(model)
     check_storable(model, state)
     if shapes:

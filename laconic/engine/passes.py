@@ -37,7 +37,8 @@ from laconic.model.blocks import Batch, BlockModel, Residency
 from laconic.model.sites import GRADIENTS, MEASURED, NONE, Site, Slot, Stats
 from laconic.weights import Weight, unpack
 from laconic.weights.base import asks_its_layer
-from laconic.weights.inputs import Rounding, why_not
+from laconic.weights.demands import Demands, why_not
+from laconic.weights.inputs import inputs_of
 
 Chosen = dict[Slot, Method]
 _PART = 1 << 27  # bytes compared at a time
@@ -58,10 +59,10 @@ class Overlay:
                 found[name] = self.views[name].restore(read_weight(*finished[name], name).forward())
         return found
 
-    def rounding(self, name: str) -> Rounding | None:
+    def demands(self, name: str) -> Demands | None:
         finished = self.run.weight_files().get(name)
         return (
-            Rounding.of(read_weight(*finished, name)) if finished is not None and asks_its_layer(finished[1]) else None
+            Demands.of(read_weight(*finished, name)) if finished is not None and asks_its_layer(finished[1]) else None
         )
 
     def nbytes(self, name: str) -> int:
@@ -108,9 +109,11 @@ def refuse_rounding(model: nn.Module, chosen: Chosen) -> None:
     """Raises SchemeError, naming the way out, if a method rounds the inputs of layers that cannot do so (convolutions, look-ups)."""
     refused: dict[Slot, str] = {}
     for slot, method in chosen.items():
-        reasons = [why_not(layer) for layer in slot.layers(model)] if method.rounds else []
-        if reason := next(filter(None, reasons), None):
-            refused[slot] = reason
+        if (inputs := method.rounds) is None:
+            continue
+        for layer in slot.layers(model):
+            if (reason := why_not(layer, inputs, method.scales_columns)) is not None:
+                refused.setdefault(slot, reason)
     if not refused:
         return
     slot, reason = next(iter(refused.items()))
@@ -265,7 +268,7 @@ def verify(
     progress.start("verifying what was written", len(records))
     for record in records:
         weight = stored.stored.weight(record["parameter"])
-        if checksum(weight) != record["checksum"] or weight.input_bits != record.get("input_bits"):
+        if checksum(weight) != record["checksum"] or weight.inputs != inputs_of(record):
             raise VerificationError(f"{path}: {record['parameter']} does not decode to what was computed")
         progress.advance(1, record["name"])
     for name in kept:

@@ -17,7 +17,7 @@ from laconic.methods.base import Method, output_error
 from laconic.methods.fitting import fitted
 from laconic.model.sites import Site, Slot
 from laconic.weights import Weight
-from laconic.weights.inputs import Rounding, check_rounding, set_rounding
+from laconic.weights.demands import Demands, check_demands, set_demands
 
 _ROWS = 2048  # decoded at a time for a checksum
 
@@ -63,7 +63,7 @@ def solve_stage(
         weights = solve_sites(chosen[slots[0]], sites)
         for slot, weight in zip(slots, weights, strict=True):
             for layer in slot.layers(model):
-                check_rounding(layer, weight, slot.name)
+                check_demands(layer, weight, slot.name)
         records = [
             record_of(*found) for found in zip(slots, [chosen[slot] for slot in slots], sites, weights, strict=True)
         ]
@@ -88,8 +88,8 @@ def record_of(slot: Slot, method: Method, site: Site, weight: Weight) -> dict[st
         record["expert_tokens"] = site.tokens.tolist()
     if site.unmeasured:
         record["unmeasured"] = site.unmeasured
-    if weight.input_bits is not None:
-        record["input_bits"] = weight.input_bits
+    if weight.inputs is not None:
+        record |= weight.inputs.to_spec()
     return record
 
 
@@ -106,7 +106,7 @@ def kind_of(weight: Weight) -> str:
     inner = [kind_of(child) for child in children] if weight.kind not in ("uniform", "codebook") else []
     kind = f"{weight.kind}({', '.join(inner)})" if inner else weight.kind
     kind += ", bias" if weight.output_bias() is not None else ""
-    return kind if weight.input_bits is None else f"{kind}, inputs {weight.input_bits} bits"
+    return kind if weight.inputs is None else f"{kind}, {weight.inputs}"
 
 
 def checksum(weight: Weight, name: str = "") -> int:
@@ -138,7 +138,7 @@ def matrix_of(model: nn.Module, slot: Slot) -> Tensor:
 def put_back(model: nn.Module, slot: Slot, weight: Weight) -> None:
     """Let the rest of the model see the decoded weight in the parameter's place, and its layers round their inputs if it asks for it."""
     for layer in slot.layers(model):
-        set_rounding(layer, Rounding.of(weight))
+        set_demands(layer, Demands.of(weight))
     path, name = slot.users[0]
     parameter: Tensor = getattr(model.get_submodule(path), name)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from laconic.engine.reservoir import Reservoir
 from laconic.model.products import Product, products
 from laconic.model.sites import INPUTS, Site, Slot, Stats
 from laconic.model.usage import Owners, Place, place_of
@@ -22,7 +23,7 @@ _STRIPS = 4  # more of them save little more (1/2 at most) and make the products
 
 class Gram:
     """Sums X^T X (or only its diagonal) over tokens, per group: X [groups, tokens, in]; `magnitude` sums |x|, `centre` sums x, `peak`
-    holds the largest |x|.
+    holds the largest |x|, `low` and `high` the smallest and the largest x (0 included), `sample` some rows of all groups.
 
     Of the symmetric sum only blocks on and above the diagonal are computed, five eighths of the work, until `mean` mirrors them.
     `number` is the input's: slots that are fed one tensor share it.
@@ -43,6 +44,8 @@ class Gram:
         self.magnitude = side.clone() if wanted & Stats.MEAN else None
         self.peak = side.clone() if wanted & Stats.MAX else None
         self.centre = side.clone() if wanted & Stats.CENTRE else None
+        self.low, self.high = (side.clone() if wanted & Stats.RANGE else None for _ in range(2))
+        self.sample = Reservoir(columns, device, dtype) if wanted & Stats.SAMPLE else None
         self.tokens = torch.zeros(groups, dtype=torch.int64)
         self._divided = False
 
@@ -66,6 +69,11 @@ class Gram:
             self.centre[rows] += x.sum(1)
         if self.peak is not None and x.shape[1]:
             self.peak[rows] = torch.maximum(self.peak[rows], x.abs().amax(1))
+        if self.low is not None and self.high is not None and x.shape[1]:
+            self.low[rows] = torch.minimum(self.low[rows], x.amin(1))
+            self.high[rows] = torch.maximum(self.high[rows], x.amax(1))
+        if self.sample is not None:
+            self.sample.add(x)
         self.tokens[rows] += x.shape[1]
 
     def _strips(self) -> list[tuple[slice, slice]]:
@@ -81,6 +89,9 @@ class Gram:
         copy.magnitude = self.magnitude.clone() if self.magnitude is not None else None
         copy.peak = self.peak.clone() if self.peak is not None else None
         copy.centre = self.centre.clone() if self.centre is not None else None
+        copy.low = self.low.clone() if self.low is not None else None
+        copy.high = self.high.clone() if self.high is not None else None
+        copy.sample = self.sample.copy() if self.sample is not None else None
         return copy
 
     def mean(self) -> Tensor:
@@ -310,7 +321,14 @@ class Statistics:
                 )
                 magnitude, peak = (torch.ones_like(side) if side is not None else None for side in (magnitude, peak))
             site = site.having(
-                tokens=gram.tokens, magnitude=magnitude, peak=peak, centre=gram.centre, input=gram.number
+                tokens=gram.tokens,
+                magnitude=magnitude,
+                peak=peak,
+                centre=gram.centre,
+                input=gram.number,
+                low=gram.low,
+                high=gram.high,
+                sample=gram.sample.rows if gram.sample is not None else None,
             )
             site = site.having(**({"squares": mean} if gram.diagonal else {"hessian": mean}))
         if slot in self.uses:

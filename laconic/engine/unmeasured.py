@@ -19,7 +19,7 @@ _NAMED = 8  # sites a summary names
 def completed(site: Site, wants: Stats) -> Site:
     """The site with every statistic that `wants` names: where nothing was seen, those of inputs and outputs that all count alike.
 
-    A site that no input reached becomes one row group with H = I, mean squares and magnitudes 1, mean 0, and no peak, so that column
+    A site that no input reached becomes one row group with H = I, mean squares and magnitudes 1, mean 0, no peak, range or sample, so that column
     solvers round to nearest, pruning goes by size, and scales are 1; a gradient that reached nothing is 1 everywhere. Of packed experts, those
     without a token get H = c I, c the mean of diag(H) over the others. `site.notes` says which and why, `site.unmeasured` which share
     of the entries it is. Raises: DataError when a statistic is not finite. Cost: one look at every statistic.
@@ -55,9 +55,14 @@ def check_statistics(site: Site) -> None:
 
 def _held(site: Site) -> dict[Stats, Tensor | None]:
     return {
-        Stats.HESSIAN: site.hessian, Stats.SQUARES: site.squares if site.squares is not None else _diagonal(site), Stats.MEAN: site.magnitude,
-        Stats.MAX: site.peak, Stats.CENTRE: site.centre, Stats.FISHER: site.fisher, Stats.OUTPUT: site.output,
+        Stats.HESSIAN: site.hessian, Stats.SQUARES: site.squares if site.squares is not None else _diagonal(site),
+        Stats.MEAN: site.magnitude, Stats.MAX: site.peak, Stats.CENTRE: site.centre, Stats.RANGE: _ends(site), Stats.SAMPLE: site.sample,
+        Stats.FISHER: site.fisher, Stats.OUTPUT: site.output,
     }  # fmt: skip
+
+
+def _ends(site: Site) -> Tensor | None:
+    return torch.stack([site.low, site.high]) if site.low is not None and site.high is not None else None
 
 
 def _diagonal(site: Site) -> Tensor | None:

@@ -48,6 +48,10 @@ class AWQ(Method):
     def joint(self) -> bool:
         return True
 
+    @property
+    def scales_columns(self) -> bool:
+        return True
+
     def expected_bits(self, shape: tuple[int, int]) -> float:
         return uniform_bits(shape, self.bits, self.group, symmetric=self.symmetric) + 16 * shape[1]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from laconic.errors import SchemeError
 from laconic.methods.free import free_within
 from laconic.model.sites import NONE, Site, Stats
-from laconic.weights import EntryWeight, Sparse, Sum, Weight
+from laconic.weights import EntryWeight, Inputs, Sparse, Sum, Weight
 from laconic.weights.relax import Relaxation, StraightThrough
 
 if TYPE_CHECKING:
@@ -103,8 +103,13 @@ class Method(ABC):
         return False
 
     @property
-    def rounds(self) -> bool:
-        """Whether its weights ask the layer to round its inputs, which linear layers alone can do."""
+    def rounds(self) -> Inputs | None:
+        """How its weights ask the layer to round its inputs (without a static range, which is not known yet); None if they do not."""
+        return None
+
+    @property
+    def scales_columns(self) -> bool:
+        """Whether its weights have a column scale, by which inputs are multiplied before they are rounded."""
         return False
 
     @property
@@ -181,6 +186,15 @@ def check_unbiased(whole: Method, *parts: Method) -> None:
             )
 
 
+def check_last(method: Method) -> None:
+    """Raises SchemeError where a method within another rounds inputs, and what comes after it would forget that."""
+    parts = [value for f in fields(method) if isinstance(value := getattr(method, f.name), Method)]  # type: ignore[arg-type]
+    for part in parts:
+        if part.rounds is not None and (part is not parts[-1] or method.rounds is None):
+            raise SchemeError(f"{method!r}: {part!r} rounds inputs, which would be forgotten: it has to come last")
+        check_last(part)
+
+
 @dataclass(frozen=True, repr=False)
 class Then(Method):
     """first >> second: `second` encodes the entries that `first` keeps; of a `first` that prunes nothing, it re-encodes the result.
@@ -238,10 +252,11 @@ class Then(Method):
             )
         sparse = Sparse(values, pattern=first.pattern, sparsity=first.sparsity)
         sparse.set_mask(first.mask)
+        sparse.inputs, values.inputs = values.inputs, None  # of the whole weight, not of its survivors
         return sparse
 
     def _values(self, site: Site, first: Weight) -> Tensor:
-        if first.input_bits is not None:
+        if first.inputs is not None:
             raise SchemeError(
                 f"{site.name}: {self.first!r} rounds inputs, which {self.second!r} would forget: it has to come last"
             )
@@ -256,8 +271,12 @@ class Then(Method):
         return self.second.biased
 
     @property
-    def rounds(self) -> bool:
+    def rounds(self) -> Inputs | None:
         return self.second.rounds
+
+    @property
+    def scales_columns(self) -> bool:
+        return self.second.scales_columns
 
     def relax(self, weight: Weight, W: Tensor) -> Relaxation:
         return self.second.relax(weight, W)

@@ -32,6 +32,8 @@ class Hadamard(Method):
             raise SchemeError(
                 f"Hadamard: {self.method!r} weighs single entries, rows or columns, and their weights are not known in a rotated basis"
             )
+        if self.method.rounds is not None:
+            raise SchemeError(f"Hadamard: {self.method!r} rounds inputs, which are not turned; it has to come last")
 
     @property
     def wants(self) -> Stats:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from laconic.errors import SchemeError
 from laconic.methods.base import Method
+from laconic.methods.ranges import NEEDS, Range, calibrated, form_of
 from laconic.model.sites import Site, Stats
 from laconic.solvers.scaling import scaled
-from laconic.weights import Uniform, Weight
-from laconic.weights.base import check_bits
+from laconic.weights import Inputs, Uniform, Weight
+from laconic.weights.inputs import Granularity, check_bits
 from laconic.weights.uniform import Group, uniform_bits
 
 
@@ -21,9 +22,10 @@ class SmoothQuant(Method):
     """Rounds W diag(s) to a symmetric grid and, when the model runs, the inputs x / s: s takes the outliers out of the inputs.
 
     W x = (W diag(s)) (diag(s)^-1 x), s_j = (max |X_j|)^alpha / (max |W_j|)^(1 - alpha), the maxima over the calibration inputs and over the
-    rows of all sites that read them. `activations`: the bits inputs are rounded to, token by token, None to leave them as they are.
+    rows of all sites that read them. `activations`: the bits inputs are rounded to, symmetrically, None to leave them as they are; by a step
+    per token (the paper's O1) or per tensor (O2), which `range` makes a stored one (O3): "minmax" of the calibration inputs, or "mse".
     Nothing is folded into the layer before: 1 / s is stored with each weight. Bits: bits per weight + 16 per row (or group) and column.
-    Raises: SchemeError when the group does not divide the columns. Source: Xiao et al. 2022, eq. 3-4. Cost: O(entries).
+    Raises: SchemeError when the group does not divide the columns. Source: Xiao et al. 2022, eq. 3-4 and table 2. Cost: O(entries).
     """
 
     bits: int = 8
@@ -31,6 +33,8 @@ class SmoothQuant(Method):
     alpha: float = 0.5
     group: Group = "channel"
     codec: Literal["dense", "ans"] = "dense"
+    granularity: Granularity = "token"
+    range: Range = "dynamic"
 
     needs = Stats.MAX
 
@@ -39,18 +43,29 @@ class SmoothQuant(Method):
             raise SchemeError(
                 f"SmoothQuant: alpha is a share from 0 (all in the inputs) to 1 (all in the weights), got {self.alpha}"
             )
-        try:
-            check_bits(self.activations)
-        except SchemeError as error:
-            raise SchemeError(f"SmoothQuant: activations: {error}") from error
+        if self.activations is not None:
+            check_bits(self.activations, "SmoothQuant: activations")
+            form_of("SmoothQuant", self.activations, self.granularity, True, self.range)
+        elif (self.granularity, self.range) != ("token", "dynamic"):
+            raise SchemeError(
+                "SmoothQuant: activations=None leaves inputs as they are: granularity and range say nothing"
+            )
 
     @property
     def joint(self) -> bool:
         return True
 
     @property
-    def rounds(self) -> bool:
-        return self.activations is not None
+    def rounds(self) -> Inputs | None:
+        return Inputs(self.activations, self.granularity) if self.activations is not None else None
+
+    @property
+    def wants(self) -> Stats:
+        return self.needs | NEEDS[self.range]
+
+    @property
+    def scales_columns(self) -> bool:
+        return True
 
     def expected_bits(self, shape: tuple[int, int]) -> float:
         return uniform_bits(shape, self.bits, self.group, symmetric=True) + 16 * shape[1]
@@ -79,5 +94,6 @@ class SmoothQuant(Method):
         weight = scaled(grid, s)
         weight.fit(site.W)
         weight.right_inverse(site.W)
-        weight.input_bits = self.activations
+        if self.rounds is not None:
+            weight.inputs = calibrated(self.rounds, self.range, site, weight)
         return weight

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import CheckpointError
-from laconic.weights.inputs import Rounding, set_rounding
+from laconic.weights.demands import Demands, set_demands
 
 
 class Provider(Protocol):
@@ -20,7 +20,7 @@ class Provider(Protocol):
     def nbytes(self, name: str) -> int:
         """Bytes the parameter takes on disk."""
 
-    def rounding(self, name: str) -> Rounding | None:
+    def demands(self, name: str) -> Demands | None:
         """What the layer of a parameter is to do with its inputs and outputs, made anew; None for nothing."""
 
 
@@ -87,7 +87,7 @@ class Residence:
                 users = self._ties[i]
                 self._put(users, self._meta[users[0][2]])
                 for module, _, _ in users:
-                    set_rounding(module, None)
+                    set_demands(module, None)
 
     def _untied_head(self) -> set[str]:
         find = getattr(self.model, "get_output_embeddings", None)
@@ -137,8 +137,8 @@ class Residence:
         held = tensor.to(self.device) if self.dtype is None else tensor.to(self.device, self.dtype, copy=True)
         self._put(users, nn.Parameter(held, requires_grad=False))
         for module, _, _ in users:
-            if (rounding := self.provider.rounding(name)) is not None:
-                set_rounding(module, rounding.to(self.device))
+            if (demands := self.provider.demands(name)) is not None:
+                set_demands(module, demands.to(self.device))
 
 
 def _as_meta(users: list[tuple[nn.Module, str, str]]) -> Tensor:

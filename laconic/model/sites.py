@@ -36,6 +36,10 @@ class Stats(enum.Flag):
     """E[(dL / dy)^2] over tokens, per row of W: how much the loss minds an error of that output."""
     CENTRE = enum.auto()
     """The mean x of every input column, with its sign."""
+    RANGE = enum.auto()
+    """The smallest and the largest x of every input column, with their signs, 0 included."""
+    SAMPLE = enum.auto()
+    """Some rows of the inputs, drawn evenly from all that came."""
     USES = enum.auto()
     """How often each row of an embedding was looked up."""
     CHANNELS = enum.auto()
@@ -43,7 +47,7 @@ class Stats(enum.Flag):
 
 
 NONE = Stats(0)
-INPUTS = Stats.HESSIAN | Stats.SQUARES | Stats.MEAN | Stats.MAX | Stats.CENTRE | Stats.USES
+INPUTS = Stats.HESSIAN | Stats.SQUARES | Stats.MEAN | Stats.MAX | Stats.CENTRE | Stats.RANGE | Stats.SAMPLE | Stats.USES
 GRADIENTS = Stats.FISHER | Stats.OUTPUT
 MEASURED = INPUTS | GRADIENTS  # what a model has to be run for
 
@@ -106,8 +110,9 @@ class Slot:
 class Site:
     """What a method sees: W [out, in] and the statistics it asked for. Methods may not change W; `notes` collects what the user must hear.
 
-    `hessian` [groups, in, in], `squares`, `magnitude` (mean |x|), `peak` (largest |x|) and `centre` (mean x) [groups, in], `tokens` [groups],
-    `fisher` [out, in], `output` and `uses` (look-ups) [out]; None where not asked for. `input`: sites that read one tensor have the
+    `hessian` [groups, in, in], `squares`, `magnitude` (mean |x|), `peak` (largest |x|), `centre` (mean x), `low` and `high` (smallest and
+    largest x, 0 included) [groups, in], `sample` [rows, in] of the inputs of all groups, `tokens` [groups], `fisher` [out, in], `output` and
+    `uses` (look-ups) [out]; None where not asked for. `input`: sites that read one tensor have the
     same number; None where no input was summed.
     `mask` [out, in] says which entries an earlier method kept; `values_dtype` is the type pruning keeps values in (float32 when another method
     encodes them afterwards). `dims` is the parameter's own shape (four numbers for a 2-D convolution);
@@ -124,6 +129,9 @@ class Site:
     magnitude: Tensor | None = None
     peak: Tensor | None = None
     centre: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
+    sample: Tensor | None = None
     uses: Tensor | None = None
     tokens: Tensor | None = None
     fisher: Tensor | None = None

@@ -17,7 +17,7 @@ from laconic.recover.batches import stream
 from laconic.recover.projection import Projection
 from laconic.recover.task import Judgement, Task
 from laconic.weights import Weight, install
-from laconic.weights.inputs import check_rounding, rounding_of, set_rounding
+from laconic.weights.demands import check_demands, demands_of, set_demands
 
 
 @dataclass
@@ -114,15 +114,15 @@ class Bench:
         """Inside this context layers round their inputs as these weights ask for. Raises: SchemeError where they cannot."""
         layers = [(layer, slot, weight) for slot, weight in weights.items() for layer in slot.layers(self.model)]
         for layer, slot, weight in layers:
-            check_rounding(layer, weight, slot.name)
-        before = [(layer, rounding_of(layer)) for layer, _, _ in layers]
+            check_demands(layer, weight, slot.name)
+        before = [(layer, demands_of(layer)) for layer, _, _ in layers]
         try:
             for layer, _, weight in layers:
-                set_rounding(layer, weight)
+                set_demands(layer, weight)
             yield
         finally:
             for layer, source in before:
-                set_rounding(layer, source)
+                set_demands(layer, source)
 
     def judged(self, weights: dict[Slot, Weight], minibatches: int) -> Snapshot:
         """The compressed model at these weights, judged on validation data as it would be stored. The module is afterwards as it was.

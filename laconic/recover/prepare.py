@@ -14,7 +14,7 @@ from laconic.model.blocks import Batch
 from laconic.recover.projection import project_onto, reads_data
 from laconic.scheme.text import Scheme, parse
 from laconic.weights import View, Weight, install
-from laconic.weights.inputs import check_rounding, set_rounding
+from laconic.weights.demands import check_demands, set_demands
 from laconic.weights.install import own_class
 from laconic.weights.relax import Relaxation
 from laconic.weights.shards import is_sharded, on_whole, whole
@@ -73,7 +73,7 @@ def prepare(
     weights = projection.compress(values)
     for slot, weight in weights.items():
         for layer in slot.layers(model):
-            check_rounding(layer, weight, slot.name)
+            check_demands(layer, weight, slot.name)
     made = {
         slot: projection.chosen[slot].relax(weight, slot.view.matrix(values[slot])) for slot, weight in weights.items()
     }
@@ -83,7 +83,7 @@ def prepare(
             parametrize.register_parametrization(
                 module, name, Prepared(relaxation, slot.view, first=i == 0).train(model.training), unsafe=True
             )
-            set_rounding(module, relaxation.weight)
+            set_demands(module, relaxation.weight)
             if i > 0:
                 _declare_tied(module, name)
     return model

@@ -8,6 +8,7 @@ from laconic.disk.tensors import INDEX, read_header
 from laconic.engine.report import REPORT_JSON
 from laconic.errors import CheckpointError
 from laconic.host.foreign import read_object
+from laconic.weights.inputs import inputs_of
 
 
 def inspect_directory(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
@@ -62,7 +63,8 @@ def _kind(spec: dict[str, Any]) -> str:
     inner += [_kind(term) for term in spec.get("terms", [])]
     kind = f"{spec['kind']}({', '.join(inner)})" if inner else str(spec["kind"])
     kind += ", bias" if "bias" in spec else ""
-    return f"{kind}, inputs {spec['input_bits']} bits" if "input_bits" in spec else kind
+    inputs = inputs_of(spec)
+    return kind if inputs is None else f"{kind}, {inputs}"
 
 
 def _errors(folder: Path) -> dict[str, float]:

@@ -11,8 +11,8 @@ from laconic.surgery.cuts import TOLERANCE, Source
 from laconic.surgery.folds import Fold, bench, multiplied, row_factors, search
 from laconic.surgery.verify import answers, apart, few
 from laconic.weights import Dense, Scaled, Weight, installed
+from laconic.weights.demands import set_demands
 from laconic.weights.dense import DTYPES
-from laconic.weights.inputs import set_rounding
 from laconic.weights.install import Installed
 
 
@@ -20,7 +20,7 @@ def fold(model: nn.Module, example: Batch, *, tolerance: float = TOLERANCE) -> l
     """Move the column scales of a model's installed weights into the norms and layers that feed them, in place; returns what was done and not.
 
     A scale moves when a `find_folds` has a place for it and all readers of that place have it: `Scaled(weight, column_scale=s)` becomes
-    `weight`, with its `input_bits`. A norm's vectors are multiplied by s; an installed weight that is the source becomes
+    `weight`, with its `inputs`. A norm's vectors are multiplied by s; an installed weight that is the source becomes
     `Scaled(weight, row_scale=s)`. Plain parameters keep their type, float32 is rounded as any product is; 16-bit ones are only changed if the
     products are exact in 16 bits. Dense, in float32 and without rounding of inputs, the model then answers as before on the first samples of
     `example`, to `tolerance` of its largest output; otherwise everything is put back.
@@ -153,12 +153,12 @@ def _with_rows(weight: Weight, t: Tensor) -> Scaled:
 
 def _swap(model: nn.Module, old: Weight, new: Weight) -> None:
     """Let `new` be installed wherever `old` is, and round inputs as that did; one of them may be a part of the other."""
-    bits, old.input_bits = old.input_bits, None
-    new.input_bits = bits
+    inputs, old.inputs = old.inputs, None
+    new.inputs = inputs
     new.train(old.training)
     for module in model.modules():
         chains = getattr(module, "parametrizations", None)
         for chain in chains.values() if isinstance(chains, nn.ModuleDict) else ():
             if isinstance(chain, nn.ModuleList) and isinstance(chain[0], Installed) and chain[0].weight is old:
                 chain[0].weight = new
-                set_rounding(module, new)
+                set_demands(module, new)

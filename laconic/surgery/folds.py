@@ -14,7 +14,7 @@ from laconic.model.sites import Slot
 from laconic.surgery.cuts import TOLERANCE, Source, factors
 from laconic.surgery.feeds import Refused, feeds
 from laconic.surgery.verify import FAILURES, answers, apart, few, first_line, laboratory, sift, stir
-from laconic.weights.inputs import set_rounding
+from laconic.weights.demands import set_demands
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ def bench(model: nn.Module) -> nn.Module:
     """A copy to compute with, in which inputs are not rounded: a rounding that flips would hide what is compared."""
     network = laboratory(model)
     for module in list(network.modules()):
-        set_rounding(module, None)
+        set_demands(module, None)
     return network
 
 

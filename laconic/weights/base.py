@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import CheckpointError, SchemeError
+from laconic.weights.inputs import Inputs, asks_inputs, inputs_of
 
 Spec = dict[str, Any]
 """The JSON half of a packed weight: its kind and everything that is needed to read its tensors back."""
@@ -18,15 +19,15 @@ class Weight(nn.Module, ABC):
     `forward()` decodes (D), `right_inverse(W)` projects W onto the set and keeps the side information (scales, tables, masks): the C of
     "minimise L(w) subject to w = D(Theta)". The two names are those of `torch.nn.utils.parametrize`, with which a Weight is installed.
     Float state is held as parameters with `requires_grad=False`, so a recovery method only has to switch on what it trains.
-    `input_bits`, which a method sets on the weight it returns, asks that the layer's inputs are rounded too, token by token, whenever it runs
-    (`weights.inputs`); like `output_bias` it belongs to the whole weight, never to a part of one.
+    `inputs`, which a method sets on the weight it returns, asks that the layer's inputs are rounded too, whenever it runs
+    (`weights.demands`); like `output_bias` it belongs to the whole weight, never to a part of one.
 
     Source: Carreira-Perpinan 2017, "Model compression as constrained optimization", eq. 1; Condensa section 3.
     """
 
     kind: str
     shape: tuple[int, int]
-    input_bits: int | None = None
+    inputs: Inputs | None = None
 
     @abstractmethod
     def forward(self) -> Tensor:
@@ -97,21 +98,16 @@ class EntryWeight(ColumnWeight):
     def unpack(cls, spec: Spec, tensors: dict[str, Tensor], keep: Tensor | None = None) -> Self: ...
 
 
-def check_bits(bits: object) -> None:
-    """Raises SchemeError unless the bits of inputs are None (they stay as they are) or a whole number from 2 to 16."""
-    if bits is not None and (type(bits) is not int or not 2 <= bits <= 16):
-        raise SchemeError(f"input_bits should be a whole number from 2 to 16, got {bits!r}")
-
-
 def check_parts(weight: Weight) -> None:
-    """Raises SchemeError for `input_bits` that are no such number, and for what a part of the weight asks of a layer: nobody would heed it."""
-    check_bits(weight.input_bits)
+    """Raises SchemeError for `inputs` that are no Inputs, and for what a part of the weight asks of a layer: nobody would heed it."""
+    if not isinstance(weight.inputs, Inputs | None):
+        raise SchemeError(f"{weight.kind}: inputs should be an Inputs or None, got {weight.inputs!r}")
     for part in weight.modules():
         if not isinstance(part, Weight) or part is weight:
             continue
-        if part.input_bits is not None:
+        if part.inputs is not None:
             raise SchemeError(
-                f"a {part.kind} weight with input_bits inside a {weight.kind} one; a method that rounds inputs has to come last"
+                f"a {part.kind} weight that rounds inputs inside a {weight.kind} one; a method that rounds inputs has to come last"
             )
         if part.output_bias() is not None:
             raise SchemeError(
@@ -120,10 +116,10 @@ def check_parts(weight: Weight) -> None:
 
 
 def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:
-    """A whole weight in canonical form, `input_bits` included; `unpack` is the inverse. Raises: SchemeError as `check_parts`."""
+    """A whole weight in canonical form, `inputs` included; `unpack` is the inverse. Raises: SchemeError as `check_parts`."""
     check_parts(weight)
     spec, tensors = weight.pack()
-    return (spec if weight.input_bits is None else spec | {"input_bits": weight.input_bits}), tensors
+    return (spec if weight.inputs is None else spec | weight.inputs.to_spec()), tensors
 
 
 @overload
@@ -145,24 +141,14 @@ def unpack(spec: Spec, tensors: dict[str, Tensor], keep: Tensor | None = None) -
             if keep is not None and not issubclass(cls, EntryWeight):
                 raise CheckpointError(f"the values of a sparse weight cannot be of kind {kind!r}")
             weight: Weight = cls.unpack(spec, tensors) if keep is None else cls.unpack(spec, tensors, keep)
-            weight.input_bits = input_bits_of(spec)
+            weight.inputs = inputs_of(spec)
             return weight
     raise CheckpointError(f"unknown kind of weight {kind!r}; this file needs a newer laconic, or is damaged")
 
 
-def input_bits_of(spec: Spec) -> int | None:
-    """The bits a spec says inputs are rounded to, None where it says nothing. Raises: CheckpointError for anything but 2 to 16."""
-    bits: int | None = spec.get("input_bits")
-    try:
-        check_bits(bits)
-    except SchemeError as error:
-        raise CheckpointError(f"{spec.get('kind')}: {error}") from error
-    return bits
-
-
 def asks_its_layer(spec: Spec) -> bool:
     """Whether a packed weight asks something of its layer beside its matrix: to round inputs, to add to outputs."""
-    return "input_bits" in spec or "bias" in spec
+    return asks_inputs(spec) or "bias" in spec
 
 
 def shape_of(spec: Spec) -> tuple[int, int]:

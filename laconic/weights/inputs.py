@@ -1,191 +1,182 @@
-"""What a Weight asks of the layer that multiplies with it while it runs: to round its inputs (`input_bits`), to add to its outputs."""
+"""How a layer's inputs are rounded while it runs: the value that says it, its stored form, and the formula."""
 
-from collections.abc import Callable
-from typing import Any, Self
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from laconic.errors import SchemeError
-from laconic.weights.base import Weight, check_parts
-from laconic.weights.compose import Scaled
+from laconic.errors import CheckpointError, SchemeError
+
+Granularity = Literal["token", "tensor"]
+"""What has a step of its own: every token (row) of an input, or the input as a whole."""
+_SMALLEST = 2.0**-126  # the smallest normal float32, which no step is below
+_LARGEST = 2.0**127  # a float32, which no level is above
+BITS_KEY, KEY = "input_bits", "inputs"
+"""Where a spec says it: the bits alone of per-token, dynamic, symmetric inputs; an object for all others."""
 
 
-def round_input(x: Tensor, bits: int, column_scale: Tensor | None = None) -> Tensor:
-    """x [..., in] with every token (row) on a symmetric grid of its own, found from the token itself:
+@dataclass(frozen=True)
+class Inputs:
+    """How a layer rounds its input x whenever it runs, c being the column scale of a weight stored as W diag(1 / c), else 1:
 
-        x' = x diag(c),  d = max|x'| / (2^(bits - 1) - 1),  q = round(x' / d),  result = d q diag(1 / c)
+        x' = x diag(c),  q = clamp(round(x' / d) + z, low, high),  the layer sees d (q - z) diag(1 / c)
 
-    c [in] is the column scale of a weight stored as W diag(1 / c), so that q is what an integer product with the stored codes would see.
-    Computed in float32, returned in x's type. A token of zeros stays zero, one with NaN or infinity becomes NaN; where c is 0 the weight's
-    column is 0 and so is the result. Gradients pass straight through to x.
-    Source: Xiao et al. 2022 (SmoothQuant), section 2 (eq. 1, per-token, dynamic) and eq. 3. Cost: O(entries), a few passes over x.
+    `bits`, 2 to 16. `granularity`: "token", d of every row of x [..., in] its own, or "tensor", one d for the whole input.
+    `symmetric`: z = 0 and codes from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1; else codes from 0 to 2^bits - 1, and z is the code of 0.
+    Dynamic, without a `scale`: d (and z) come from x itself, its largest magnitude (or its range, 0 included) being the last level.
+    Static, with one: d = `scale`, a float32, and z = `zero`; what lies outside takes the last level. Per tensor only.
+    Raises: SchemeError for anything else. Source: Jacob et al. 2018, section 2.1; Nagel et al. 2021, section 2.2; Xiao et al. 2022, table 2.
+    """
+
+    bits: int = 8
+    granularity: Granularity = "token"
+    symmetric: bool = True
+    scale: float | None = None
+    zero: int = 0
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if self.granularity not in get_args(Granularity):
+            raise SchemeError(f"inputs: granularity should be 'token' or 'tensor', got {self.granularity!r}")
+        if type(self.symmetric) is not bool:
+            raise SchemeError(f"inputs: symmetric should be True or False, got {self.symmetric!r}")
+        if self.scale is not None:
+            _check_scale(self.scale, self.codes[1])
+            if self.granularity != "tensor":
+                raise SchemeError("inputs: a static range is one of a whole tensor; tokens have ranges of their own")
+        most = self.codes[1] if self.scale is not None and not self.symmetric else 0
+        if type(self.zero) is not int or not 0 <= self.zero <= most:
+            raise SchemeError(
+                f"inputs: zero should be the code of 0, a whole number from 0 to {most}, got {self.zero!r}"
+            )
+
+    @classmethod
+    def within(cls, low: float, high: float, bits: int = 8, symmetric: bool = True) -> Self:
+        """Static inputs whose levels span `low` to `high` (float), 0 always among them; a range of nothing but 0 has the step 1.
+
+        Raises: SchemeError for a range that is not finite.
+        """
+        low, high = min(float(low), 0.0), max(float(high), 0.0)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise SchemeError(f"inputs: a range should be two finite numbers, got {low} to {high}")
+        first, last = cls(bits, "tensor", symmetric).codes
+        step = max(-low, high) / last if symmetric else (high - low) / (last - first)
+        scale = _as_float32(min(max(step, _SMALLEST), _LARGEST / (2 * last))) if step else 1.0
+        return cls(bits, "tensor", symmetric, scale, 0 if symmetric else min(round(-low / scale), last))
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The first and the last code."""
+        half = 2 ** (self.bits - 1) - 1
+        return (-half, half) if self.symmetric else (0, 2**self.bits - 1)
+
+    @property
+    def range(self) -> Literal["dynamic", "static"]:
+        """Whether the range comes from every input itself or is stored."""
+        return "dynamic" if self.scale is None else "static"
+
+    def to_spec(self) -> dict[str, Any]:
+        """The entries of a stored spec that say it; `inputs_of` reads them back."""
+        if self == Inputs(self.bits):
+            return {BITS_KEY: self.bits}
+        told = {"bits": self.bits, "granularity": self.granularity, "symmetric": self.symmetric}
+        return {KEY: told if self.scale is None else told | {"scale": self.scale, "zero": self.zero}}
+
+    def __str__(self) -> str:
+        if self == Inputs(self.bits):
+            return f"inputs {self.bits} bits"
+        zero = "" if self.symmetric else " with a zero point"
+        return f"inputs {self.bits} bits per {self.granularity}, {self.range}{zero}"
+
+
+def check_bits(bits: object, name: str = "inputs: bits") -> None:
+    """Raises SchemeError unless the bits of inputs are a whole number from 2 to 16."""
+    if type(bits) is not int or not 2 <= bits <= 16:
+        raise SchemeError(f"{name} should be a whole number from 2 to 16, got {bits!r}")
+
+
+def _check_scale(scale: object, last: int) -> None:
+    """Raises SchemeError unless a step is a positive number that a float32 holds exactly, as it does the level of the last code."""
+    sound = type(scale) is float and _SMALLEST <= scale <= _LARGEST / last and _as_float32(scale) == scale
+    if not sound:
+        raise SchemeError(f"inputs: scale should be a positive float32 (up to 2^127 / {last}), got {scale!r}")
+
+
+def _as_float32(value: float) -> float:
+    """The nearest float32."""
+    return float(struct.unpack("f", struct.pack("f", value))[0])
+
+
+def asks_inputs(spec: dict[str, Any]) -> bool:
+    """Whether a packed weight says how inputs are rounded."""
+    return BITS_KEY in spec or KEY in spec
+
+
+def inputs_of(spec: dict[str, Any]) -> Inputs | None:
+    """What a spec says of inputs, None where it says nothing. Raises: CheckpointError for anything that `Inputs.to_spec` does not write."""
+    if not asks_inputs(spec):
+        return None
+    try:
+        if KEY not in spec:
+            check_bits(spec[BITS_KEY], BITS_KEY)
+            return Inputs(spec[BITS_KEY])
+        told = spec[KEY]
+        keys = {"bits", "granularity", "symmetric"}
+        if BITS_KEY in spec or not isinstance(told, dict) or told.keys() not in (keys, keys | {"scale", "zero"}):
+            raise SchemeError(
+                f"inputs should be an object with {', '.join(sorted(keys))}, and scale and zero, got {told!r:.80}"
+            )
+        found = Inputs(**told)
+        if "scale" in told and found.scale is None:
+            raise SchemeError("inputs: scale should be a positive float32, got None")
+        if BITS_KEY in found.to_spec():
+            raise SchemeError(f"inputs per token, dynamic and symmetric are stored as {BITS_KEY}")
+    except SchemeError as error:
+        raise CheckpointError(f"{spec.get('kind')}: {error}") from error
+    return found
+
+
+def round_input(x: Tensor, inputs: Inputs, column_scale: Tensor | None = None) -> Tensor:
+    """x [..., in] (per tensor, of any shape) rounded as `Inputs` says; `column_scale` [in] is its c, so that q is what an integer product
+    with the stored codes would see.
+
+    Computed in float32, returned in x's type. What is all zeros stays zero. A dynamic range that holds NaN or infinity makes NaN of all it is
+    for; a static one takes infinity for its last level. Where c is 0 the weight's column is 0 and so is the result. Gradients pass straight
+    through to x, but not where a static range cuts it off. Cost: O(entries), a few passes over x.
     """
     values = x.detach().float()
     scale = None if column_scale is None else column_scale.detach().to(values)
     if scale is not None:
         values = values * scale
-    step = values.abs().amax(-1, keepdim=True) / _levels(bits)
-    step = torch.where(step == 0, 1.0, step)
-    values = (values / step).round().clamp(-_levels(bits), _levels(bits)) * step
+    step, zero = _grid(values, inputs)
+    low, high = inputs.codes
+    codes = (values / step).round() + zero if not inputs.symmetric else (values / step).round()
+    kept = codes.clamp(low, high)
+    levels = (kept - zero if not inputs.symmetric else kept) * step
     if scale is not None:
-        values = torch.where(scale == 0, 0.0, values / scale)
-    rounded = values.to(x.dtype)
-    return rounded + (x - x.detach()) if torch.is_grad_enabled() and x.requires_grad else rounded
+        levels = torch.where(scale == 0, 0.0, levels / scale)
+    rounded = levels.to(x.dtype)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return rounded
+    passed = x - x.detach()
+    return rounded + (passed if inputs.scale is None else torch.where(codes == kept, passed, 0.0))
 
 
-def _levels(bits: int) -> int:
-    return int(2 ** (bits - 1)) - 1
-
-
-class Rounding(nn.Module):
-    """What is left of a Weight beside its matrix when it is decoded into a dense parameter: how inputs are rounded (`bits`, or None for not at
-    all; `column_scale` [in]), and what is added to outputs (`bias` [out], or None)."""
-
-    column_scale: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, bits: int | None, column_scale: Tensor | None = None, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.bits = bits
-        self.register_buffer("column_scale", column_scale, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
-
-    @classmethod
-    def of(cls, weight: Weight) -> Self | None:
-        """What a weight asks for, with copies of its column scale and bias in float32; None if that is nothing."""
-        scale = _column_scale(weight) if weight.input_bits is not None else None
-        bias = weight.output_bias()
-        if weight.input_bits is None and bias is None:
-            return None
-        return cls(
-            weight.input_bits, *(None if side is None else side.detach().float().clone() for side in (scale, bias))
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Both move with the module but stay float32: the scale decides which numbers are rounded, whatever type they come in."""
-        exact = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, moved in self._buffers.items():
-            if (kept := exact[name]) is not None and moved is not None:
-                self._buffers[name] = kept.to(moved.device)
-        return self
-
-    def told(self) -> str:
-        """What the layer does, in words."""
-        return " and ".join(
-            ["rounds its inputs"] * (self.bits is not None) + ["adds a bias to its outputs"] * (self.bias is not None)
-        )
-
-    def extra_repr(self) -> str:
-        inputs = [f"{self.bits} bits"] if self.bits is not None else []
-        return ", ".join([*inputs, *(["bias"] if self.bias is not None else [])])
-
-
-class RoundInputs:
-    """The forward pre-hook that rounds a layer's input, as a Rounding or an installed Weight (as it is at that moment) says."""
-
-    def __init__(self, source: Weight | Rounding) -> None:
-        self.source = source
-
-    def __call__(
-        self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if given:
-            return (self._rounded(given[0]), *given[1:]), named
-        name = next(iter(named))
-        return given, named | {name: self._rounded(named[name])}
-
-    def _rounded(self, x: Tensor) -> Tensor:
-        given = isinstance(self.source, Rounding)
-        bits = self.source.bits if isinstance(self.source, Rounding) else self.source.input_bits
-        assert bits is not None
-        return round_input(x, bits, self.source.column_scale if given else _column_scale(self.source))  # type: ignore[arg-type]
-
-
-class AddBias:
-    """The forward hook that adds to a layer's output what a Rounding or an installed Weight (as it is at that moment) says, in the output's type."""
-
-    def __init__(self, source: Weight | Rounding) -> None:
-        self.source = source
-
-    def __call__(self, layer: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:
-        bias = self.source.bias if isinstance(self.source, Rounding) else self.source.output_bias()
-        assert bias is not None
-        spatial = (
-            layer.weight.dim() - 2 if isinstance(layer, nn.modules.conv._ConvNd) else 0
-        )  # their channels come before the places
-        return output + bias.to(output).view(-1, *(1,) * spatial)
-
-
-def _column_scale(weight: Weight) -> Tensor | None:
-    return (
-        weight.column_scale.forward().flatten()
-        if isinstance(weight, Scaled) and weight.column_scale is not None
-        else None
-    )
-
-
-_CHILD = "input_rounding"  # holds the column scale, so that it moves and is copied with the layer
-
-
-def rounding_of(module: nn.Module) -> Weight | Rounding | None:
-    """What the module rounds its inputs by and adds to its outputs, or None."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return next((hook.source for hook in hooks if isinstance(hook, RoundInputs | AddBias)), None)
-
-
-def set_rounding(module: nn.Module, source: Weight | Rounding | None) -> None:
-    """Let the module do with inputs and outputs what `source` says, instead of what it did before; None (or a Weight that asks for nothing)
-    ends it."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, RoundInputs):
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-    for key, after in list(module._forward_hooks.items()):
-        if isinstance(after, AddBias):
-            del module._forward_hooks[key]
-    module._modules.pop(_CHILD, None)
-    if source is None:
-        return
-    if isinstance(source, Rounding):
-        module.add_module(_CHILD, source)
-    if (source.bits if isinstance(source, Rounding) else source.input_bits) is not None:
-        module.register_forward_pre_hook(RoundInputs(source), with_kwargs=True)
-    if (source.bias if isinstance(source, Rounding) else source.output_bias()) is not None:
-        module.register_forward_hook(AddBias(source))
-
-
-def why_not(module: nn.Module) -> str | None:
-    """Why the inputs of a module cannot be rounded when it is called; None if they can."""
-    if isinstance(module, nn.Embedding):
-        return "a look-up has no inputs to round"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "its inputs cannot be rounded: it is a part of multi-head attention and never called by itself"
-    if isinstance(module, nn.Linear | Conv1D):
-        return None
-    return f"the inputs of {type(module).__name__} cannot be rounded; linear layers only"
-
-
-def why_no_bias(module: nn.Module) -> str | None:
-    """Why nothing can be added to the outputs of a module when it is called; None if it can."""
-    if isinstance(module, nn.Conv1d | nn.Conv2d) or (
-        isinstance(module, nn.Linear | Conv1D) and why_not(module) is None
-    ):
-        return None
-    return f"{type(module).__name__} has no place for an output bias; linear and convolutional layers have"
-
-
-def check_rounding(module: nn.Module, weight: Weight, name: str) -> None:
-    """Raises SchemeError, with the site's name, where what a weight asks for cannot be carried out by its module."""
-    try:
-        check_parts(weight)
-    except SchemeError as error:
-        raise SchemeError(f"{name}: {error}") from error
-    if weight.input_bits is not None and (reason := why_not(module)) is not None:
-        raise SchemeError(
-            f"{name}: {reason}; give it a rule of its own in the plan, with a method that rounds no inputs, or Keep()"
-        )
-    if weight.output_bias() is not None and (reason := why_no_bias(module)) is not None:
-        raise SchemeError(f"{name}: {reason}; give it a rule of its own in the plan, with a method without one")
+def _grid(values: Tensor, inputs: Inputs) -> tuple[Tensor | float, Tensor | float]:
+    """The step d and the code z of zero for values [..., in]: numbers if they are stored, else tensors that broadcast over the values."""
+    if inputs.scale is not None:
+        return inputs.scale, inputs.zero
+    if not values.numel():
+        return 1.0, 0
+    dims = (-1,) if inputs.granularity == "token" else tuple(range(values.dim()))
+    low, high = inputs.codes
+    if inputs.symmetric:
+        step = values.abs().amax(dims, keepdim=True) / high
+        return torch.where(step == 0, 1.0, step), 0
+    least, most = values.amin(dims, keepdim=True).clamp(max=0), values.amax(dims, keepdim=True).clamp(min=0)
+    step = (most - least) / (high - low)
+    step = torch.where(step == 0, 1.0, step)
+    return step, (-least / step).round().clamp(low, high)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from laconic.errors import SchemeError
 from laconic.weights.base import Weight
-from laconic.weights.inputs import Rounding, check_rounding, set_rounding
+from laconic.weights.demands import Demands, check_demands, set_demands
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ class Installed(nn.Module):
 def install(module: nn.Module, name: str, weight: Weight, view: View) -> None:
     """Let `weight` take the place of `module.name`: reading decodes it, assigning projects onto its set. Its codes are not touched.
 
-    With `input_bits` the module rounds its inputs from now on, with an `output_bias` it adds that; without, it does not any more. A tie is
+    With `inputs` the module rounds its inputs from now on, with an `output_bias` it adds that; without, it does not any more. A tie is
     installed by calling this once per user with the same Weight object. A Weight that is installed already is replaced.
     Raises: SchemeError where the module can do no such thing, or the parameter has another parametrization.
     """
-    check_rounding(module, weight, f"{type(module).__name__}.{name}")
+    check_demands(module, weight, f"{type(module).__name__}.{name}")
     installed = Installed(weight, view, getattr(module, name).dtype)
     chain = module.parametrizations[name] if parametrize.is_parametrized(module, name) else None  # type: ignore[index]
     if isinstance(chain, parametrize.ParametrizationList):
@@ -100,13 +100,13 @@ def install(module: nn.Module, name: str, weight: Weight, view: View) -> None:
                 f"{type(module).__name__}.{name}: has a parametrization of its own; remove it before a Weight takes its place"
             )
         chain[0] = installed
-        set_rounding(module, weight)
+        set_demands(module, weight)
         return
     # torch projects the present value at registration; the codes are solved already, so that one call must do nothing
     installed.right_inverse = lambda value: ()  # type: ignore[method-assign]
     parametrize.register_parametrization(module, name, installed, unsafe=True)
     del installed.right_inverse
-    set_rounding(module, weight)
+    set_demands(module, weight)
 
 
 def installed(module: nn.Module) -> dict[str, Weight]:
@@ -147,23 +147,23 @@ def bake(module: nn.Module) -> None:
                     key = id(chain[0].weight)
                     if key not in dense:
                         dense[key] = nn.Parameter(getattr(child, name).detach().contiguous())
-                    rounding = Rounding.of(chain[0].weight)
+                    demands = Demands.of(chain[0].weight)
                 parametrize.remove_parametrizations(child, name)
                 setattr(child, name, dense[key])
                 alone = (
                     biases[id(child._parameters.get("bias"))] == 1
                 )  # what two layers share would take up both their biases
-                set_rounding(child, _into_own_bias(child, rounding) if alone else rounding)
+                set_demands(child, _into_own_bias(child, demands) if alone else demands)
 
 
-def _into_own_bias(layer: nn.Module, rounding: Rounding | None) -> Rounding | None:
+def _into_own_bias(layer: nn.Module, demands: Demands | None) -> Demands | None:
     """What is left to be done when the layer runs, after its own bias has taken up the output bias."""
     own = getattr(layer, "bias", None)
-    if rounding is None or rounding.bias is None or not isinstance(own, nn.Parameter):
-        return rounding
+    if demands is None or demands.bias is None or not isinstance(own, nn.Parameter):
+        return demands
     with torch.no_grad():
-        own.add_(rounding.bias.to(own))
-    return Rounding(rounding.bits, rounding.column_scale) if rounding.bits is not None else None
+        own.add_(demands.bias.to(own))
+    return Demands(demands.inputs, demands.column_scale) if demands.inputs is not None else None
 
 
 def own_class(module: nn.Module) -> None:

@@ -17,7 +17,9 @@ from laconic.scheme.text import known_methods, parse
 from laconic.weights import View, Weight
 from tests.conftest import make_site, output_loss
 
-NEEDED: dict[str, dict[str, Any]] = {"Hadamard": {"method": GPTQ(bits=3, group=16)}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "Hadamard": {"method": GPTQ(bits=3, group=16)}, "RoundInputs": {"method": RTN(bits=3, group=16)},
+}  # fmt: skip
 """Arguments without a default."""
 VARIANTS = [
     GPTQ(bits=3, group=16, act_order=False), GPTQ(rate=2.5, over="matrix"), GPTQ(bits=2, group="channel", symmetric=True), RTN(bits=2, clip="mse"),
@@ -32,6 +34,9 @@ VARIANTS = [
     parse("Cut(columns=(1, 2, 3)) >> GPTQ(bits=4, group=16)"), parse("Hadamard(BlockPrune(0.5, (3, 3)))"),
     parse("AWQ(bits=3, group=16, clip=False)"), parse("AWQ(bits=3, group='channel', symmetric=True)"), parse("AWQ(2, 'tensor') + EoRA(rank=4)"),
     parse("SmoothQuant(bits=4, activations=None, alpha=0.75, group=16)"), parse("RTN(8) >> SmoothQuant(activations=None)"),
+    parse("RoundInputs(GPTQ(rate=2.5), bits=4, granularity='tensor', symmetric=False, range='mse')"), parse("RoundInputs(AWQ(3), range='dynamic')"),
+    parse("RoundInputs(AFM(8), granularity='tensor', range='minmax')"), parse("RoundInputs(Magnitude(0.5) >> KMeans(bits=3), bits=6)"),
+    parse("SparseGPT(0.5) >> RoundInputs(GPTQ(bits=3), granularity='tensor')"), parse("SmoothQuant(granularity='tensor', range='mse')"),
     parse("AFM(8)"), parse("AFM(0.7, factors=RTN(8, group='channel'))"),
 ]  # fmt: skip
 
@@ -59,6 +64,9 @@ def only(site: Site, wanted: Stats) -> Site:
         magnitude=site.magnitude if wanted & Stats.MEAN else None,
         peak=site.peak if wanted & Stats.MAX else None,
         centre=site.centre if wanted & Stats.CENTRE else None,
+        low=site.low if wanted & Stats.RANGE else None,
+        high=site.high if wanted & Stats.RANGE else None,
+        sample=site.sample if wanted & Stats.SAMPLE else None,
         uses=site.uses if wanted & Stats.USES else None,
         fisher=site.fisher if wanted & Stats.FISHER else None,
         output=site.output if wanted & Stats.OUTPUT else None,
@@ -155,7 +163,9 @@ def test_sites_of_one_input_come_back_in_their_order(method: Method) -> None:
     assert torch.equal(method.together(sites[:1])[0](), run(method, sites[0])())
 
 
-STATISTICS = ("hessian", "squares", "magnitude", "peak", "centre", "uses", "tokens", "input", "fisher", "output")
+STATISTICS = (
+    "hessian", "squares", "magnitude", "peak", "centre", "low", "high", "sample", "uses", "tokens", "input", "fisher", "output",
+)  # fmt: skip
 
 
 def test_a_site_that_nothing_reached_is_compressed_and_says_so(method: Method) -> None:
@@ -181,7 +191,7 @@ def test_a_site_that_nothing_reached_is_compressed_and_says_so(method: Method) -
 
 def test_statistics_that_are_not_finite_are_refused(method: Method) -> None:
     site = only(make_site(), method.wants)
-    for broken in ("hessian", "squares", "magnitude", "peak", "centre", "fisher", "output"):
+    for broken in ("hessian", "squares", "magnitude", "peak", "centre", "low", "high", "sample", "fisher", "output"):
         values = getattr(site, broken)
         if values is None:
             continue

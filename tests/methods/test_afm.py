@@ -20,7 +20,7 @@ from laconic.methods.base import output_error
 from laconic.methods.lowrank import LowRank
 from laconic.model.sites import Site, Stats, find_slots
 from laconic.weights import baked, installed, unpack
-from laconic.weights.inputs import Rounding, rounding_of
+from laconic.weights.demands import Demands, demands_of
 
 EXACT = lc.Cast("float32")
 
@@ -180,8 +180,8 @@ def test_every_layer_adds_it_and_every_way_back_gives_the_same(tmp_path: Path) -
         assert torch.equal(copy.deepcopy(model)(tokens(2)), after)
         dense = baked(model)
         torch.testing.assert_close(dense(tokens(2)), after)
-    assert rounding_of(dense.conv) is None, "it went into the layer's own bias"
-    assert isinstance(rounding_of(dense.plain), Rounding)
+    assert demands_of(dense.conv) is None, "it went into the layer's own bias"
+    assert isinstance(demands_of(dense.plain), Demands)
     with pytest.raises(SchemeError, match="plain: adds a bias to its outputs and .* would forget it"):
         lc.save(dense, tmp_path / "dense")
     sizes = {name: weight.bits() for name, weight in installed(model).items()}

@@ -20,7 +20,7 @@ from laconic.methods.rtn import RTN
 from laconic.methods.smoothquant import SmoothQuant
 from laconic.model.sites import Site, Stats, find_slots
 from laconic.weights import Scaled, Uniform, Weight
-from laconic.weights.inputs import round_input
+from laconic.weights.inputs import Inputs, round_input
 from laconic.weights.install import installed
 from tests.conftest import make_site
 
@@ -41,7 +41,7 @@ def test_the_scale_is_the_papers_formula() -> None:
     for weight in weights:
         assert torch.equal(scale_of(weight), torch.tensor([2.0, 1.0, 16.0]))
     assert torch.allclose(weights[0](), first.W, atol=2 * 16 / 255 / 2)
-    assert [weight.input_bits for weight in weights] == [8, 8]
+    assert [weight.inputs for weight in weights] == [Inputs(8)] * 2
 
 
 def test_alpha_says_who_bears_the_outliers() -> None:
@@ -69,7 +69,7 @@ def test_the_grid_is_symmetric_a_row_at_a_time_and_exact_to_half_a_step() -> Non
 
 def test_four_bits_of_the_weights_alone() -> None:
     weight = SmoothQuant(bits=4, activations=None, group=16)(make_site())
-    assert weight.input_bits is None
+    assert weight.inputs is None
     assert weight.bits() == 4 * 48 * 64 + 16 * 48 * 4 + 16 * 64
 
 
@@ -82,8 +82,8 @@ def test_with_large_inputs_the_rounded_layer_is_closer_than_without_smoothing() 
     plain = RTN(bits=8, group="channel", symmetric=True)(Site("x", W))
     assert isinstance(weight, Scaled)
     assert weight.column_scale is not None
-    smoothed = round_input(X, 8, weight.column_scale().flatten()) @ weight().T
-    rounded = round_input(X, 8) @ plain().T
+    smoothed = round_input(X, Inputs(8), weight.column_scale().flatten()) @ weight().T
+    rounded = round_input(X, Inputs(8)) @ plain().T
     exact = X @ W.T
     assert (smoothed - exact).square().sum() < 0.1 * (rounded - exact).square().sum()
 
@@ -157,7 +157,7 @@ def test_layers_that_read_one_input_divide_it_alike_and_the_module_runs_in_8_bit
     gate, up, down = (weights[f"0.{name}.weight"] for name in ("gate", "up", "down"))
     assert torch.equal(scale_of(gate), scale_of(up))
     assert scale_of(down).shape == (48,)
-    assert [weight.input_bits for weight in (gate, up, down)] == [8, 8, 8]
+    assert [weight.inputs for weight in (gate, up, down)] == [Inputs(8)] * 3
     assert [site["name"] for site in report.sites] == ["0.gate", "0.up", "0.down"]
     with torch.no_grad():
         rounded = net(X)

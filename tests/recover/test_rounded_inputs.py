@@ -13,7 +13,8 @@ from laconic.errors import SchemeError
 from laconic.recover import LC, Direct, FineTune, recover_task
 from laconic.recover.prepare import convert, prepare
 from laconic.weights import installed
-from laconic.weights.inputs import rounding_of, set_rounding
+from laconic.weights.demands import demands_of, set_demands
+from laconic.weights.inputs import Inputs
 from tests.recover.nets import mlp, seeded, task, vectors
 from tests.recover.test_finetune import FAST
 from tests.test_activations import Rounded
@@ -35,7 +36,7 @@ class Noting(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
-            self.seen.append(sum(rounding_of(layer) is not None for layer in self.net))
+            self.seen.append(sum(demands_of(layer) is not None for layer in self.net))
         return self.net(x)
 
 
@@ -48,10 +49,10 @@ def test_the_delivered_model_is_the_one_that_was_judged(how: Any, tmp_path: Path
     lc.save(model, tmp_path / "model")
     fresh = lc.load_into(seeded(mlp), tmp_path / "model").eval()
     assert given.judge(fresh, given.validation).loss == pytest.approx(loss, rel=1e-6)
-    assert {weight.input_bits for weight in installed(fresh).values()} == {2}
+    assert {weight.inputs for weight in installed(fresh).values()} == {Inputs(2)}
     plain = copy.deepcopy(model)
     for layer in plain.modules():
-        set_rounding(layer, None)
+        set_demands(layer, None)
     assert abs(given.judge(plain, given.validation).loss - loss) > 1e-4
 
 
@@ -62,7 +63,7 @@ def test_fine_tuning_sees_rounded_inputs_and_l_steps_do_not() -> None:
         model, _ = recover_task(net, Rounded(4), how, task())
         assert set(model.seen) == expected
         assert net.seen == []
-        assert not any(rounding_of(layer) for layer in net.modules())
+        assert not any(demands_of(layer) for layer in net.modules())
 
 
 def test_a_resumed_recovery_goes_on_with_it(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_a_resumed_recovery_goes_on_with_it(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         recover_task(seeded(mlp), Rounded(3), how, task(), folder=tmp_path, listen=stop)
     again, _ = recover_task(seeded(mlp), Rounded(3), how, task(), folder=tmp_path, resume=True)
-    assert {weight.input_bits for weight in installed(again).values()} == {3}
+    assert {weight.inputs for weight in installed(again).values()} == {Inputs(3)}
     x = vectors(16, 5)[0]
     assert torch.equal(again(x), whole(x))
 
@@ -86,9 +87,9 @@ def test_anybodys_loop_sees_them_too() -> None:
     prepared = prepare(net, Rounded(3)).eval()
     before = prepared(x)
     assert torch.equal(convert(prepared)(x), before)
-    assert all(weight.input_bits == 3 for weight in installed(prepared).values())
+    assert all(weight.inputs == Inputs(3) for weight in installed(prepared).values())
     for layer in prepared.modules():
-        set_rounding(layer, None)
+        set_demands(layer, None)
     assert not torch.allclose(prepared(x), before, atol=1e-2)
 
 
@@ -103,4 +104,4 @@ def test_what_cannot_round_is_refused_by_name(way: Any) -> None:
     net = nn.Sequential(nn.Unflatten(1, (1, 16)), nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(56, 4))
     with pytest.raises(SchemeError, match="1: the inputs of Conv1d"):
         way(net)
-    assert not any(rounding_of(layer) for layer in net.modules())
+    assert not any(demands_of(layer) for layer in net.modules())

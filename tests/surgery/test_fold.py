@@ -24,7 +24,8 @@ from laconic.surgery.feeds import Feed, Refused, feeds
 from laconic.surgery.folds import bench, search
 from laconic.surgery.verify import answers, apart
 from laconic.weights import Dense, Scaled, Uniform, baked, install, installed
-from laconic.weights.inputs import rounding_of
+from laconic.weights.demands import demands_of
+from laconic.weights.inputs import Inputs
 from tests.test_models import SIZE, build
 
 BERT = transformers.BertConfig(**(SIZE | {"num_hidden_layers": 2}), intermediate_size=96, hidden_act="relu")
@@ -292,7 +293,7 @@ def test_rows_take_the_scale_with_what_is_there() -> None:
         scaled(model.a.weight.detach(), random_scale(8, 3), rows=rows),
         scaled(model.last.weight.detach(), s),
     )
-    source.input_bits = reader.input_bits = 8
+    source.inputs = reader.inputs = Inputs(8)
     install(model.a, "weight", source, view)
     install(model.last, "weight", reader, find_slots(net(None))[2].view)
     bias, columns = model.a.bias.detach().clone(), source.column_scale
@@ -309,9 +310,9 @@ def test_rows_take_the_scale_with_what_is_there() -> None:
     assert torch.equal(model.a.bias, bias * s)
     assert isinstance(now["last.weight"], Uniform)
     for name in ("a", "last"):
-        assert now[f"{name}.weight"].input_bits == 8
-        assert rounding_of(model.get_submodule(name)) is now[f"{name}.weight"]
-    assert source.input_bits is None, "parts of a weight ask for nothing"
+        assert now[f"{name}.weight"].inputs == Inputs(8)
+        assert demands_of(model.get_submodule(name)) is now[f"{name}.weight"]
+    assert source.inputs is None, "parts of a weight ask for nothing"
 
 
 def test_what_is_kept_says_why() -> None:
@@ -347,7 +348,7 @@ def test_shared_value_heads_need_equal_scales() -> None:
 def test_nothing_changes_when_the_outputs_differ() -> None:
     model = model_of("llama")
     weights = scale_all(model, ids())
-    weights["model.layers.0.self_attn.v_proj"].input_bits = None
+    weights["model.layers.0.self_attn.v_proj"].inputs = None
     before, state = installed(model), {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(SurgeryError, match="everything was put back"):
         lc.fold(model, ids(), tolerance=0.0)
@@ -382,7 +383,7 @@ def test_rounded_inputs_are_the_same_numbers() -> None:
     s = torch.exp2(torch.randint(-3, 4, (8,), generator=torch.Generator().manual_seed(0)).float())
     for layer in (model.a, model.b):
         weight = scaled(layer.weight.detach(), s)
-        weight.input_bits = 4
+        weight.inputs = Inputs(4)
         install(layer, "weight", weight, find_slots(net(None))[0].view)
     before, plain = answers(model, X), answers(bench(model), X)
     assert apart(plain, before) > 1e-3
