@@ -10,6 +10,8 @@ from laconic.weights.base import Weight, check_parts
 from laconic.weights.compose import Scaled
 from laconic.weights.inputs import Inputs, round_input
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
 
 class Demands(nn.Module):
     """What is left of a Weight beside its matrix when it is decoded into a dense parameter: how inputs are rounded (`inputs`, or None for not
@@ -84,7 +86,9 @@ class OutputHook:
         bias = _bias(self.source)
         if bias is None:
             return output
-        places = layer.weight.dim() - 2 if _is_convolution(layer) else 0  # their channels come before the places
+        places = (
+            layer.weight.dim() - 2 if isinstance(layer, Convolution) else 0
+        )  # their channels come before the places
         return output + bias.to(output).view(-1, *(1,) * places)
 
 
@@ -129,10 +133,6 @@ def set_demands(module: nn.Module, source: Weight | Demands | None) -> None:
         module.register_forward_hook(OutputHook(source))
 
 
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-
-
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module computes y = x W on the last dimension of what it is called with. GPT-2's Conv1D is known by its sizes, `nx` and `nf`."""
     like_gpt2 = type(module).__name__ == "Conv1D" and hasattr(module, "nx") and hasattr(module, "nf")
@@ -148,7 +148,7 @@ def why_not(module: nn.Module, inputs: Inputs, scaled: bool = False) -> str | No
     if _is_linear(module):
         return None
     kind = type(module).__name__
-    if not _is_convolution(module):
+    if not isinstance(module, Convolution):
         return f"the inputs of {kind} cannot be rounded; those of linear and convolutional layers can"
     if inputs.granularity != "tensor":
         return f"the inputs of {kind} cannot be rounded token by token; with granularity='tensor' they can"
@@ -162,7 +162,7 @@ def why_not(module: nn.Module, inputs: Inputs, scaled: bool = False) -> str | No
 def why_no_bias(module: nn.Module) -> str | None:
     """Why nothing can be added to the outputs of a module when it is called; None if it can."""
     part = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    if _is_convolution(module) or (_is_linear(module) and not part):
+    if isinstance(module, Convolution) or (_is_linear(module) and not part):
         return None
     return f"{type(module).__name__} has no place for an output bias; linear and convolutional layers have"
 
