@@ -177,7 +177,7 @@ def float_states(weight: Weight) -> dict[str, nn.Parameter]:
     for part in weight.modules():
         if isinstance(part, Uniform) and part.zero is not None and part.integer_zero:
             fixed |= {id(state) for state in part.zero.parameters()}
-        if isinstance(part, Scaled) and part.column_scale is not None and weight.input_bits is not None:
+        if isinstance(part, Scaled) and part.column_scale is not None and weight.inputs is not None:
             fixed |= {id(state) for state in part.column_scale.parameters()}
     return {
         name: state for name, state in weight.named_parameters() if state.is_floating_point() and id(state) not in fixed

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import SchemeError
-from laconic.weights import Codebook, Dense, LowRank, Permuted, Scaled, Sparse, Sum, Uniform, Weight
+from laconic.weights import Codebook, Dense, Inputs, LowRank, Permuted, Scaled, Sparse, Sum, Uniform, Weight
 from laconic.weights.relax import Relaxation, StraightThrough, Tuned, float_states
 
 SHAPE = (6, 8)
@@ -97,7 +97,7 @@ def test_what_training_may_not_move() -> None:
     assert set(float_states(WEIGHTS["float zeros"](W))) == {"scale.values", "zero.values"}
     rounding = scaled(W)
     assert set(float_states(rounding)) == {"weight.scale.values", "column_scale.values"}
-    rounding.input_bits = 8
+    rounding.inputs = Inputs(8)
     assert set(float_states(rounding)) == {"weight.scale.values"}
 
 
