@@ -40,7 +40,8 @@ Plan = Annotated[Path | None, typer.Option(help="A Python file whose variable `s
 How = Annotated[
     str | None,
     typer.Option(
-        "--recovery", help="LC(...), FineTune(...) or Direct(), as an expression; if not given, what suits the scheme."
+        "--recovery",
+        help="LC(...), FineTune(...), Direct() or another recovery, as an expression; if not given, what suits the scheme.",
     ),
 ]
 Tokens = Annotated[int, typer.Option(min=1, help="Training tokens drawn from --data.")]

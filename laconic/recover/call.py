@@ -13,33 +13,35 @@ from torch import Tensor, nn
 
 from laconic.disk.tensors import bytes_of
 from laconic.engine.module import half_types
+from laconic.errors import SchemeError
 from laconic.host.ambient import undisturbed
 from laconic.host.progress import Log, Progress
 from laconic.host.randomness import private_randomness
 from laconic.methods.free import methods_of
 from laconic.model.blocks import Batch
 from laconic.model.sites import find_slots
-from laconic.recover import lc
+from laconic.recover.base import Recovery
 from laconic.recover.batches import length_of, stream
 from laconic.recover.checkpoint import Checkpoints, Listener, StopRecovery
-from laconic.recover.compressed import Bench, Best
-from laconic.recover.finetune import Direct, FineTune, run_direct, run_finetune
-from laconic.recover.projection import Projection, project_onto, reads_data
+from laconic.recover.compressed import Bench
+from laconic.recover.course import Course
+from laconic.recover.lc import LC
+from laconic.recover.parsing import parse_recovery
+from laconic.recover.projection import Projection, compressed_slots, project_onto, reads_data
 from laconic.recover.recipes import dkm
 from laconic.recover.task import OutputLoss, OutputScore, Task
 from laconic.scheme.text import Scheme, parse
 
-How = lc.LC | FineTune | Direct
 _STATISTICS = 32  # minibatches of training data that statistics are gathered from
 
 
 @dataclass
-class Recovery:
+class Recovered:
     """What a recovery found: scores on validation data (and, where there is some, test data), before and after, and its learning curve.
 
-    `direct` is direct compression's validation score. `state` holds the values from which another recovery can start: the uncompressed
-    ones the last L-step left, or, after fine-tuning, those of the compressed model. `types`: what was 16 bits wide in the original; the
-    tensors of them that are not compressed are exact in it, and `save(model, folder, types=...)` stores them so.
+    `direct` is direct compression's validation score. `state` holds the values from which another recovery can start: the uncompressed ones
+    the run left, where those are a start (`Recovery.leaves_w`), else those of the compressed model. `types`: what was 16 bits wide in the
+    original; the tensors of them that are not compressed are exact in it, and `save(model, folder, types=...)` stores them so.
     """
 
     scheme: str
@@ -64,45 +66,42 @@ class Recovery:
 
 
 def recover(
-    model: nn.Module, scheme: Scheme | str, how: How | None = None, *, train: Iterable[Batch] | None = None,
+    model: nn.Module, scheme: Scheme | str, how: Recovery | str | None = None, *, train: Iterable[Batch] | None = None,
     validation: Iterable[Batch] | None = None, test: Iterable[Batch] | None = None, loss: OutputLoss | None = None,
     score: OutputScore | None = None, example: Batch | None = None, folder: str | Path | None = None, resume: bool = False,
     seed: int = 0, progress: Progress | None = None,
-) -> tuple[nn.Module, Recovery]:  # fmt: skip
+) -> tuple[nn.Module, Recovered]:  # fmt: skip
     """Compress a copy of a module and recover its accuracy by training; the module given is not changed.
 
-    `how`: `LC(...)`, `FineTune(...)` or `Direct()`; by default what `usual_recovery` says. `train` is trained on, `validation` picks the best
-    model, `test` is only measured at the end. With `folder`, the state is written there after every L-step or check; `resume=True` goes on from it.
+    `how`: `LC(...)`, `FineTune(...)`, `Direct()` or any other recovery, as a value or as text; by default what `usual_recovery` says. `train` is
+    trained on, `validation` picks the best model, `test` is only measured at the end. With `folder`, the state is written there after every L-step
+    or check; `resume=True` goes on from it.
     Returns the compressed module (installed weights, evaluation mode) and what happened. Raises: SchemeError, DataError (splits that
     share samples), RecoveryError (training diverged), SurgeryError (structures of a network that cannot be traced).
     """
+    how = parse_recovery(how) if isinstance(how, str) else how
+    how = None if how is None else check_recovery(how)
     task = Task(
         train if train is not None else [], validation if validation is not None else [], test, loss, score, example
     ).checked()
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
+    how = how or usual_recovery(scheme, model)
     return recover_task(
-        model,
-        scheme,
-        how or usual_recovery(scheme, model),
-        task,
-        folder=folder,
-        resume=resume,
-        seed=seed,
-        progress=progress,
-    )
+        model, scheme, how, task, folder=folder, resume=resume, seed=seed, progress=progress
+    )  # fmt: skip
 
 
-def usual_recovery(scheme: Scheme, model: nn.Module) -> How:
+def usual_recovery(scheme: Scheme, model: nn.Module) -> Recovery:
     """How a module is trained under a scheme if nobody says: by eDKM's fine-tuning where clusters are trained (`DKM`), else by L-C."""
-    return dkm().how if any(method.soft for method in methods_of(scheme, find_slots(model))) else lc.LC()
+    return dkm().how if any(method.soft for method in methods_of(scheme, find_slots(model))) else LC()
 
 
 @undisturbed()
 def recover_task(
-    model: nn.Module, scheme: Scheme | str, how: How, task: Task, *, start: dict[str, Tensor] | None = None, coupling: Any = None,
+    model: nn.Module, scheme: Scheme | str, how: Recovery, task: Task, *, start: dict[str, Tensor] | None = None, coupling: Any = None,
     statistics: Sequence[Batch] | None = None, folder: str | Path | None = None, resume: bool = False, listen: Listener | None = None,
     seed: int = 0, progress: Progress | None = None, keep: bool = False, strict: bool = True, types: Mapping[str, torch.dtype] | None = None,
-) -> tuple[nn.Module, Recovery]:  # fmt: skip
+) -> tuple[nn.Module, Recovered]:  # fmt: skip
     """`recover` for a checked Task. `start` is the state of another recovery; `listen` hears every point of the curve and may stop it.
 
     `types` are those of the original's 16-bit tensors, if the module given is a copy in float32.
@@ -111,15 +110,17 @@ def recover_task(
     """
     began, progress = time.time(), progress or Log()
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
-    how = how.over(task.train)
+    how = check_recovery(how).over(task.train)
     original = model
     model, flags = _working_copy(model)
+    how.check(model, compressed_slots(model, scheme))
     if start is not None:
         model.load_state_dict(start)
     if statistics is None:
         statistics = first_batches(task, seed) if reads_data(model, scheme) else []
     projection = project_onto(model, scheme, example=task.sample(), data=statistics, seed=seed, coupling=coupling)
-    teacher = copy.deepcopy(original).float().eval().requires_grad_(False) if _distills(how) else None
+    compares = any(steps.minimises.compares for steps in how.learns)
+    teacher = copy.deepcopy(original).float().eval().requires_grad_(False) if compares else None
     types = half_types(original) if types is None else types
     bench = Bench(model, projection, task, how.norm_batches, seed, teacher, types)
     mark = _mark(bench) if folder is not None else ""
@@ -131,7 +132,7 @@ def recover_task(
     checkpoints = Checkpoints(Path(folder) if folder is not None else None, fingerprint, resume, strict, began)
     checkpoints.claim()
     progress.start("recovering", max(how.total, 1))
-    best, stopped, taken = Best(), False, 0
+    stopped, taken = False, 0
 
     def heard(found: dict[str, Any]) -> None:
         nonlocal taken
@@ -142,14 +143,13 @@ def recover_task(
         if listen is not None:
             listen(found)
 
+    course = Course(bench, heard, checkpoints, seed, progress.say)
     try:
-        _carry_out(bench, how, best, heard, checkpoints, seed)
+        how.run(course)
     except StopRecovery:
         stopped = True
-    snapshot, curve = best.finite(), checkpoints.curve
-    state = (
-        {} if _tunes(how) else _state(model)
-    )  # the w behind a straight-through estimate drifts within what rounds to the same: no model by itself
+    snapshot, curve = course.outcome(how), checkpoints.curve
+    state = _state(model) if how.leaves_w else {}
     bench.show(snapshot)
     state = state or _state(model)
     bench.install(snapshot)
@@ -159,7 +159,7 @@ def recover_task(
     test_score = task.judge(model, task.test).score if task.test is not None else None
     if not keep:
         checkpoints.done()
-    return model, Recovery(
+    return model, Recovered(
         projection.scheme, snapshot.judgement.score, snapshot.judgement.loss, curve[0]["score"], curve[-1]["minibatches"], curve,
         checkpoints.seconds, stopped, test_score, projection.notes, state, projection, types,
     )  # fmt: skip
@@ -170,14 +170,11 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
 
-def _tunes(how: How) -> bool:
-    """Whether a recovery ends in fine-tuning."""
-    return isinstance(how, FineTune) or (isinstance(how, lc.LC) and how.then is not None)
-
-
-def _distills(how: How) -> bool:
-    parts = [how, how.then] if isinstance(how, lc.LC) else [how]
-    return any(part.learn.distill > 0 for part in parts if isinstance(part, lc.LC | FineTune))
+def check_recovery(how: object) -> Recovery:
+    """The recovery, if it is one. Raises: SchemeError for anything else."""
+    if not isinstance(how, Recovery):
+        raise SchemeError(f"recovery: expected LC(...), FineTune(...), Direct() or another recovery, got {how!r}")
+    return how
 
 
 def first_batches(task: Task, seed: int) -> list[Batch]:
@@ -207,12 +204,3 @@ def _mark(bench: Bench) -> str:
         digest.update(name.encode())
         digest.update(bytes_of(tensor))
     return f", start {digest.hexdigest()[:12]}"
-
-
-def _carry_out(bench: Bench, how: How, best: Best, listen: Listener, checkpoints: Checkpoints, seed: int) -> None:
-    if isinstance(how, lc.LC):
-        lc.run(bench, how, best, listen, checkpoints, seed)
-    elif isinstance(how, FineTune):
-        run_finetune(bench, how, best, listen, checkpoints, seed)
-    else:
-        run_direct(bench, best, listen)

@@ -1,4 +1,4 @@
-"""A recovery's state on disk after every L-step or check of fine-tuning, so that a killed run goes on from the last one."""
+"""A recovery's state on disk after every model it offered, so that a killed run goes on from the last one."""
 
 import json
 import time
@@ -15,16 +15,17 @@ from torch import Tensor
 from laconic.disk.files import atomically, disk_errors
 from laconic.disk.tensors import checksum_of
 from laconic.errors import CheckpointError, OutputError
+from laconic.host.foreign import parse_object
 from laconic.host.progress import logger
 from laconic.model.sites import Slot
 from laconic.recover.compressed import Bench, Best, Snapshot
 from laconic.recover.task import Judgement
-from laconic.recover.train import Trainer, optimizer_tensors, restore_optimizer
+from laconic.recover.train import Trainer
 from laconic.weights import Weight, unpack
 from laconic.weights.base import nested, pack, prefixed
 
 STATE = "recovery.safetensors"
-_TOLD = {"fingerprint", "crc", "done", "taken", "skipped", "faults", "best", "specs", "curve", "notes", "seconds"}
+_TOLD = {"fingerprint", "crc", "done", "trainer", "best", "specs", "curve", "notes", "seconds"}
 
 Listener = Callable[[dict[str, Any]], None]
 """Is told every point of the learning curve; raising StopRecovery from it ends the recovery with the best found so far."""
@@ -35,12 +36,15 @@ class StopRecovery(Exception):  # noqa: N818 - a message to the loop, not an err
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """What a checkpoint held: the L-steps and checks done, the weights, and what relaxations carry. Empty without one."""
+class Saved:
+    """What a checkpoint held for the recovery itself: compressed weights, what was `done`, its own state, and the trainer's, if it had one."""
 
-    done: int = 0
-    weights: dict[Slot, Weight] | None = None
-    relaxed: dict[str, Tensor] = field(default_factory=dict)
+    file: Path
+    weights: dict[Slot, Weight]
+    done: int
+    state: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    counts: dict[str, Any] | None
 
 
 @dataclass
@@ -98,7 +102,7 @@ class Checkpoints:
             raise OutputError(f"{self.folder}: holds an unfinished recovery; resume it or choose another folder")
         try:
             with safe_open(self._file, framework="pt") as reader:
-                told: dict[str, Any] = json.loads(reader.metadata()["state"])
+                told = parse_object(reader.metadata()["state"].encode(), CheckpointError, str(self._file))
             fingerprint = told["fingerprint"]
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self._file}: damaged: {error}") from error
@@ -131,16 +135,15 @@ class Checkpoints:
             raise CheckpointError(f"{self._file}: damaged, or of another version: {error}") from error
 
     def write(
-        self, bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dict[Slot, Tensor], best: Snapshot, done: int,
-        relaxed: Mapping[str, Tensor] | None = None,
+        self, bench: Bench, weights: dict[Slot, Weight], best: Snapshot, done: int, *, trainer: Trainer | None = None,
+        state: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """The state after `done` L-steps and checks, whole or not at all. Raises: OutputError when the disk is full."""
+        """The state of a run that has come to `done`, whole or not at all. Raises: OutputError when the disk is full."""
         if self.folder is None:
             return
         parts = {
-            "w": {slot.name: value for slot, value in bench.values().items()},
-            "lambda": {slot.name: value for slot, value in lam.items()},
-            "rest": bench.rest(), "best": best.rest, "optimizer": optimizer_tensors(trainer.optimizer), "relaxed": dict(relaxed or {}),
+            "w": {slot.name: value for slot, value in bench.values().items()}, "rest": bench.rest(), "best": best.rest,
+            "optimizer": {} if trainer is None else trainer.state(), "state": dict(state or {}),
         }  # fmt: skip
         specs: dict[str, list[dict[str, Any]]] = {}
         for which, these in (("now", weights), ("best", best.weights)):
@@ -151,8 +154,7 @@ class Checkpoints:
             name: t.detach().cpu() for part, tensors in parts.items() for name, t in prefixed(part, tensors).items()
         }
         told = {
-            "fingerprint": self.fingerprint, "crc": checksum_of(flat), "done": done, "taken": trainer.taken, "skipped": trainer.skipped,
-            "faults": trainer.faults,
+            "fingerprint": self.fingerprint, "crc": checksum_of(flat), "done": done, "trainer": None if trainer is None else trainer.counts(),
             "best": [best.judgement.loss, best.judgement.score, best.judgement.examples, best.minibatches], "specs": specs, "curve": self.curve,
             "notes": bench.projection.notes, "seconds": self.seconds,
         }  # fmt: skip
@@ -160,28 +162,30 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             atomically(self.folder / STATE, flat, {"state": json.dumps(told)})
 
-    def resume(self, bench: Bench, trainer: Trainer, lam: dict[Slot, Tensor], best: Best, listen: Listener) -> Resumed:
-        """Bring everything to where the last checkpoint left it, and tell the listener what it was told then. Raises: as `claim` does."""
+    def resume(self, bench: Bench, best: Best, listen: Listener) -> Saved | None:
+        """Bring the module and the best model to where the last checkpoint left them, and tell the listener what it was told then.
+
+        None without a checkpoint. Raises: as `claim` does.
+        """
         told = self.claim()
-        if told is None:
-            return Resumed()
+        if told is None or self._file is None:
+            return None
         tensors = self._tensors(told)
         try:
             with torch.no_grad():
-                w, multipliers = nested(tensors, "w"), nested(tensors, "lambda")
+                w = nested(tensors, "w")
                 for slot, parameter in bench.parameters.items():
                     parameter.copy_(w[slot.name])
-                    if slot in lam:
-                        lam[slot].copy_(multipliers[slot.name])
                 bench.put_rest(nested(tensors, "rest"))
             notes = bench.projection.notes
             notes.extend(note for note in told["notes"] if note not in notes)
-            restore_optimizer(trainer.optimizer, nested(tensors, "optimizer"))
-            trainer.taken, trainer.skipped, trainer.faults = told["taken"], told["skipped"], told["faults"]
             found = {which: _placed(bench, weights) for which, weights in self._weights(told, tensors).items()}
             loss, score, examples, minibatches = told["best"]
             best.offer(Snapshot(found["best"], nested(tensors, "best"), Judgement(loss, score, examples), minibatches))
-            resumed = Resumed(told["done"], found["now"], nested(tensors, "relaxed"))
+            saved = Saved(
+                file=self._file, weights=found["now"], done=int(told["done"]), state=nested(tensors, "state"),
+                optimizer=nested(tensors, "optimizer"), counts=told["trainer"],
+            )  # fmt: skip
         except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
             raise CheckpointError(f"{self._file}: damaged, or of another version: {error}") from error
         self.curve, self._before = told["curve"], told["seconds"]
@@ -189,7 +193,7 @@ class Checkpoints:
             with suppress(StopRecovery):  # what more was trained is there
                 listen(point)
         listen(self.curve[-1])
-        return resumed
+        return saved
 
     def done(self) -> None:
         """The state is not needed any more."""

@@ -1,7 +1,6 @@
 """A recovery into a directory: trained, stored, read back, measured in the form it is stored in."""
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,17 @@ from laconic.disk.lock import LOCK, check_place, locked
 from laconic.disk.output import below, copied_names, finite, remove
 from laconic.disk.store import MANIFEST, Compressed, stored_bytes
 from laconic.disk.tensors import checksum_of
-from laconic.engine.choice import resolve
 from laconic.engine.module import half_types, load_into, plain_bytes, save
 from laconic.errors import OutputError, VerificationError
+from laconic.host.foreign import read_object
 from laconic.host.machine import machine, versions
 from laconic.host.progress import Progress
-from laconic.model.sites import find_slots
+from laconic.recover.base import Recovery
 from laconic.recover.batches import length_of
-from laconic.recover.call import How, recover_task
+from laconic.recover.call import check_recovery, recover_task
 from laconic.recover.checkpoint import STATE
 from laconic.recover.own_text import is_own_text
+from laconic.recover.projection import compressed_slots
 from laconic.recover.task import Task
 from laconic.recover.text import companions_of, complete_directory
 from laconic.scheme.text import Scheme, describe
@@ -32,7 +32,7 @@ RESULT = "recovery.json"
 
 
 def recover_directory(
-    model: nn.Module, scheme: Scheme, how: How, task: Task, out: Path, *, source: str | None, resume: bool, overwrite: bool, seed: int,
+    model: nn.Module, scheme: Scheme, how: Recovery, task: Task, out: Path, *, source: str | None, resume: bool, overwrite: bool, seed: int,
     command: str, progress: Progress, trust_remote_code: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Recover into `out`, and return what `recovery.json` holds: scores of the original, of direct compression and of the stored file.
@@ -53,7 +53,7 @@ def recover_directory(
         )
 
 
-def _about(model: nn.Module, scheme: Scheme, how: How, task: Task, seed: int) -> dict[str, Any]:
+def _about(model: nn.Module, scheme: Scheme, how: Recovery, task: Task, seed: int) -> dict[str, Any]:
     """What has to be equal for a complete recovery to be the one that is asked for."""
     return {
         "model": checksum_of(model.state_dict()), "scheme": describe(scheme), "recovery": repr(how), "minibatches": length_of(task.train),
@@ -67,13 +67,13 @@ def _earlier(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         return None
     Compressed(out)  # damage is found here
     try:
-        found = json.loads((out / RESULT).read_text(encoding="utf-8"))
-        before = found["run"]
-        changed = sorted(key for key in about if before.get(key) != about[key])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(
-            f"{out}: holds a model, but no {RESULT} that says how it was made; pass --overwrite to replace it"
-        ) from error
+        found = read_object(out / RESULT, OutputError)
+    except OutputError as error:
+        raise OutputError(f"{error}; pass --overwrite to replace the model beside it") from error
+    before = found.get("run")
+    if not isinstance(before, dict):
+        raise OutputError(f"{out / RESULT}: does not say how the model was made; pass --overwrite to replace it")
+    changed = sorted(key for key in about if before.get(key) != about[key])
     if changed:
         what = "; ".join(f"{key}: {before.get(key)!r} then, {about[key]!r} now" for key in changed)
         raise OutputError(
@@ -83,12 +83,12 @@ def _earlier(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _recovered(
-    model: nn.Module, scheme: Scheme, how: How, task: Task, out: Path, about: dict[str, Any], source: str | None, resume: bool, overwrite: bool,
+    model: nn.Module, scheme: Scheme, how: Recovery, task: Task, out: Path, about: dict[str, Any], source: str | None, resume: bool, overwrite: bool,
     seed: int, command: str, progress: Progress, trust_remote_code: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """`recover_directory` into a folder that is ours."""
     original_bytes, types, model = plain_bytes(model), half_types(model), copy.deepcopy(model).float()
-    resolve(scheme, find_slots(model))
+    check_recovery(how).check(model, compressed_slots(model, scheme))
     task = task.checked()
     reference = task.judge(model, task.validation)
     copied = companions_of(source, trust_remote_code).files if source is not None else []

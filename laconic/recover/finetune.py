@@ -1,50 +1,35 @@
-"""Direct compression, and training of w through what compression makes of it: masks, scales and tables kept, or clusters that move along."""
+"""Training of what compression made: of w through it, masks, scales and tables kept or moving along, or of scales and tables themselves."""
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, get_args
+
+from torch import nn
 
 from laconic.errors import SchemeError
 from laconic.model.blocks import Batch
 from laconic.model.sites import Slot
+from laconic.recover.base import Recovery
 from laconic.recover.batches import length_of
-from laconic.recover.checkpoint import Checkpoints, Listener
-from laconic.recover.compressed import Bench, Best, Snapshot
-from laconic.recover.relaxed import Trained
-from laconic.recover.train import Steps, Trainer
-from laconic.weights import Weight
+from laconic.recover.checks import check_choice, check_counts, check_steps
+from laconic.recover.relaxed import Along, Trained, Trains, beside, relaxed
+from laconic.recover.steps import Steps
+from laconic.recover.train import Trainer
+from laconic.recover.written import QUIET
+
+if TYPE_CHECKING:
+    from laconic.recover.course import Course, Start
 
 
-@dataclass(frozen=True)
-class Direct:
-    """Direct compression: Theta = C(w), nothing is trained. With `norm_batches`, batch norms' statistics are estimated anew.
-
-    Source: Condensa section 3.3 ("direct compression", DC).
-    """
-
-    norm_batches: int = 0
-
-    def __post_init__(self) -> None:
-        check_counts(self, 0, norm_batches=self.norm_batches)
-
-    @property
-    def total(self) -> int:
-        """All minibatches of a run."""
-        return 0
-
-    def over(self, train: Iterable[Batch]) -> "Direct":
-        """The same: nothing is counted in passes over data."""
-        return self
-
-
-@dataclass(frozen=True)
-class FineTune:
-    """Direct compression, then training of w through what compression makes of it.
+@dataclass(frozen=True, repr=False)
+class FineTune(Recovery):
+    """Direct compression, then training of w, or of scales and tables, through what compression makes of it.
 
     The forward pass sees D(C(w)) with side information (masks, scales, tables) kept, and gradients pass straight through to w: for pruning this
     is training of the survivors, for a quantizer a straight-through estimator. A method with a soft form of its own (`DKM`) is trained through
-    that. `minibatches` steps are taken, or, if given, `epochs` passes over the training data. The compressed model is judged on validation
+    that. `trains="side"`: codes and masks stay, scales, float zero points, tables, low-rank factors and dense parts are trained instead.
+    `along`: which parameters that are not compressed train along: "all", "norms" (of one dimension: norms and biases) or "none".
+    `minibatches` steps are taken, or, if given, `epochs` passes over the training data. The compressed model is judged on validation
     data `checks` times; the one of least validation loss is returned. After every check the state is stored, where there is a folder.
     Source: Han et al. 2015 (fine-tuning with masks); Bengio et al. 2013 (straight-through). Cost: a projection per minibatch.
     """
@@ -54,22 +39,27 @@ class FineTune:
     checks: int = 4
     norm_batches: int = 0
     epochs: int | None = None
+    trains: Trains = field(default="w", metadata=QUIET)
+    along: Along = field(default="all", metadata=QUIET)
 
     def __post_init__(self) -> None:
         check_counts(
             self, 1, minibatches=self.minibatches, checks=self.checks, epochs=1 if self.epochs is None else self.epochs
         )
         check_counts(self, 0, norm_batches=self.norm_batches)
-        if not isinstance(self.learn, Steps):
-            raise SchemeError(f"FineTune: learn should be Steps(...), got {self.learn!r}")
+        check_steps(self, self.learn)
+        check_choice(self, "trains", self.trains, get_args(Trains))
+        check_choice(self, "along", self.along, get_args(Along))
 
     @property
     def total(self) -> int:
-        """All minibatches of a run."""
         return self.minibatches
 
+    @property
+    def learns(self) -> tuple[Steps, ...]:
+        return (self.learn,)
+
     def over(self, train: Iterable[Batch]) -> "FineTune":
-        """The same with `epochs` counted in minibatches of this data. Raises: SchemeError for data of unknown length."""
         if self.epochs is None:
             return self
         length = length_of(train)
@@ -79,70 +69,31 @@ class FineTune:
             )
         return replace(self, epochs=None, minibatches=max(1, self.epochs * length // self.learn.accumulate))
 
+    def check(self, model: nn.Module, slots: list[Slot]) -> None:
+        super().check(model, slots)
+        sites = [model.get_submodule(slot.users[0][0]).get_parameter(slot.users[0][1]) for slot in slots]
+        moved = list(beside(model, sites, self.along).values())
+        self.learn.check([*moved, *(sites if self.trains == "w" else [])])
 
-def check_counts(how: object, least: int, **numbers: object) -> None:
-    """Raises SchemeError unless all are whole numbers from `least` on."""
-    for name, number in numbers.items():
-        if type(number) is not int or number < least:
-            raise SchemeError(f"{type(how).__name__}: {name} is a whole number, at least {least}, got {number!r}")
+    def run(self, course: "Course") -> None:
+        self.train(course, course.begin(), course.seed)
 
-
-def point(snapshot: Snapshot, **more: Any) -> dict[str, Any]:
-    """A point of the learning curve."""
-    return {
-        "minibatches": snapshot.minibatches,
-        "score": snapshot.judgement.score,
-        "validation_loss": snapshot.judgement.loss,
-        **more,
-    }
-
-
-def tune(
-    bench: Bench, how: FineTune, trainer: Trainer, trained: Trained, best: Best, listen: Listener, checkpoints: Checkpoints,
-    spent: int = 0, start: int = 0, before: int = 0,
-) -> None:  # fmt: skip
-    """Carry out FineTune's training from check `start` on; offer what is found to `best`. `spent` minibatches and `before` L-steps came before."""
-    for check in range(start, how.checks):
-        count = how.minibatches * (check + 1) // how.checks - how.minibatches * check // how.checks
-        if count:
-            loss = trained.run(trainer, count)
-            weights = trained.stored()
-            found = bench.judged(weights, spent + trainer.taken)
-            best.offer(found)
-            try:
-                listen(point(found, loss=loss, phase="fine-tuning", skipped=trainer.skipped))
-            finally:
-                checkpoints.write(bench, trainer, weights, {}, best.found, before + check + 1, trained.state())
-    tell_faults(bench, trainer)
-
-
-def run_finetune(
-    bench: Bench, how: FineTune, best: Best, listen: Listener, checkpoints: Checkpoints, seed: int
-) -> None:
-    """Direct compression of the module's w, then `tune`; goes on from a checkpoint if there is one."""
-    trainer = Trainer(bench.model, bench.task, how.learn, how.minibatches, seed, bench.teacher)
-    resumed = checkpoints.resume(bench, trainer, {}, best, listen)
-    trained = Trained(bench, clones(resumed.weights or run_direct(bench, best, listen)))
-    trained.restore(resumed.relaxed)
-    tune(bench, how, trainer, trained, best, listen, checkpoints, start=resumed.done)
-
-
-def tell_faults(bench: Bench, trainer: Trainer) -> None:
-    """A note about minibatches that were skipped."""
-    if trainer.skipped:
-        bench.projection.notes.append(
-            f"{trainer.skipped} of {trainer.taken} minibatches were skipped; not finite: {trainer.told_faults()}"
+    def train(self, course: "Course", start: "Start", seed: int, spent: int = 0, before: int = 0) -> None:
+        """Train on from where another recovery ended. `spent` minibatches and `before` of what is done came before this one's own."""
+        bench = course.bench
+        trained = Trained(bench, start.weights, relaxed(self.trains), self.along)
+        trainer = Trainer(
+            bench.model, bench.task, self.learn, self.minibatches, seed, bench.teacher, moved=trained.moved
         )
-
-
-def run_direct(bench: Bench, best: Best, listen: Listener) -> dict[Slot, Weight]:
-    """Direct compression of the module's w."""
-    weights = bench.projection.compress(bench.values())
-    best.offer(bench.judged(weights, 0))
-    listen(point(best.found, phase="direct"))
-    return weights
-
-
-def clones(weights: dict[Slot, Weight]) -> dict[Slot, Weight]:
-    """Weights that later training does not move."""
-    return {slot: copy.deepcopy(weight) for slot, weight in weights.items()}
+        start.restore(trainer)
+        trained.restore(start.state)
+        course.tell_memory(trainer, copies=2)  # the uncompressed values, and what the network sees
+        for check in range(start.done - before, self.checks):
+            count = self.minibatches * (check + 1) // self.checks - self.minibatches * check // self.checks
+            if count:
+                loss = trained.run(trainer, count)
+                course.offer(
+                    trained.stored(), before + check + 1, spent + trainer.taken, trainer=trainer, state=trained.state(),
+                    loss=loss, phase="fine-tuning",
+                )  # fmt: skip
+        course.tell_faults(trainer)

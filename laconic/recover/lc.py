@@ -1,30 +1,30 @@
 """The learning-compression algorithm: training and compression in turns, bound together by an augmented Lagrangian."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from laconic.errors import SchemeError
+from laconic.errors import CheckpointError, SchemeError
 from laconic.model.blocks import Batch
 from laconic.model.sites import Slot
-from laconic.recover.checkpoint import Checkpoints, Listener, Resumed
-from laconic.recover.compressed import Bench, Best
-from laconic.recover.finetune import FineTune, check_counts, clones, point, tell_faults, tune
-from laconic.recover.relaxed import Trained
-from laconic.recover.train import Steps, Trainer
+from laconic.recover.base import Recovery
+from laconic.recover.checks import check_counts, check_steps
+from laconic.recover.compressed import Bench
+from laconic.recover.course import Course, Start, clones
+from laconic.recover.finetune import FineTune
+from laconic.recover.steps import Steps
+from laconic.recover.train import Trainer
 from laconic.weights import Weight
 
 _FAR = 0.5  # of ||w||: measured on digits, runs that end beyond it recover little (docs/recovery.md)
+_ADAM_MU = 0.1  # steps of Adam and its kin do not grow with the gradient, so no pull can be counted; measured to be a fair beginning
 
 
-_ADAM_MU = 0.1  # Adam's steps do not grow with the gradient, so no pull can be counted; measured to be a fair beginning
-
-
-@dataclass(frozen=True)
-class LC:
+@dataclass(frozen=True, repr=False)
+class LC(Recovery):
     """min L(w) s.t. w = D(Theta) by alternating two steps, for j = 0 ... steps - 1 with mu_j = mu a^j:
 
         L:  w     <- argmin L(w) + mu_j / 2 ||w - D(Theta) - lambda / mu_j||^2     (`minibatches` steps of training; `first` at j = 0)
@@ -37,7 +37,8 @@ class LC:
     and moves values only. `then` trains on with side information kept. The model of least validation loss is returned.
     The learning rate never exceeds 1 / mu_j. Shorter L-steps pull w less towards D(Theta), so they need a larger mu: what counts is the
     pull mu x learning rate x minibatches / (1 - momentum). The paper's mu = 1e-3 belongs to L-steps of 4,500 minibatches, where the pull
-    begins at 4.5. `mu=None` takes the mu whose pull is 1, which was measured best on short L-steps (with Adam, 0.1).
+    begins at 4.5. `mu=None` takes the mu whose pull is 1, which was measured best on short L-steps (0.1 where steps do not grow with the
+    gradient, as Adam's).
     Source: Carreira-Perpinan 2017, fig. 2; Carreira-Perpinan and Idelbayev 2018; Condensa sections 3.3 and 4 (defaults).
     Cost: first + (steps - 1) x minibatches training steps, steps + 1 projections and validations.
     """
@@ -60,10 +61,9 @@ class LC:
             self, 1, steps=self.steps, minibatches=self.minibatches, first=1 if self.first is None else self.first
         )
         check_counts(self, 0, norm_batches=self.norm_batches)
-        if not isinstance(self.learn, Steps) or not isinstance(self.then, FineTune | None):
-            raise SchemeError(
-                f"LC: learn should be Steps(...) and then FineTune(...) or None, got {self.learn!r} and {self.then!r}"
-            )
+        check_steps(self, self.learn)
+        if not isinstance(self.then, FineTune | None):
+            raise SchemeError(f"LC: then should be FineTune(...) or None, got {self.then!r}")
         if not (0 < self.start_mu < math.inf and 1 <= self.a < math.inf):
             raise SchemeError(f"LC: expected mu > 0 and a >= 1, got {self.mu!r} and {self.a!r}")
 
@@ -72,9 +72,9 @@ class LC:
         """mu_0: as given, or such that the pull of the first L-step is 1."""
         if self.mu is not None:
             return self.mu
-        if self.learn.optimizer == "adam":
+        if not self.learn.grows:
             return _ADAM_MU
-        return (1 - self.learn.momentum) / (self.learn.lr * self.minibatches)
+        return (1 - self.learn.carried) / (self.learn.first_rate * self.minibatches)
 
     def count(self, step: int) -> int:
         """The minibatches of an L-step."""
@@ -82,11 +82,22 @@ class LC:
 
     @property
     def total(self) -> int:
-        """All minibatches of a run."""
-        return sum(self.count(j) for j in range(self.steps)) + (self.then.total if self.then else 0)
+        return self._alternating + (self.then.total if self.then else 0)
+
+    @property
+    def _alternating(self) -> int:
+        """The minibatches of all L-steps."""
+        return sum(self.count(j) for j in range(self.steps))
+
+    @property
+    def learns(self) -> tuple[Steps, ...]:
+        return (self.learn,) if self.then is None else (self.learn, *self.then.learns)
+
+    @property
+    def leaves_w(self) -> bool:
+        return self.then is None
 
     def over(self, train: Iterable[Batch]) -> "LC":
-        """The same with the epochs of `then` counted in minibatches of this data."""
         return replace(self, then=self.then.over(train)) if self.then is not None else self
 
     def warmed(self, share: float = 0.5) -> "LC":
@@ -94,77 +105,66 @@ class LC:
         kept = max(1, round(self.steps * share))
         return replace(self, steps=kept, first=None, mu=self.start_mu * self.a ** (self.steps - kept))
 
+    def check(self, model: nn.Module, slots: list[Slot]) -> None:
+        super().check(model, slots)
+        self.learn.check(p for p in model.parameters() if p.requires_grad)
+        if self.then is not None:
+            self.then.check(model, slots)
 
-def run(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkpoints, seed: int) -> None:
-    """Carry out L-C from the w in the bench's module, and `then`; offer every compressed model to `best`. A checkpoint of either goes on."""
-    told = checkpoints.claim()
-    checked = told["done"] - how.steps if told is not None else 0  # of the checks of `then`, where positive
-    if checked <= 0:
-        _alternate(bench, how, best, listen, checkpoints, seed)
-    if how.then is None:
-        return
-    tail, resumed = (
-        Trainer(bench.model, bench.task, how.then.learn, how.then.minibatches, seed + 1, bench.teacher),
-        Resumed(),
-    )
-    if checked > 0:
-        resumed = checkpoints.resume(bench, tail, {}, best, listen)
-    else:  # from the best compressed point: w is what it decodes to, its masks stay
-        bench.show(best.found)
-    trained = Trained(bench, clones(resumed.weights or best.found.weights))
-    trained.restore(resumed.relaxed)
-    spent = how.total - how.then.total
-    tune(bench, how.then, tail, trained, best, listen, checkpoints, spent, max(checked, 0), before=how.steps)
-
-
-def _alternate(bench: Bench, how: LC, best: Best, listen: Listener, checkpoints: Checkpoints, seed: int) -> None:
-    """The L- and C-steps."""
-    trainer = Trainer(
-        bench.model, bench.task, how.learn, sum(how.count(j) for j in range(how.steps)), seed, bench.teacher
-    )
-    lam = {slot: torch.zeros_like(value) for slot, value in bench.values().items()}
-    resumed = checkpoints.resume(bench, trainer, lam, best, listen)
-    weights = resumed.weights
-    if weights is None:
-        weights = bench.projection.compress(bench.values())
-        best.offer(bench.judged(clones(weights), 0))
-        listen(point(best.found, step=-1, mu=0.0, phase="direct", distance=_distance(bench, weights)))
-    for j in range(resumed.done, how.steps):
-        mu = how.start_mu * how.a**j
-        if how.restart_optimizer:
-            trainer.forget()
-        loss = _learn(bench, trainer, weights, lam, mu, how.count(j), how.restart_rate)
-        values = bench.values()
-        shifted = {slot: value - lam[slot] / mu for slot, value in values.items()}
-        if how.refit:
-            weights = bench.projection.compress(shifted)
-        else:
-            bench.projection.keep_side(weights, shifted)
-        if how.multipliers:
-            _update(lam, values, weights, mu)
-        found = bench.judged(clones(weights), trainer.taken)
-        best.offer(found)
-        try:
-            listen(
-                point(
-                    found,
-                    step=j,
-                    mu=mu,
-                    loss=loss,
-                    phase="L-C",
-                    distance=_distance(bench, weights),
-                    skipped=trainer.skipped,
-                )
-            )
-        finally:  # also when that ends the run: another can go on from here
-            checkpoints.write(bench, trainer, weights, lam, best.found, j + 1)
-    tell_faults(bench, trainer)
-    apart = _distance(bench, weights)
-    if apart > _FAR:
-        bench.projection.notes.append(
-            f"L-C ended with ||w - D(Theta)|| at {apart:.0%} of ||w||: mu is too small for L-steps of {how.minibatches} minibatches at lr "
-            f"{how.learn.lr:g}; see docs/recovery.md"
+    def run(self, course: Course) -> None:
+        bench = course.bench
+        start = course.begin(
+            lambda weights: {"step": -1, "mu": 0.0, "phase": "direct", "distance": _distance(bench, weights)}
         )
+        if start.done <= self.steps:
+            self._alternate(course, start)
+        if self.then is None:
+            return
+        if start.done <= self.steps:  # from the best compressed point: w is what it decodes to, its masks stay
+            bench.show(course.best.found)
+            start = Start(clones(course.best.found.weights), self.steps)
+        self.then.train(course, start, course.seed + 1, spent=self._alternating, before=self.steps)
+
+    def _alternate(self, course: Course, start: Start) -> None:
+        """The L- and C-steps."""
+        bench, weights = course.bench, start.weights
+        trainer = Trainer(bench.model, bench.task, self.learn, self._alternating, course.seed, bench.teacher)
+        start.restore(trainer)
+        lam = {slot: torch.zeros_like(value) for slot, value in bench.values().items()}
+        _put(lam, start.state)
+        course.tell_memory(trainer, copies=2)  # lambda, and what w is pulled to
+        for j in range(start.done, self.steps):
+            mu = self.start_mu * self.a**j
+            if self.restart_optimizer:
+                trainer.forget()
+            loss = _learn(bench, trainer, weights, lam, mu, self.count(j), self.restart_rate)
+            values = bench.values()
+            shifted = {slot: value - lam[slot] / mu for slot, value in values.items()}
+            if self.refit:
+                weights = bench.projection.compress(shifted)
+            else:
+                bench.projection.keep_side(weights, shifted)
+            if self.multipliers:
+                _update(lam, values, weights, mu)
+            course.offer(
+                weights, j + 1, trainer.taken, trainer=trainer, state={slot.name: value for slot, value in lam.items()},
+                step=j, mu=mu, loss=loss, phase="L-C", distance=_distance(bench, weights),
+            )  # fmt: skip
+        course.tell_faults(trainer)
+        apart = _distance(bench, weights)
+        if apart > _FAR:
+            bench.projection.notes.append(
+                f"L-C ended with ||w - D(Theta)|| at {apart:.0%} of ||w||: mu is too small for L-steps of {self.minibatches} minibatches at lr "
+                f"{self.learn.first_rate:g}; see docs/recovery.md"
+            )
+
+
+def _put(lam: dict[Slot, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Multipliers of a checkpoint in their places; without a checkpoint they stay zero. Raises: CheckpointError for those of other sites."""
+    if state and state.keys() != {slot.name for slot in lam}:
+        raise CheckpointError(f"the state holds multipliers of {sorted(state)}, expected {sorted(s.name for s in lam)}")
+    for slot, value in lam.items() if state else ():
+        value.copy_(state[slot.name])
 
 
 def _learn(
@@ -191,7 +191,7 @@ def _update(lam: dict[Slot, Tensor], values: dict[Slot, Tensor], weights: dict[S
             lam[slot].sub_(values[slot] - slot.view.restore(weight.forward()), alpha=mu)
 
 
-def _distance(bench: Bench, weights: dict[Slot, Weight]) -> float:
+def _distance(bench: Bench, weights: Mapping[Slot, Weight]) -> float:
     """||w - D(Theta)|| / ||w||: how far the constraint is from being met."""
     apart = size = 0.0
     with torch.no_grad():

@@ -115,6 +115,11 @@ def reads_data(model: nn.Module, scheme: Scheme) -> bool:
     return any(need & MEASURED for need in _wanted(model, scheme)[1].values())
 
 
+def compressed_slots(model: nn.Module, scheme: Scheme) -> list[Slot]:
+    """The sites of a module that a scheme compresses. Raises: SchemeError."""
+    return list(_wanted(model, scheme)[0])
+
+
 def _wanted(model: nn.Module, scheme: Scheme) -> tuple[dict[Slot, Method], dict[Slot, Stats]]:
     """The method of every slot that is compressed, and the statistics it reads, those of its allocation included."""
     chosen = {

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from laconic.errors import SchemeError
 from laconic.recover.finetune import FineTune
-from laconic.recover.train import Steps
+from laconic.recover.losses import KL
+from laconic.recover.schedules import Cosine
+from laconic.recover.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ def llm_qat(bits: int = 4, embedding_bits: int = 8) -> Recipe:
 
     Symmetric min-max grids per output channel, the cross-entropy with the original's softmax (which has the gradient of the KL), AdamW at 2e-5
     without weight decay, one epoch. Weights only: activations and the KV cache, which the paper rounds as well, stay as they are.
-    Source: Liu et al. 2023 (LLM-QAT) sections 3.1-3.3 and 4.1; there the rate falls by a cosine, here geometrically.
+    Source: Liu et al. 2023 (LLM-QAT) sections 3.1-3.3 and 4.1 (the rate falls by a cosine).
     """
-    learn = Steps("adamw", lr=2e-5, lr_end=2e-6, momentum=0.9, clip=1.0, distill=1.0, temperature=1.0)
+    learn = Steps("adamw", lr=2e-5, clip=1.0, schedule=Cosine(), loss=KL(temperature=1.0))
     table, matrix = (f"RTN(bits={b}, group='channel', symmetric=True)" for b in (embedding_bits, bits))
     scheme = f"{table} if role == 'embedding' else {matrix}"
     return Recipe(scheme, FineTune(epochs=1, checks=8, learn=learn), length=256, batch=8, data="self")

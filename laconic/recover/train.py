@@ -1,81 +1,23 @@
-"""Training one minibatch after the other: the stream of data, the schedule, steps that are skipped when a gradient is not finite."""
+"""Training one minibatch after the other: the stream of data, its seeds, steps that are skipped when a gradient is not finite."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from laconic.disk.tensors import is_finite
 from laconic.errors import RecoveryError, SchemeError
 from laconic.host.randomness import private_randomness
-from laconic.model.blocks import Batch, call, to_device
+from laconic.model.blocks import Batch, to_device
 from laconic.recover.batches import stream
+from laconic.recover.losses import answer_of
+from laconic.recover.steps import Steps
 from laconic.recover.task import Task
 
 _SKIPPED = 0.1  # of the minibatches may be skipped, beyond the first few, before training counts as diverged
-
-
-@dataclass(frozen=True)
-class Steps:
-    """How the minibatch steps of a recovery are taken.
-
-    The learning rate falls from `lr` to `lr_end` geometrically, minibatch by minibatch, over the whole recovery:
-    lr_t = lr (lr_end / lr)^(t / T). `clip` bounds the norm of the loss's gradient; `precision` is that of the products in the forward pass.
-    `momentum` is Adam's first beta too, `beta2` its second; "adamw" decays weights apart from the gradient. A step takes the mean gradient of
-    `accumulate` minibatches and counts as one minibatch everywhere.
-    `distill` mixes in the original model's answers: (1 - distill) loss + distill T^2 KL(softmax(z_original / T) || softmax(z / T)), T the
-    `temperature`; a third more time per minibatch, and a copy of the original in memory.
-    Source: Condensa section 4, "L-C Optimizer Settings" (SGD with momentum 0.9, decay over each minibatch; Adam at a fixed rate);
-    Hinton et al. 2015, section 2 (distillation).
-    """
-
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: float = 0.01
-    lr_end: float = 1e-4
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    clip: float | None = 5.0
-    precision: Literal["float32", "bfloat16"] = "float32"
-    distill: float = 0.0
-    temperature: float = 3.0
-    accumulate: int = 1
-    beta2: float = 0.999
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.distill <= 1 and 0 < self.temperature < math.inf):
-            raise SchemeError(
-                f"Steps: expected distill in 0 ... 1 and temperature > 0, got {self.distill!r} and {self.temperature!r}"
-            )
-        if self.optimizer not in ("sgd", "adam", "adamw") or self.precision not in ("float32", "bfloat16"):
-            raise SchemeError(
-                f"Steps: optimizer must be sgd, adam or adamw and precision float32 or bfloat16, got {self.optimizer!r} and {self.precision!r}"
-            )
-        if type(self.accumulate) is not int or self.accumulate < 1:
-            raise SchemeError(f"Steps: accumulate is a whole number, at least 1, got {self.accumulate!r}")
-        if not (0 < self.lr_end <= self.lr < math.inf):
-            raise SchemeError(f"Steps: expected 0 < lr_end <= lr, got lr {self.lr!r} and lr_end {self.lr_end!r}")
-        if not (0 <= self.momentum < 1 and 0 <= self.beta2 < 1 and 0 <= self.weight_decay < math.inf):
-            raise SchemeError(
-                f"Steps: expected momentum and beta2 from 0 to below 1 and weight_decay >= 0, got {self.momentum!r}, {self.beta2!r} and "
-                f"{self.weight_decay!r}"
-            )
-        if self.clip is not None and not self.clip > 0:
-            raise SchemeError(f"Steps: expected a clip above 0, or None, got {self.clip!r}")
-
-    def rate(self, t: int, total: int) -> float:
-        """The learning rate of minibatch t of `total`."""
-        return self.lr * (self.lr_end / self.lr) ** (t / max(total - 1, 1))
-
-    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        if self.optimizer in ("adam", "adamw"):
-            kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
-            return kind(parameters, self.lr, betas=(self.momentum, self.beta2), weight_decay=self.weight_decay)
-        return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-
 
 Hook = Callable[[], None]
 
@@ -84,7 +26,9 @@ Hook = Callable[[], None]
 class Trainer:
     """Takes minibatch steps on a module; counts them, and those that were skipped since their loss or gradient was not finite.
 
-    `faults` says what was not finite and how often: "the loss", or the first parameter (in module order) whose gradient was not.
+    `moved`: what the optimizer moves, by name; without it, every parameter of the module that requires a gradient. `teacher`: the original, for
+    losses that compare with it. `faults` says what was not finite and how often: "the loss", or the first parameter whose gradient was not.
+    Raises: SchemeError where there is nothing to train, or the optimizer cannot move it, or the loss finds no modules.
     """
 
     model: nn.Module
@@ -96,11 +40,18 @@ class Trainer:
     taken: int = 0
     skipped: int = 0
     faults: dict[str, int] = field(default_factory=dict)
+    moved: Mapping[str, nn.Parameter] | None = None
 
     def __post_init__(self) -> None:
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if self.moved is None:
+            self.moved = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not self.moved:
+            raise SchemeError("there is nothing to train: every parameter is compressed, or is to stay as it is")
+        self.named, self.parameters = self.moved, list(self.moved.values())
         self.optimizer = self.steps.build(self.parameters)
-        self.device = self.parameters[0].device
+        self.device = next(self.model.parameters()).device
+        self.loss = self.steps.minimises
+        self.watched = self.loss.watches(self.model)
         self._stream: Iterator[Batch] = stream(self.task.train, self.seed)
         self._drawn = 0
 
@@ -177,7 +128,7 @@ class Trainer:
             if self.skipped > 3 + _SKIPPED * self.taken:
                 raise RecoveryError(
                     f"training diverged: {self.skipped} of {self.taken + 1} minibatches had a loss or gradient that is not finite; "
-                    f"lower lr (it is {self.steps.lr:g}). Not finite: {self.told_faults()}"
+                    f"lower lr (it is {self.steps.first_rate:g}). Not finite: {self.told_faults()}"
                 )
         if after is not None:
             after()
@@ -187,7 +138,7 @@ class Trainer:
         """What was not finite."""
         if not math.isfinite(value):
             return "the loss"
-        named = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+        named = ((name, p.grad) for name, p in self.named.items() if p.grad is not None)
         return next(
             (f"the gradient of {name}" for name, grad in named if not is_finite(grad)), "the norm of the gradient"
         )
@@ -197,39 +148,34 @@ class Trainer:
         return ", ".join(f"{what} ({count} times)" if count > 1 else what for what, count in self.faults.items())
 
     def _loss(self, batch: Batch) -> Tensor:
-        output, share = call(self.model, batch), self.steps.distill
-        loss = self.task.loss_of(output, batch)
-        if not share:
-            return loss
-        assert self.teacher is not None
-        with torch.no_grad():
-            wanted = call(self.teacher, batch)
-        return (1 - share) * loss + share * distance_of(output, wanted, self.steps.temperature)
+        own, original = answer_of(self.model, batch, self.watched), None
+        if self.loss.compares:
+            assert self.teacher is not None
+            with torch.no_grad():
+                original = answer_of(self.teacher, batch, self.watched)
+        return self.loss(own, original, batch, self.task)
 
+    def state(self) -> dict[str, Tensor]:
+        """What the optimizer carries from step to step, by the index of the parameter and the name of the quantity."""
+        kept: dict[Any, Any] = self.optimizer.state_dict()["state"]
+        return {
+            f"{i}.{key}": value
+            for i, values in kept.items()
+            for key, value in values.items()
+            if isinstance(value, Tensor)
+        }
 
-def distance_of(output: Any, wanted: Any, temperature: float) -> Tensor:
-    """T^2 KL(softmax(wanted / T) || softmax(output / T)) in nats, the mean over examples (and positions)."""
-    own, other = (getattr(x, "logits", x) for x in (output, wanted))
-    if not (isinstance(own, Tensor) and isinstance(other, Tensor)):
-        raise SchemeError(f"Steps: distill needs a model whose output is logits, got a {type(own).__name__}")
-    own, other = (x.flatten(0, -2).float() / temperature for x in (own, other))
-    return temperature**2 * F.kl_div(own.log_softmax(-1), other.log_softmax(-1), reduction="batchmean", log_target=True)
+    def counts(self) -> dict[str, Any]:
+        """What was counted so far, for JSON."""
+        return {"taken": self.taken, "skipped": self.skipped, "faults": self.faults}
 
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by the index of the parameter and the name of the quantity."""
-    state: dict[Any, Any] = optimizer.state_dict()["state"]
-    return {
-        f"{i}.{key}": value for i, values in state.items() for key, value in values.items() if isinstance(value, Tensor)
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, into an optimizer of the same parameters."""
-    whole = optimizer.state_dict()
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    whole["state"] = state
-    optimizer.load_state_dict(whole)
+    def restore(self, state: Mapping[str, Tensor], counts: Mapping[str, Any]) -> None:
+        """The inverse of `state` and `counts`, into a trainer of the same parameters."""
+        whole = self.optimizer.state_dict()
+        kept: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            index, key = name.split(".", 1)
+            kept.setdefault(int(index), {})[key] = tensor
+        whole["state"] = kept
+        self.optimizer.load_state_dict(whole)
+        self.taken, self.skipped, self.faults = counts["taken"], counts["skipped"], dict(counts["faults"])

@@ -59,14 +59,17 @@ def instance(
 ) -> T:  # fmt: skip
     """The instance of a class that a call describes, each argument read by `value` and, if `typed`, of the type the class annotates.
 
-    Raises: SchemeError naming an argument that the class does not have, with the nearest spelling, that is given twice or of another type.
+    A class whose constructor takes `**arguments` is given any. Raises: SchemeError naming an argument that the class does not have, with the
+    nearest spelling, that is given twice or of another type.
     """
-    name, parameters = cls.__name__, list(inspect.signature(cls).parameters)
+    name, signature = cls.__name__, inspect.signature(cls).parameters
+    parameters = [one for one in signature if signature[one].kind is not inspect.Parameter.VAR_KEYWORD]
+    open_ended = len(parameters) < len(signature)
     if len(args) > len(parameters):
         raise SchemeError(f"{what}: {name} takes {len(parameters)} arguments, got {len(args)} in {where(node)}")
     values = {parameter: value(arg) for parameter, arg in zip(parameters, args, strict=False)}
     for keyword in keywords:
-        if keyword.arg is None or keyword.arg not in parameters:
+        if keyword.arg is None or (keyword.arg not in parameters and not open_ended):
             raise SchemeError(f"{what}: {name} has no argument {keyword.arg!r}{nearest(str(keyword.arg), parameters)}")
         if keyword.arg in values:
             raise SchemeError(f"{what}: {name} got {keyword.arg!r} twice in {where(node)}")

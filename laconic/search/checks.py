@@ -15,7 +15,7 @@ from laconic.errors import OutputError, SchemeError, SearchError
 from laconic.measure.goals import Floor
 from laconic.methods.free import Free, fix, free_of
 from laconic.model.sites import Slot, find_slots
-from laconic.recover import LC, Direct, FineTune, Task
+from laconic.recover import Recovery, Task
 from laconic.recover.own_text import is_own_text
 from laconic.scheme.text import Scheme, describe
 from laconic.search.trial import Goal, Trials
@@ -65,15 +65,17 @@ def some_value(free: Free) -> Any:
 
 
 def check_first(
-    model: nn.Module, scheme: Scheme, goals: Sequence[Goal], keep: Floor, how: LC | FineTune | Direct, out: Path, options: "SearchOptions"
+    model: nn.Module, scheme: Scheme, goals: Sequence[Goal], keep: Floor, how: Recovery, out: Path, options: "SearchOptions"
 ) -> dict[str, Free]:  # fmt: skip
     """What costs nothing to check, before anything that takes time; returns the scheme's variables. Raises: SearchError, SchemeError, OutputError."""
     _need_optuna()
     from laconic.search.samplers import Settings, chosen_sampler
     from laconic.search.storage import check_new
 
-    free = variables(scheme, find_slots(model))
+    slots = find_slots(model)
+    free = variables(scheme, slots)
     check_arguments(goals, keep, how)
+    how.check(model, slots)
     check_place(out)
     if options.overwrite:
         earlier_search(out)
@@ -99,8 +101,8 @@ def check_arguments(goals: Sequence[Any], keep: Any, how: Any) -> None:
         raise SearchError(f"objective: expected different names, got {[goal.name for goal in goals]}; give them labels")
     if not callable(getattr(keep, "floor", None)):
         raise SearchError(f"keep: expected within(margin) or at_least(score), got {keep!r}")
-    if not isinstance(how, LC | FineTune | Direct):
-        raise SearchError(f"recover: expected LC(...), FineTune(...) or Direct(), got {how!r}")
+    if not isinstance(how, Recovery):
+        raise SearchError(f"recover: expected LC(...), FineTune(...), Direct() or another recovery, got {how!r}")
 
 
 def original_score(model: nn.Module, task: Task, keep: Floor) -> tuple[float, float]:

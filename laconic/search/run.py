@@ -27,8 +27,8 @@ from laconic.methods.base import Keep
 from laconic.methods.free import Free, fix
 from laconic.model.blocks import Batch
 from laconic.model.sites import Stats, find_slots
-from laconic.recover import LC, Task
-from laconic.recover.call import How, first_batches
+from laconic.recover import LC, Recovery, Task
+from laconic.recover.call import first_batches
 from laconic.scheme.text import Scheme, describe, parse
 from laconic.search.checks import STUDY, check_first, check_folder, clear_folder, original_score, remarks, some_value
 from laconic.search.neighbours import Neighbour, nearest
@@ -109,7 +109,7 @@ class Found:
 
 
 def search(
-    model: nn.Module, scheme: Scheme | str, *, objective: Goal | Sequence[Goal], keep: Floor | None = None, recover: How | None = None,
+    model: nn.Module, scheme: Scheme | str, *, objective: Goal | Sequence[Goal], keep: Floor | None = None, recover: Recovery | None = None,
     train: Iterable[Batch], validation: Iterable[Batch], test: Iterable[Batch] | None = None, loss: Any = None, score: Any = None,
     example: Batch | None = None, out: str | Path = "search", progress: Progress | None = None, **options: Any,
 ) -> Found:  # fmt: skip
@@ -139,7 +139,7 @@ def search(
 
 @undisturbed()
 def search_task(
-    model: nn.Module, scheme: Scheme | str, task: Task, goals: tuple[Goal, ...], keep: Floor, how: How, out: Path, options: SearchOptions,
+    model: nn.Module, scheme: Scheme | str, task: Task, goals: tuple[Goal, ...], keep: Floor, how: Recovery, out: Path, options: SearchOptions,
     progress: Progress,
 ) -> Found:  # fmt: skip
     """`search` for a Task."""
@@ -149,7 +149,7 @@ def search_task(
 
 
 def _search(
-    model: nn.Module, scheme: Scheme | str, task: Task, goals: tuple[Goal, ...], keep: Floor, how: How, out: Path, options: SearchOptions,
+    model: nn.Module, scheme: Scheme | str, task: Task, goals: tuple[Goal, ...], keep: Floor, how: Recovery, out: Path, options: SearchOptions,
     progress: Progress,
 ) -> Found:  # fmt: skip
     """`search_task` in a folder that is ours and other workers'."""
@@ -201,7 +201,7 @@ def _search(
 
 
 def _study(
-    out: Path, scheme: Scheme, free: Mapping[str, Free], goals: Sequence[Goal], keep: Floor, how: How, options: SearchOptions, model: nn.Module,
+    out: Path, scheme: Scheme, free: Mapping[str, Free], goals: Sequence[Goal], keep: Floor, how: Recovery, options: SearchOptions, model: nn.Module,
     reference: float, noise: float, standards: Sequence[float],
 ) -> tuple["Search", dict[str, Any]]:  # fmt: skip
     """The study and what its first worker found of the original. Only here does the search begin to write."""
@@ -210,7 +210,8 @@ def _study(
     from laconic.search.samplers import Settings
 
     level = keep.floor(reference)
-    doubt = _DOUBT * (reference - level) if options.warm_share is not None and isinstance(how, LC) else 0.0
+    warm = options.warm_share is not None and how.warmed(options.warm_share) is not None
+    doubt = _DOUBT * (reference - level) if warm else 0.0
     settings = Settings(sampler=options.sampler, trials=options.trials, seed=options.seed, rule=Rule(margin=doubt))  # type: ignore[arg-type]
     with disk_errors(out):
         if options.overwrite:

@@ -24,8 +24,7 @@ from laconic.measure.objectives import Candidate
 from laconic.methods.free import fix
 from laconic.model.blocks import Batch
 from laconic.model.sites import Slot
-from laconic.recover import LC, Direct, Recovery, StopRecovery, Task, recover_task
-from laconic.recover.call import How
+from laconic.recover import Direct, Recovered, Recovery, StopRecovery, Task, recover_task
 from laconic.recover.checkpoint import STATE as UNFINISHED
 from laconic.recover.projection import Projection
 from laconic.scheme.text import Scheme
@@ -48,7 +47,7 @@ class Trials:
 
     model: nn.Module
     scheme: Scheme
-    how: How
+    how: Recovery
     task: Task
     goals: tuple[Goal, ...]
     folder: Path
@@ -88,13 +87,9 @@ class Trials:
         stays until `settle`."""
         began = time.time()
         how, start = self.how, None
-        if (
-            neighbour is not None
-            and neighbour.state is not None
-            and isinstance(how, LC)
-            and self.warm_share is not None
-        ):
-            how, start = how.warmed(self.warm_share), load_file(neighbour.state)
+        warmed = how.warmed(self.warm_share) if self.warm_share is not None else None
+        if neighbour is not None and neighbour.state is not None and warmed is not None:
+            how, start = warmed, load_file(neighbour.state)
         else:
             neighbour = None
         scheme = fix(self.scheme, values, self.slots)
@@ -155,7 +150,7 @@ class Trials:
         for number in numbers:
             (self.place(number) / UNFINISHED).unlink(missing_ok=True)
 
-    def direct(self, scheme: Scheme) -> tuple[nn.Module, Recovery]:
+    def direct(self, scheme: Scheme) -> tuple[nn.Module, Recovered]:
         """Direct compression under a fixed scheme, with batch norms treated as the recovery treats them."""
         return recover_task(
             self.model, scheme, Direct(self.how.norm_batches), self.unseen, coupling=self.coupling, statistics=self.statistics, seed=self.seed,

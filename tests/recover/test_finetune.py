@@ -11,9 +11,10 @@ from torch.nn import functional as F
 import laconic as lc
 from laconic.recover import LC, Direct, FineTune, Steps, StopRecovery, Task, recover_task
 from laconic.recover.compressed import Bench
+from laconic.recover.losses import distance_of
 from laconic.recover.projection import project_onto
 from laconic.recover.relaxed import Trained
-from laconic.recover.train import Trainer, distance_of
+from laconic.recover.train import Trainer
 from laconic.surgery import thin
 from laconic.weights import Codebook, Sparse, Uniform
 from laconic.weights.install import installed

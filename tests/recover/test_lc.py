@@ -15,7 +15,7 @@ import laconic as lc
 from laconic.engine.module import load_into, save
 from laconic.errors import RecoveryError, SchemeError
 from laconic.methods.base import Keep
-from laconic.recover import LC, Direct, FineTune, Recovery, Steps, Task, recover_task
+from laconic.recover import LC, Direct, FineTune, Recovered, Steps, Task, recover_task
 from laconic.recover.compressed import Bench
 from laconic.recover.projection import project_onto
 from laconic.weights.install import installed
@@ -161,7 +161,7 @@ def test_recovery_on_digits(written: tuple[nn.Module, Task]) -> None:
     net, problem = written
     scheme, learn = lc.Magnitude(0.97, scope="model"), Steps(lr=0.05, lr_end=1e-3)
 
-    def run(how: Any) -> Recovery:
+    def run(how: Any) -> Recovered:
         return recover_task(net, scheme, how, problem)[1]
 
     found = run(LC(20, 20, mu=0.1, a=1.1, learn=learn))

@@ -9,7 +9,7 @@ from torch import nn
 
 import laconic as lc
 from laconic.errors import RecoveryError, SchemeError
-from laconic.recover import Direct, FineTune, Steps, Task, recover_task, usual_recovery
+from laconic.recover import KL, Cosine, Direct, FineTune, Steps, Task, recover_task, usual_recovery
 from laconic.recover.recipes import dkm, llm_qat, recipe
 from laconic.recover.train import Trainer
 from laconic.weights import Codebook, installed
@@ -119,7 +119,7 @@ def test_recipes_have_the_papers_numbers() -> None:
     assert "DKM(bits=3)" in dkm().scheme
     assert "DKM(bits=8" in dkm().scheme
     assert llm_qat().data == "self"
-    assert llm_qat().how.learn.distill == 1
+    assert llm_qat().how.learn == Steps("adamw", lr=2e-5, clip=1.0, schedule=Cosine(), loss=KL(1.0))
     assert recipe("llm-qat", 3).scheme == llm_qat(3).scheme
     with pytest.raises(SchemeError, match="known: dkm, llm-qat"):
         recipe("awq")

@@ -21,7 +21,7 @@ import laconic as lc
 from laconic.engine.module import save
 from laconic.errors import CheckpointError, OutputError, SchemeError
 from laconic.host.progress import Log
-from laconic.recover import LC, Direct, FineTune, Recovery, Steps, StopRecovery, Task, deliver, recover_task
+from laconic.recover import LC, Direct, FineTune, Recovered, Steps, StopRecovery, Task, deliver, recover_task
 from laconic.recover.checkpoint import STATE, Checkpoints
 from laconic.recover.deliver import recover_directory
 from laconic.recover.train import Trainer
@@ -61,7 +61,7 @@ def stored(model: nn.Module, place: Path) -> bytes:
     return (place / "model.safetensors").read_bytes() + (place / "laconic.json").read_bytes()
 
 
-def figures(found: Recovery) -> dict[str, Any]:
+def figures(found: Recovered) -> dict[str, Any]:
     return {key: value for key, value in found.as_dict().items() if key != "seconds"}
 
 

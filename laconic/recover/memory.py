@@ -1,0 +1,62 @@
+"""What memory end-to-end training takes, told before it begins."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from laconic.recover.train import Trainer
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that training holds from its first step on; activations, which depend on the data, come on top.
+
+    `model`: parameters and buffers. `gradients`: one for all that is moved, and for matrices that are seen through a relaxation. `optimizer`:
+    what it carries from step to step. `original`: the copy that losses compare with. `copies`: further forms of the compressed matrices (the
+    uncompressed ones, multipliers, targets).
+    """
+
+    model: int
+    gradients: int
+    optimizer: int
+    original: int
+    copies: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.model + self.gradients + self.optimizer + self.original + self.copies
+
+    def __str__(self) -> str:
+        parts = {
+            "model": self.model, "gradients": self.gradients, "optimizer": self.optimizer, "original": self.original,
+            "copies of what is compressed": self.copies,
+        }  # fmt: skip
+        told = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+        return f"training takes {_size(self.total)} of memory, and activations: {told}"
+
+
+def memory_of(trainer: Trainer, compressed: int, copies: int) -> Memory:
+    """What a trainer takes; the compressed matrices are `compressed` bytes, of which `copies` are held beside the model's own.
+
+    Exact but for the allocator's rounding. Cost: a step of the optimizer on shapes alone.
+    """
+    with_gradient = {id(p): p.nbytes for p in (*trainer.model.parameters(), *trainer.parameters) if p.requires_grad}
+    return Memory(
+        model=_bytes(trainer.model),
+        gradients=sum(with_gradient.values()),
+        optimizer=trainer.steps.moves.state_bytes(trainer.parameters),
+        original=_bytes(trainer.teacher) if trainer.teacher is not None and trainer.loss.compares else 0,
+        copies=copies * compressed,
+    )
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def _size(size: int) -> str:
+    for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= least:
+            return f"{size / least:.3g} {unit}"
+    return f"{size} bytes"
