@@ -160,7 +160,8 @@ class Trained:
 
 @contextmanager
 def _only(bench: Bench, moved: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Inside, gradients are computed of what is moved and of the sites, through which they arrive, and of nothing else."""
+    """Inside, gradients are computed of what is moved and of the sites, through which they arrive, and of nothing else; earlier ones are gone."""
+    bench.model.zero_grad(set_to_none=True)  # what no optimizer here moves, none would clear
     wanted = {id(p) for p in (*moved.values(), *bench.parameters.values())}
     others = [p for p in bench.model.parameters() if p.requires_grad and id(p) not in wanted]
     for parameter in others:

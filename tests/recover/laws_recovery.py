@@ -16,8 +16,22 @@ from torch import Tensor, nn
 import laconic as lc
 from laconic.errors import CheckpointError, DataError, OutputError, SchemeError
 from laconic.recover import (
-    KL, LC, Cosine, Direct, Features, FineTune, Optimizer, Recovered, Recovery, Steps, StopRecovery, Task, TaskLoss, known_recoveries,
-    parse_recovery, recover_task,
+    KL,
+    LC,
+    Cosine,
+    Direct,
+    Features,
+    FineTune,
+    Optimizer,
+    Recovered,
+    Recovery,
+    Steps,
+    StopRecovery,
+    Task,
+    TaskLoss,
+    known_recoveries,
+    parse_recovery,
+    recover_task,
 )  # fmt: skip
 from laconic.recover.checkpoint import STATE
 from laconic.recover.course import Course

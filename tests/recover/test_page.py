@@ -32,6 +32,6 @@ def test_tables_of_arguments_are_the_signatures(made: Any) -> None:
 @pytest.mark.parametrize("made", [FineTune, Direct])
 def test_signatures_in_the_text(made: Any) -> None:
     shown = ", ".join(
-        f"{n}={'Steps()' if n == 'learn' else p.default}" for n, p in inspect.signature(made).parameters.items()
+        f"{n}={'Steps()' if n == 'learn' else repr(p.default)}" for n, p in inspect.signature(made).parameters.items()
     )
     assert f"`lc.{made.__name__}({shown})`" in PAGE.read_text(encoding="utf-8")
