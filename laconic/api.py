@@ -19,11 +19,12 @@ from laconic.errors import (
 )  # fmt: skip
 from laconic.measure.goals import Maximize, Minimize, at_least, within
 from laconic.measure.quality import evaluate_source
-from laconic.methods.base import Keep, Method
+from laconic.methods.base import Method
 from laconic.methods.free import Free
 from laconic.offload import offload_saved
 from laconic.pipeline import Options, compress
 from laconic.recover import LC, Direct, FineTune, Steps, Task, advance, convert, prepare, recover
+from laconic.scheme.keep import Keep
 from laconic.scheme.text import parse
 from laconic.search import search
 from laconic.surgery import fold

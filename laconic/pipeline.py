@@ -20,30 +20,26 @@ from laconic.disk.load import Checkpoint, CompressedCheckpoint, open_source, ori
 from laconic.disk.lock import locked
 from laconic.disk.output import Run, check_out
 from laconic.disk.store import manifest_of
-from laconic.engine.choice import Fit, patterns, resolve
 from laconic.engine.coverage import coverage
 from laconic.engine.estimate import Load
 from laconic.engine.module import compress_module
 from laconic.engine.passes import (
-    Chosen,
     Extras,
     Overlay,
     allocate,
-    allocations,
     commit_rest,
     compress_parts,
     compression_stages,
     data_free_stages,
-    needs_data,
-    needs_of,
     refuse_rounding,
     refuse_structures,
-    survey_needs,
     survey_stages,
     verify,
-)  # fmt: skip
+)
+from laconic.engine.plan import Plan
 from laconic.engine.preflight import preflight, room_for
 from laconic.engine.report import Report
+from laconic.engine.resolve import Fit, patterns, resolve
 from laconic.engine.unmeasured import unmeasured_notes
 from laconic.engine.walk import Shelf
 from laconic.errors import CheckpointError, DataError, SchemeError
@@ -53,7 +49,6 @@ from laconic.host.machine import machine, pick_device, pick_dtype, versions
 from laconic.host.progress import Log, Progress, peak_memory, resident_memory
 from laconic.measure.quality import count_parameters, open_blocks, perplexity, predicts, similarity
 from laconic.measure.samples import generation_samples, samples_fit
-from laconic.methods.base import Keep
 from laconic.model.blocks import Batch, find_chain, open_chain
 from laconic.model.residence import Residence
 from laconic.model.sites import INPUTS, find_slots, views_of
@@ -69,7 +64,7 @@ class Options:
     `data`: "self" (text sampled from the model), a file or directory of what the model reads, "hub:name", or an iterable of batches that it
     can be called with; `test`: data for the report's figures, by default the last tenth of `data`, which calibration never sees. `samples`
     windows of `length` tokens (or examples) calibrate; `test_tokens` are evaluated.
-    `keep`: patterns of sites that stay as they are; `group`: "fit" or "strict", where a group does not divide a matrix (`choice.resolve`).
+    `keep`: patterns of sites that stay as they are; `group`: "fit" or "strict", where a group does not divide a matrix (`engine.resolve`).
     """
 
     data: Any = "self"
@@ -93,20 +88,20 @@ class Options:
 
 def plan_directory(
     source: str | Path, scheme: Scheme, options: Options, progress: Progress
-) -> tuple[Checkpoint, Chosen, dict[str, Any]]:
-    """Everything that can be known before the work: the checked checkpoint, the method of every site, and the preflight's numbers."""
+) -> tuple[Checkpoint, Plan, dict[str, Any]]:
+    """Everything that can be known before the work: the checked checkpoint, the plan, and the preflight's numbers."""
     checkpoint = open_source(source, trust_remote_code=options.trust_remote_code)
     if isinstance(checkpoint, CompressedCheckpoint):
         raise CheckpointError(f"{source}: already compressed by laconic; start from the original weights")
     for note in checkpoint.notes:
         progress.say(note)
     notes: list[str] = []
-    chosen = resolve(
+    plan = resolve(
         scheme, find_slots(checkpoint.skeleton), whole_file=True, keep=options.keep, group=options.group, notes=notes
     )
-    refuse_structures(chosen)
-    refuse_rounding(checkpoint.skeleton, chosen)
-    check_request(checkpoint.skeleton, options, needs_data(chosen))
+    refuse_structures(plan)
+    refuse_rounding(checkpoint.skeleton, plan)
+    check_request(checkpoint.skeleton, options, plan.reads_data)
     progress.start("checking that all weights are finite", 1)
     bad = set(checkpoint.non_finite())
     named = sorted(bad)
@@ -114,22 +109,22 @@ def plan_directory(
         raise CheckpointError(
             f"{source}: NaN or infinity in {', '.join(named[:5])}; pass --skip-nonfinite to leave such tensors as they are"
         )
-    for slot in chosen:
-        if bad.intersection(slot.parameters):
-            chosen[slot] = Keep("not finite")
-            progress.say(f"{slot.name}: left as it is, it holds NaN or infinity")
-    plan = preflight(checkpoint, chosen, _load_of(checkpoint, chosen, options), find_chain(checkpoint.skeleton))
-    return checkpoint, chosen, plan | {"notes": notes, "coverage": coverage(checkpoint.skeleton, chosen)}
+    spoilt = [slot for slot in plan.slots if bad.intersection(slot.parameters)]
+    plan = plan.keeping(dict.fromkeys(spoilt, "not finite"))
+    for slot in spoilt:
+        progress.say(f"{slot.name}: left as it is, it holds NaN or infinity")
+    expected = preflight(checkpoint, plan, _load_of(checkpoint, plan, options), find_chain(checkpoint.skeleton))
+    return checkpoint, plan, expected | {"notes": notes, "coverage": coverage(checkpoint.skeleton, plan)}
 
 
-def _load_of(checkpoint: Checkpoint, chosen: Chosen, options: Options) -> Load:
+def _load_of(checkpoint: Checkpoint, plan: Plan, options: Options) -> Load:
     """What is run through the model."""
-    calibrated, language = needs_data(chosen), is_language_model(checkpoint.skeleton)
+    calibrated, language = plan.reads_data, is_language_model(checkpoint.skeleton)
     text = checkpoint.config.get_text_config()
     return Load(
         samples=options.samples if calibrated else 0, length=options.length, width=getattr(text, "hidden_size", 0),
         written=own_windows(options, calibrated) if language else 0,
-        surveyed=min(options.samples, SURVEY_SAMPLES) if any(survey_needs(chosen, allocations(chosen)).values()) else 0,
+        surveyed=min(options.samples, SURVEY_SAMPLES) if any(plan.surveyed.values()) else 0,
         vocabulary=getattr(text, "vocab_size", 0) if language else 0,
         test_tokens=options.test_tokens if options.evaluate else 0, generates=options.evaluate and language and samples_fit(checkpoint),
     )  # fmt: skip
@@ -173,19 +168,19 @@ def compress_directory(
 def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progress: Progress) -> Report:
     """`compress_directory` into a directory that is ours."""
     started, device = time.time(), pick_device(options.device)
-    checkpoint, chosen, plan = plan_directory(source, scheme, options, progress)
+    checkpoint, plan, expected = plan_directory(source, scheme, options, progress)
     before = resident_memory()
-    wanted = needs_data(chosen)
+    wanted = plan.reads_data
     given = read_inputs(checkpoint, options, wanted)
     files = {stored.file for stored in checkpoint.files.tensors.values()}
     beside = companions(checkpoint.path, trusted=options.trust_remote_code, model=files, out=out)
     if _is_run_whole(checkpoint, given, options):
-        plan |= preflight(checkpoint, chosen, _load_of(checkpoint, chosen, options), None)
-    plan["peak_memory"] = max(plan["peak_memory"] + max(resident_memory() - before, 0), peak_memory())
-    notes = [*given.notes, *beside.notes, *room_for(out, plan["bytes"])]
+        expected |= preflight(checkpoint, plan, _load_of(checkpoint, plan, options), None)
+    expected["peak_memory"] = max(expected["peak_memory"] + max(resident_memory() - before, 0), peak_memory())
+    notes = [*given.notes, *beside.notes, *room_for(out, expected["bytes"])]
     run = Run(
         out,
-        _fingerprint(checkpoint, chosen, options, given, wanted),
+        _fingerprint(checkpoint, plan, options, given, wanted),
         resume=options.resume,
         overwrite=options.overwrite,
     )
@@ -197,25 +192,25 @@ def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progr
     elif known is not None and run.closed:
         return Report(known["report"])
     if known is None:
-        progress.plan(plan)
+        progress.plan(expected)
     for line in notes:
         progress.say(line)
     ahead = {
         name: cost["seconds"]
-        for name, cost in plan["stages"].items()
+        for name, cost in expected["stages"].items()
         if known is None or name in ("own text", "evaluation", "samples")
     }
     progress = clock = Clock(progress, ahead)
     windows, test = complete_inputs(checkpoint, options, given, run, progress, device, wanted and known is None)
     if known is None:
         values = _stored_model(
-            checkpoint, chosen, scheme, Path(str(source)).name, windows, run, beside, options, progress
+            checkpoint, plan, scheme, Path(str(source)).name, windows, run, beside, options, progress
         )
         values |= {
             "source": str(source), "out": str(out), "command": options.command,
-            "notes": [*checkpoint.notes, *plan["notes"], *notes, *values["notes"]],
-            "expected_bytes": plan["bytes"], "peak_memory": {"expected": plan["peak_memory"], "actual": peak_memory()},
-            "expected_seconds": plan["seconds"], "seconds": time.time() - started, "asked": asked,
+            "notes": [*checkpoint.notes, *expected["notes"], *notes, *values["notes"]],
+            "expected_bytes": expected["bytes"], "peak_memory": {"expected": expected["peak_memory"], "actual": peak_memory()},
+            "expected_seconds": expected["seconds"], "seconds": time.time() - started, "asked": asked,
         }  # fmt: skip
         clock.finish()
         known = {"report": values | {"stages": clock.told()}, "samples": None}
@@ -237,26 +232,26 @@ def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progr
 
 
 def _stored_model(
-    checkpoint: Checkpoint, chosen: Chosen, scheme: Scheme, source: str, windows: Material | None, run: Run, beside: Companions,
+    checkpoint: Checkpoint, plan: Plan, scheme: Scheme, source: str, windows: Material | None, run: Run, beside: Companions,
     options: Options, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress, store and verify; returns what the report says of the model, but for its quality."""
     device = pick_device(options.device)
-    chosen = _allocated(checkpoint, chosen, windows, options, run, device, progress)
-    _compress(checkpoint, chosen, windows, options, run, device, progress)
-    kept = commit_rest(run, checkpoint, chosen)
+    plan = _allocated(checkpoint, plan, windows, options, run, device, progress)
+    _compress(checkpoint, plan, windows, options, run, device, progress)
+    kept = commit_rest(run, checkpoint, plan)
     records = [
         site | {"original_bytes": checkpoint.on_disk(site["parameter"])}
         for record in run.parts().values()
         for site in record["sites"]
     ]
-    order = {slot.name: i for i, slot in enumerate(chosen)}
+    order = {slot.name: i for i, slot in enumerate(plan.slots)}
     records.sort(key=lambda site: order[site["name"]])
     parameters = count_parameters(checkpoint.skeleton)
     manifest = manifest_of(
         list(run.parts().values()), scheme=describe(scheme), keep=patterns(options.keep), seed=options.seed, versions=versions(),
         source={"name": source, "parameters": parameters}, data=windows.describe() if windows is not None else None,
-        **views_of(checkpoint.skeleton, [slot for slot, method in chosen.items() if not isinstance(method, Keep)]),
+        plan=plan.fitted().to_json(), **views_of(checkpoint.skeleton, list(plan.methods)),
     )  # fmt: skip
     config = checkpoint.config.to_dict() | {
         "quantization_config": {"quant_method": "laconic", "schema": manifest["schema"]}
@@ -268,28 +263,27 @@ def _stored_model(
         "scheme": describe(scheme), "keep": patterns(options.keep), "seed": options.seed, "data": manifest["data"], "sites": records, "metrics": {},
         "notes": told + unmeasured_notes(records, parameters, progress), "unused": checkpoint.unused,
         "original_bytes": original_file_bytes(checkpoint), "parameters": parameters, "kept": _kept(checkpoint, kept),
-        "coverage": coverage(checkpoint.skeleton, chosen), "versions": versions(), "machine": machine(),
+        "coverage": coverage(checkpoint.skeleton, plan), "versions": versions(), "machine": machine(),
     }  # fmt: skip
 
 
 def _allocated(
     checkpoint: Checkpoint,
-    chosen: Chosen,
+    plan: Plan,
     windows: Material | None,
     options: Options,
     run: Run,
     device: torch.device,
     progress: Progress,
-) -> Chosen:
+) -> Plan:
     """Each site's own method, after the survey that methods spreading one number (or needing gradients) call for; kept in the run."""
-    spread = allocations(chosen)
-    needs = survey_needs(chosen, spread)
+    spread, needs = plan.allocations(), plan.surveyed
     if not spread and not any(needs.values()):
-        return chosen
-    noted = run.notes().get("methods")
+        return plan
+    noted = run.notes().get("plan")
     if noted is not None:
-        return {slot: parse(noted[slot.name]) for slot in chosen}  # type: ignore[misc]
-    concerned = [slot for slot, method in chosen.items() if method in spread or needs[slot]]
+        return Plan.from_json(noted, plan.slots)
+    concerned = [slot for slot, method in plan.methods.items() if method in spread or needs[slot]]
     progress.start("surveying the original model", sum(slot.entries for slot in concerned))
     extras = Extras(run.work)
     if any(needs.values()) and windows is not None:
@@ -301,9 +295,9 @@ def _allocated(
         residence = Residence(checkpoint.skeleton, checkpoint, None, None, device)
         stages = data_free_stages(residence, concerned)
     notes: list[str] = []
-    resolved = allocate(stages, chosen, spread, extras, checkpoint.skeleton, options.seed, progress, notes)
+    resolved = allocate(stages, plan, spread, extras, checkpoint.skeleton, options.seed, progress, notes)
     kept = sorted(file.name for file in run.work.glob("extra-*"))
-    run.note(methods={slot.name: repr(method) for slot, method in resolved.items()}, allocation=notes, extras=kept)
+    run.note(plan=resolved.to_json(), allocation=notes, extras=kept)
     return resolved
 
 
@@ -316,14 +310,14 @@ def _say_no_chain(run: Run, progress: Progress, why: str) -> None:
 
 def _compress(
     checkpoint: Checkpoint,
-    chosen: Chosen,
+    plan: Plan,
     windows: Material | None,
     options: Options,
     run: Run,
     device: torch.device,
     progress: Progress,
 ) -> None:
-    needs = needs_of(chosen)
+    needs = plan.needs
     slots = list(needs)
     calibrated = any(wanted & INPUTS for wanted in needs.values())
     dtype = pick_dtype(options.dtype) if calibrated else None
@@ -345,7 +339,7 @@ def _compress(
     stages = compression_stages(
         blocks, residence, batches, slots, needs, options.true_sequential, Shelf(run.work), done
     )
-    compress_parts(stages, chosen, checkpoint.skeleton, run, Extras(run.work), options.seed, calibrated, progress)
+    compress_parts(stages, plan, checkpoint.skeleton, run, Extras(run.work), options.seed, calibrated, progress)
 
 
 def _quality(
@@ -365,7 +359,7 @@ def _kept(checkpoint: Checkpoint, names: list[str]) -> list[dict[str, Any]]:
 
 
 def _fingerprint(
-    checkpoint: Checkpoint, chosen: Chosen, options: Options, given: Given, calibrated: bool
+    checkpoint: Checkpoint, plan: Plan, options: Options, given: Given, calibrated: bool
 ) -> dict[str, Any]:
     """What must be equal for a run to be continued: what makes the model; a report can be asked for anew."""
     headers = hashlib.sha256(
@@ -374,7 +368,7 @@ def _fingerprint(
     return {
         "model": f"{checkpoint.path.name}:{headers.hexdigest()[:16]}",
         "methods": hashlib.sha256(
-            repr([(slot.name, repr(method)) for slot, method in chosen.items()]).encode()
+            repr([(slot.name, text) for slot, text in plan.texts().items()]).encode()
         ).hexdigest()[:16],
         "data": (given.digest.get("calibration") or {OWN: given.digest.get("start")}) if calibrated else None,
         **{name: getattr(options, name) for name in ("samples", "length", "seed", "dtype", "true_sequential")},

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from laconic import errors
 from laconic.command.cli import app
 from laconic.disk.store import MANIFEST, stored_bytes
-from laconic.scheme.text import known_methods
+from laconic.scheme.text import vocabulary
 from tests.processes import PATIENCE, THREADS
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
@@ -109,7 +109,7 @@ def test_tables_go_to_stdout_and_progress_to_stderr(
 
 def test_every_method_is_listed_with_one_line() -> None:
     listed = only_json(laconic("methods", "--json").stdout)
-    assert list(listed) == list(known_methods())
+    assert list(listed) == list(vocabulary())
     table = laconic("methods").stdout
     for name, entry in listed.items():
         assert 10 < len(entry["does"]) < 160, name

@@ -18,7 +18,7 @@ import typer.main
 import laconic as lc
 from laconic import errors
 from laconic.command.cli import app
-from laconic.scheme.text import known_methods, parse
+from laconic.scheme.text import parse, vocabulary
 from laconic.search import SearchOptions
 from laconic.weights import Weight
 from tests.conftest import make_site
@@ -61,17 +61,17 @@ def anchor(title: str) -> str:
 
 
 def test_every_method_has_a_page_and_every_page_a_method() -> None:
-    assert {page.stem for page in METHOD_PAGES} == {name.lower() for name in known_methods()}
+    assert {page.stem for page in METHOD_PAGES} == {name.lower() for name in vocabulary()}
     index = (DOCS / "index.md").read_text(encoding="utf-8")
-    assert all(f"[{name}](methods/{name.lower()}.md)" in index for name in known_methods())
+    assert all(f"[{name}](methods/{name.lower()}.md)" in index for name in vocabulary())
 
 
-@pytest.mark.parametrize("name", known_methods())
+@pytest.mark.parametrize("name", vocabulary())
 def test_the_argument_table_is_the_signature(name: str) -> None:
     table = {row[0].strip("`"): row[1] for row in rows(section(DOCS / "methods" / f"{name.lower()}.md", "Arguments"))}
     signature = {
         parameter.name: "required" if parameter.default is inspect.Parameter.empty else f"`{parameter.default!r}`"
-        for parameter in inspect.signature(known_methods()[name]).parameters.values()
+        for parameter in inspect.signature(vocabulary()[name]).parameters.values()
     }
     assert table == signature
 

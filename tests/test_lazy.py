@@ -12,7 +12,7 @@ import pytest
 import laconic as lc
 import laconic.api
 from laconic.command.listing import list_methods
-from laconic.scheme.text import known_methods
+from laconic.scheme.text import vocabulary
 from laconic.version import __version__
 from laconic.weights.blocks import Blocks
 
@@ -63,9 +63,9 @@ assert "transformers" not in sys.modules
 def test_every_public_name_is_there_however_it_is_reached() -> None:
     for name in laconic.api.__all__:
         assert getattr(lc, name) is getattr(laconic.api, name)
-    for name, method in known_methods().items():
+    for name, method in vocabulary().items():
         assert getattr(lc, name) is method
-    assert {*laconic.api.__all__, *known_methods(), "__version__"} <= set(dir(lc))
+    assert {*laconic.api.__all__, *vocabulary(), "__version__"} <= set(dir(lc))
     names: dict[str, object] = {}
     exec("from laconic import *", names)
     assert set(laconic.api.__all__) <= set(names)
@@ -122,8 +122,8 @@ def test_transformers_reads_a_directory_after_import_laconic_in_either_order(
 def test_methods_as_they_are_listed_are_the_classes() -> None:
     """Names, first lines, and of every argument its name, its type and its default: read from the text, equal to the signature."""
     listed = list_methods()
-    assert list(listed) == list(known_methods())
-    for name, cls in known_methods().items():
+    assert list(listed) == list(vocabulary())
+    for name, cls in vocabulary().items():
         assert listed[name]["does"] == (cls.__doc__ or "").strip().split("\n")[0]
         known = {**vars(typing), **vars(sys.modules[cls.__module__]), "Blocks": Blocks, "Method": lc.Method}
         parameters = inspect.signature(cls).parameters.values()

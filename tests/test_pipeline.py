@@ -441,7 +441,7 @@ def test_what_is_compressed_or_quantized_already_is_refused(
 
 
 def test_a_model_without_a_matrix_is_refused(tiny: Path, tmp_path: Path) -> None:
-    from laconic.engine.choice import resolve
+    from laconic.engine.resolve import resolve
     from laconic.model.sites import find_slots
 
     with pytest.raises(SchemeError, match="no linear, convolution or embedding layer"):

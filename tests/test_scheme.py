@@ -8,13 +8,14 @@ import pytest
 import transformers
 
 from laconic.disk.load import build_skeleton
-from laconic.engine.choice import resolve
+from laconic.engine.resolve import resolve
 from laconic.errors import SchemeError
-from laconic.methods.base import Keep, Method
+from laconic.methods.base import Method
 from laconic.methods.gptq import GPTQ
 from laconic.methods.rtn import RTN
 from laconic.model.sites import Slot, find_slots
-from laconic.scheme.text import describe, known_methods, load_plan, parse
+from laconic.scheme.keep import Keep
+from laconic.scheme.text import describe, known_methods, load_plan, parse, vocabulary
 from laconic.weights import View
 
 SLOTS = [
@@ -82,22 +83,24 @@ def test_anything_else_is_refused(text: str, message: str) -> None:
 
 
 def test_a_bare_method_is_for_the_body() -> None:
-    chosen = resolve(RTN(4, group=32), SLOTS)
-    assert [isinstance(m, Keep) for m in chosen.values()] == [True] + [False] * 6
+    plan = resolve(RTN(4, group=32), SLOTS)
+    assert list(plan.kept) == SLOTS[:1]
+    assert list(plan.methods) == SLOTS[1:]
 
 
 def test_the_first_rule_that_matches_wins_and_any_name_of_a_tie_counts() -> None:
-    plan = parse("[('lm_head', RTN(8, 32)), (block == 0, RTN(4, 32)), ('*.down_proj', RTN(3, 32)), ('*', Keep())]")
-    chosen = {slot.name: method for slot, method in resolve(plan, SLOTS).items()}
+    rules = parse("[('lm_head', RTN(8, 32)), (block == 0, RTN(4, 32)), ('*.down_proj', RTN(3, 32)), ('*', Keep())]")
+    plan = resolve(rules, SLOTS)
+    chosen = {slot.name: method for slot, method in plan.methods.items()}
     assert chosen["model.embed_tokens"] == RTN(8, 32)
     assert chosen["model.layers.0.mlp.down_proj"] == RTN(4, 32)
     assert chosen["model.layers.1.mlp.down_proj"] == RTN(3, 32)
-    assert chosen["model.layers.2.mlp.up_proj"] == Keep()
+    assert "model.layers.2.mlp.up_proj" in {slot.name for slot in plan.kept}
 
 
 def test_functions_decide_by_what_a_site_is() -> None:
-    chosen = resolve(lambda slot: RTN(4, 32) if slot.columns > 64 else Keep(), SLOTS)
-    assert sum(isinstance(method, RTN) for method in chosen.values()) == 3
+    plan = resolve(lambda slot: RTN(4, 32) if slot.columns > 64 else Keep(), SLOTS)
+    assert list(plan.methods.values()) == [RTN(4, 32)] * 3
     with pytest.raises(SchemeError, match="should return a method"):
         resolve(lambda slot: 4, SLOTS)  # type: ignore[arg-type, return-value]
 
@@ -248,15 +251,15 @@ def test_methods_are_found_where_they_are() -> None:
         "SpQR",
         "Hadamard",
         "Cast",
-        "Keep",
     } <= known_methods().keys()
+    assert vocabulary().keys() == {*known_methods(), "Keep"}
 
 
 def test_expected_bits_are_known_before_anything_is_loaded() -> None:
     config = transformers.LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=2)
     config.architectures = ["LlamaForCausalLM"]
     slots = find_slots(build_skeleton(config))
-    chosen = resolve(GPTQ(bits=4, group=128), slots)
-    bits = sum(method.expected_bits(slot.shape) for slot, method in chosen.items() if not isinstance(method, Keep))
-    entries = sum(slot.entries for slot, method in chosen.items() if not isinstance(method, Keep))
+    methods = resolve(GPTQ(bits=4, group=128), slots).methods
+    bits = sum(method.expected_bits(slot.shape) for slot, method in methods.items())
+    entries = sum(slot.entries for slot in methods)
     assert bits / entries == pytest.approx(4 + 20 / 128, rel=1e-4)

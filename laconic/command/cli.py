@@ -249,6 +249,13 @@ def inspect(
         for name, size in found["other_files"].items():
             table.add_row(f"[dim]{markup(name)}[/]", "[dim]not counted[/]", "", "", f"[dim]{size:,}[/]", "")
         out_console.print(table)
+        if found["plan"]:
+            plan = Table(title="plan", title_justify="left", header_style="bold")
+            plan.add_column("sites", overflow="fold")
+            plan.add_column("method", overflow="fold")
+            for name, text in found["plan"].items():
+                plan.add_row(markup(name), markup(text))
+            out_console.print(plan)
         if verify:
             none = "not verified: written by an earlier version, without checksums"
             out_console.print(

@@ -9,6 +9,7 @@ from importlib.resources.abc import Traversable
 from typing import Any
 
 _COMPOSED = ("Then", "Plus")  # written as >> and +
+_BESIDE = {"laconic.scheme.keep": "Keep"}  # what stands in a scheme where a method does
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,16 @@ class _Class:
 
 
 def list_methods() -> dict[str, dict[str, Any]]:
-    """Of every method, by name: `does`, the first line of its docstring, and `arguments`, as `name: type = default`.
+    """Of every method, and of `Keep`, by name: `does`, the first line of its docstring, and `arguments`, as `name: type = default`.
 
-    The names are those of `scheme.text.known_methods()`, the arguments those of the classes' signatures; aliases of types are resolved.
+    The names are those of `scheme.text.vocabulary()`, the arguments those of the classes' signatures; aliases of types are resolved.
     """
     folder = resources.files("laconic") / "methods"
     modules = sorted(f"laconic.methods.{file.name[:-3]}" for file in folder.iterdir() if file.name.endswith(".py"))
     found = {}
-    for module in modules:
+    for module in (*modules, *_BESIDE):
         for node in _tree(module).body:
-            if isinstance(node, ast.ClassDef) and node.name not in _COMPOSED and _is_method(module, node):
+            if isinstance(node, ast.ClassDef) and _is_listed(module, node):
                 made = _class(module, node)
                 if not made.abstract:
                     found[node.name] = {
@@ -59,6 +60,11 @@ def _file(module: str) -> Traversable:
     """A module's source; from the top package, since one in between would be imported, and PyTorch with it."""
     *packages, name = module.split(".")[1:]
     return resources.files("laconic").joinpath(*packages, f"{name}.py")
+
+
+def _is_listed(module: str, node: ast.ClassDef) -> bool:
+    """Whether a class is what a scheme calls by its name."""
+    return _BESIDE.get(module) == node.name or (node.name not in _COMPOSED and _is_method(module, node))
 
 
 def _is_method(module: str, node: ast.ClassDef) -> bool:

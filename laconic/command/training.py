@@ -179,7 +179,7 @@ def recover(
 
     def work() -> None:
         from laconic.disk.lock import locked
-        from laconic.engine.choice import resolve
+        from laconic.engine.resolve import resolve
         from laconic.model.sites import find_slots
         from laconic.recover import usual_recovery
         from laconic.recover.deliver import check_folder, recover_directory

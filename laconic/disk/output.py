@@ -86,7 +86,7 @@ class Run:
         notes = self.notes()
         if missing := [name for name in notes.get("extras", []) if not (self.work / name).exists()]:
             self.mended.append(f"{self.work}: {missing[0]} is missing; the survey is made again")
-            self._write_notes({key: value for key, value in notes.items() if key not in ("methods", "extras")})
+            self._write_notes({key: value for key, value in notes.items() if key not in ("plan", "extras")})
 
     def _unless_damaged(self, file: Path, read: Callable[[Path], Any]) -> Any:
         try:
@@ -97,7 +97,7 @@ class Run:
             return None
 
     def notes(self) -> dict[str, Any]:
-        """What was noted of the run so far (allocated methods), by key."""
+        """What was noted of the run so far (the plan after the survey), by key."""
         return read_sealed_json(self.work / _NOTES) if (self.work / _NOTES).is_file() else {}
 
     def note(self, **values: Any) -> None:

@@ -5,31 +5,28 @@ from typing import Any
 
 from torch import nn
 
-from laconic.methods.base import Keep, Method
-from laconic.model.sites import Slot, uncompressed
+from laconic.engine.plan import Plan
+from laconic.model.sites import uncompressed
 
 _NAMED = 4  # parameters that no method treats are named one by one up to here, the largest first
 
 
-def coverage(
-    model: nn.Module, chosen: Mapping[Slot, Method], reasons: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+def coverage(model: nn.Module, plan: Plan, reasons: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Entries by what becomes of them: "compressed"; "kept" by reason; "vectors" (norms, biases); "untreated", one by one, the largest first.
 
     `reasons`: what a run showed of parameters that are no sites (`Uses.why_not`). They add up to "parameters", every tie once.
     """
     kept: dict[str, int] = {}
-    for slot, method in chosen.items():
-        if isinstance(method, Keep):
-            reason = method.reason or "as the plan says"
-            kept[reason] = kept.get(reason, 0) + slot.entries
+    for slot, reason in plan.kept.items():
+        told = reason or "as the plan says"
+        kept[told] = kept.get(told, 0) + slot.entries
     untreated = [
         {"name": name, "shape": list(shape), "entries": entries, "reason": reason}
-        for name, shape, entries, reason in uncompressed(model, list(chosen), reasons)
+        for name, shape, entries, reason in uncompressed(model, plan.slots, reasons)
     ]
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "compressed": sum(slot.entries for slot, method in chosen.items() if not isinstance(method, Keep)),
+        "compressed": sum(slot.entries for slot in plan.methods),
         "kept": kept,
         "vectors": sum(parameter.numel() for parameter in model.parameters() if parameter.dim() < 2),
         "untreated": sorted(untreated, key=lambda found: -found["entries"]),

@@ -1,16 +1,15 @@
 """What every stage of a run will take, in bytes of memory and in seconds, from the model's sizes and three speeds of this machine."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from laconic.disk.load import Checkpoint
+from laconic.engine.plan import Plan
 from laconic.engine.walk import MANY, PART, units
 from laconic.measure.quality import COMPARED, LOGITS
-from laconic.methods.base import Keep, Method
-from laconic.model.sites import Slot, Stats
+from laconic.model.sites import NONE, Slot, Stats
 
 _FLOAT = 4  # bytes of the computing precision
 _TOGETHER = 4096  # tokens per forward pass
@@ -112,14 +111,12 @@ def block_of(name: str, chain: str | None) -> str:
     return ".".join(name.split(".")[: len(chain.split(".")) + 1])
 
 
-def costs(
-    source: Checkpoint, chosen: Mapping[Slot, Method], load: Load, chain: str | None, speeds: Speeds
-) -> dict[str, Cost]:
+def costs(source: Checkpoint, plan: Plan, load: Load, chain: str | None, speeds: Speeds) -> dict[str, Cost]:
     """The cost of every stage, in their order: own text, survey, compression, verification, evaluation, samples of text."""
     sizes = sizes_of(source, chain, load)
     return {
-        "own text": _own_text(sizes, load, speeds), "survey": _survey(sizes, chosen, load, speeds),
-        "compression": _compression(source, sizes, chosen, load, chain, speeds), "verification": _verification(chosen, speeds),
+        "own text": _own_text(sizes, load, speeds), "survey": _survey(sizes, plan, load, speeds),
+        "compression": _compression(source, sizes, plan, load, chain, speeds), "verification": _verification(plan, speeds),
         "evaluation": _evaluation(sizes, load, speeds), "samples": _samples(sizes, load, speeds),
     }  # fmt: skip
 
@@ -140,7 +137,7 @@ def _own_text(sizes: Sizes, load: Load, speeds: Speeds) -> Cost:
     return Cost(memory, rounds * load.length * (step + 2e-3))
 
 
-def _survey(sizes: Sizes, chosen: Mapping[Slot, Method], load: Load, speeds: Speeds) -> Cost:
+def _survey(sizes: Sizes, plan: Plan, load: Load, speeds: Speeds) -> Cost:
     """Forwards, then backwards with each block's forward again: three products with the weights and one with the gradients; and the logits,
     of one window at a time: they, their gradient, and a part of them that labels are drawn from (all of it where they are few)."""
     if not load.surveyed:
@@ -150,42 +147,43 @@ def _survey(sizes: Sizes, chosen: Mapping[Slot, Method], load: Load, speeds: Spe
     copies = 2 * logits + 5 * PART if logits > MANY else 5 * logits
     hidden = 3 * tokens * load.width
     memory = _FLOAT * (sizes.outside + copies + hidden + 12 * load.length * load.width)
-    squares = sum(slot.columns**2 * slot.groups for slot in _distinct(chosen))
+    squares = sum(slot.columns**2 * slot.groups for slot in _distinct(plan))
     if (
         not sizes.block
     ):  # a model that is run whole: all statistics at once, the graph of a window, and the gradients of its tables
         memory += _FLOAT * (
-            squares + 2 * load.length * sum(slot.rows + slot.columns for slot in chosen) + 2 * sizes.largest
+            squares + 2 * load.length * sum(slot.rows + slot.columns for slot in plan.slots) + 2 * sizes.largest
         )
     block = _FLOAT * (
         3 * sizes.block
         + hidden
         + 40 * load.length * load.width
-        + max((slot.columns**2 * slot.groups for slot in chosen), default=0)
+        + max((slot.columns**2 * slot.groups for slot in plan.slots), default=0)
     )
     flops = 8.0 * tokens * sizes.body + 4.0 * tokens * sizes.head + 2.0 * tokens * squares
     return Cost(max(memory, block), flops / speeds.flops + 10.0 * tokens * load.vocabulary / speeds.exponentials)
 
 
-def _distinct(chosen: Mapping[Slot, Method]) -> list[Slot]:
+def _distinct(plan: Plan) -> list[Slot]:
     """Slots that need a Hessian, of those fed alike in a block one (they have their columns in common)."""
     found: dict[tuple[str, int], Slot] = {}
-    for slot, method in chosen.items():
-        if not isinstance(method, Keep) and method.wants & Stats.HESSIAN:
+    for slot, wanted in plan.needs.items():
+        if wanted & Stats.HESSIAN:
             found.setdefault((slot.users[0][0].rpartition(".")[0], slot.columns), slot)
     return list(found.values())
 
 
 def _compression(
-    source: Checkpoint, sizes: Sizes, chosen: Mapping[Slot, Method], load: Load, chain: str | None, speeds: Speeds
+    source: Checkpoint, sizes: Sizes, plan: Plan, load: Load, chain: str | None, speeds: Speeds
 ) -> Cost:  # fmt: skip
     """The hidden states, and the largest part with its statistics and its solver's workspace; two forward passes and a sweep per site."""
-    parts: dict[str, list[Slot]] = dict(units(source.skeleton, list(chosen))) if chain is None else {}
-    for slot in chosen if chain is not None else ():
+    parts: dict[str, list[Slot]] = dict(units(source.skeleton, list(plan.slots))) if chain is None else {}
+    for slot in plan.slots if chain is not None else ():
         parts.setdefault(block_of(slot.users[0][0], chain) or slot.name, []).append(slot)
+    needs = plan.needs
     largest = 0
     for slots in parts.values():
-        wanted = {slot: chosen[slot].wants if not isinstance(chosen[slot], Keep) else Stats(0) for slot in slots}
+        wanted = {slot: needs.get(slot, NONE) for slot in slots}
         calibrated = any(wanted.values())
         weights = sum(
             (_FLOAT if calibrated else source.nbytes(slot.parameter) / slot.entries) * slot.entries for slot in slots
@@ -194,36 +192,33 @@ def _compression(
             slot.columns: slot.groups for slot in slots if wanted[slot] & Stats.HESSIAN
         }  # slots fed alike share their Hessian
         hessians = sum(_FLOAT * n * n * groups for n, groups in columns.items())
-        solver = max((_workspace(slot, chosen[slot], wanted[slot]) for slot in slots), default=0)
-        packed = sum(chosen[slot].expected_bits(slot.shape) / 8 for slot in slots if not isinstance(chosen[slot], Keep))
+        solver = max((_workspace(slot, wanted[slot]) for slot in slots if slot in plan.methods), default=0)
+        packed = sum(plan.methods[slot].expected_bits(slot.shape) / 8 for slot in slots if slot in plan.methods)
         largest = max(largest, round(weights + hessians + solver + packed))
-    calibrated = any(not isinstance(method, Keep) and method.wants for method in chosen.values())
+    calibrated = any(needs.values())
     tokens = load.samples * load.length
     seconds = 4.0 * tokens * sizes.body / speeds.flops if calibrated else 0.0
-    for slot in _distinct(chosen):
+    for slot in _distinct(plan):
         seconds += slot.groups * (2.0 * tokens * slot.columns**2 + slot.columns**3) / speeds.flops
-    for slot, method in chosen.items():
-        if not isinstance(method, Keep):
-            sweep = 6.0 * slot.entries * slot.columns / speeds.flops if method.wants & Stats.HESSIAN else 0.0
-            seconds += sweep + 80.0 * slot.entries / speeds.exponentials
+    for slot, wants in needs.items():
+        sweep = 6.0 * slot.entries * slot.columns / speeds.flops if wants & Stats.HESSIAN else 0.0
+        seconds += sweep + 80.0 * slot.entries / speeds.exponentials
     if not load.samples:
         return Cost(largest, seconds)
     hidden = 2 * _FLOAT * tokens * load.width
     return Cost(largest + hidden + 12 * _FLOAT * _TOGETHER * load.width + _FLOAT * sizes.outside, seconds)
 
 
-def _workspace(slot: Slot, method: Method, wanted: Stats) -> int:
+def _workspace(slot: Slot, wanted: Stats) -> int:
     """Bytes a method takes for one site beside its weight: codes, and for column solvers the factor and three copies of the weight."""
-    if isinstance(method, Keep):
-        return 0
     if wanted & Stats.HESSIAN:
         return _FLOAT * (slot.groups * slot.columns**2 + 4 * slot.entries)
     return 2 * slot.entries + (128 << 20)
 
 
-def _verification(chosen: Mapping[Slot, Method], speeds: Speeds) -> Cost:
+def _verification(plan: Plan, speeds: Speeds) -> Cost:
     """Every weight decoded once, alone."""
-    entries = [slot.entries for slot, method in chosen.items() if not isinstance(method, Keep)]
+    entries = [slot.entries for slot in plan.methods]
     return Cost(_FLOAT * 3 * max(entries, default=0), 16.0 * sum(entries) / speeds.exponentials)
 
 

@@ -26,30 +26,25 @@ from laconic.disk.store import (
     write_manifest,
 )
 from laconic.disk.tensors import Reader, is_finite
-from laconic.engine.choice import Fit, patterns, resolve
 from laconic.engine.coverage import coverage
 from laconic.engine.passes import (
-    Chosen,
     Extras,
     allocate,
-    allocations,
     compression_stages,
     data_free_stages,
-    needs_data,
-    needs_of,
     refuse_rounding,
     refuse_structures,
-    survey_needs,
     survey_stages,
-)  # fmt: skip
+)
+from laconic.engine.plan import Plan
 from laconic.engine.report import Report
+from laconic.engine.resolve import Fit, patterns, resolve
 from laconic.engine.solve import put_back, solve_stage
 from laconic.engine.unmeasured import naming_batches, unmeasured_notes
 from laconic.engine.walk import Loss, Shelf, default_loss, parameters_of
 from laconic.errors import CheckpointError, DataError, SchemeError, VerificationError
 from laconic.host.ambient import refuse_inference, undisturbed, usable
 from laconic.host.progress import Log, Progress, peak_memory
-from laconic.methods.base import Keep
 from laconic.model.blocks import Batch, InMemory, call, find_chain, in_evaluation, open_chain, to_device
 from laconic.model.calling import called_with
 from laconic.model.sites import INPUTS, Slot, find_slots, stored_uses, uses_of, views_in
@@ -82,7 +77,7 @@ def compress_module(
 
     `data`: batches the model can be called with (a tensor, a dict, or a tuple whose first entry is the input), as many as hold `samples`
     examples; what an `attention_mask` leaves out is cut off. `keep`: patterns of sites that stay as they are; `group`: "fit" or "strict", where
-    a group does not divide a matrix (`choice.resolve`). `score(model)` is measured before and after. `loss(output, generator)` is the
+    a group does not divide a matrix (`engine.resolve`). `score(model)` is measured before and after. `loss(output, generator)` is the
     scalar whose gradients methods see that need them: by default cross-entropy against sampled labels for outputs [batch, classes] or
     `.logits`, else a random projection.
     Returns the module and a report. Raises: SchemeError, DataError, CheckpointError (a weight that is not finite); the module is then as
@@ -99,22 +94,22 @@ def compress_module(
     uses, reasons = _uses(model, batches)
     slots = find_slots(model, uses)
     notes: list[str] = []
-    chosen = resolve(scheme, slots, whole_file=True, keep=keep, group=group, notes=notes)
-    refuse_structures(chosen)
-    refuse_rounding(model, chosen)
+    plan = resolve(scheme, slots, whole_file=True, keep=keep, group=group, notes=notes)
+    refuse_structures(plan)
+    refuse_rounding(model, plan)
     for note in notes:
         progress.say(note)
     for name, parameter in model.named_parameters():
         if not is_finite(parameter.detach()):
             raise CheckpointError(f"{name}: holds NaN or infinity")
-    original, covered = plain_bytes(model), coverage(model, chosen, reasons)
+    original, covered = plain_bytes(model), coverage(model, plan, reasons)
     count = sum(p.numel() for p in model.parameters())
-    if not batches and needs_data(chosen):
+    if not batches and plan.reads_data:
         raise DataError(f"{describe(scheme)}: needs calibration data; pass data=, an iterable of batches")
     with _at_rest(model):
         before = score(model) if score is not None else None
         with naming_batches(batches), in_sight(model), undisturbed(seed):
-            weights, records = _run(model, chosen, batches, loss, true_sequential, seed, progress, notes)
+            weights, records = _run(model, plan, batches, loss, true_sequential, seed, progress, notes)
         for slot, weight in weights.items():
             for path, name in slot.users:
                 install(model.get_submodule(path), name, weight, slot.view)
@@ -181,7 +176,7 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
 
 
 def _run(
-    model: nn.Module, chosen: Chosen, batches: list[Batch], loss: Loss | None, true_sequential: bool, seed: int, progress: Progress,
+    model: nn.Module, plan: Plan, batches: list[Batch], loss: Loss | None, true_sequential: bool, seed: int, progress: Progress,
     notes: list[str],
 ) -> tuple[dict[Slot, Weight], list[dict[str, Any]]]:  # fmt: skip
     residence = InMemory(model)
@@ -189,23 +184,22 @@ def _run(
     if why:
         notes.append(f"{why}; the whole model is run for every unit")
         progress.say(notes[-1])
-    spread = allocations(chosen)
-    needs = survey_needs(chosen, spread)
+    spread, needs = plan.allocations(), plan.surveyed
     extras = Extras()
     if spread or any(needs.values()):
-        stages = data_free_stages(residence, list(chosen))
+        stages = data_free_stages(residence, list(needs))
         if any(needs.values()):
-            stages = survey_stages(blocks, residence, batches, list(chosen), needs, seed, Shelf(), loss or default_loss)
-        chosen = allocate(stages, chosen, spread, extras, model, seed, progress, notes)
-    wanted = needs_of(chosen)
+            stages = survey_stages(blocks, residence, batches, list(needs), needs, seed, Shelf(), loss or default_loss)
+        plan = allocate(stages, plan, spread, extras, model, seed, progress, notes)
+    wanted = plan.needs
     running = any(w & INPUTS for w in wanted.values())
-    slots = [slot for slot, method in chosen.items() if not isinstance(method, Keep)]
+    slots = list(plan.methods)
     weights: dict[Slot, Weight] = {}
     records = []
     progress.start("compressing", sum(slot.entries * slot.columns for slot in slots))
     with ExitStack() as undo:
         for stage in compression_stages(blocks, residence, batches, slots, wanted, true_sequential, Shelf(), []):
-            for slot, weight, record in solve_stage(stage, chosen, model, extras.given, seed):
+            for slot, weight, record in solve_stage(stage, plan.methods, model, extras.given, seed):
                 weights[slot] = weight
                 parameter = parameters_of(model, [slot])[slot].detach()
                 record["original_bytes"] = parameter.nbytes

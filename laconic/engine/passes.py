@@ -14,6 +14,7 @@ from laconic.disk.files import disk_errors, seal, write_tensors
 from laconic.disk.load import Checkpoint, CompressedCheckpoint
 from laconic.disk.output import Run
 from laconic.disk.store import pack_weights, same_tensor
+from laconic.engine.plan import Plan, numbered
 from laconic.engine.solve import checksum, matrix_of, put_back, solve_stage
 from laconic.engine.statistics import Statistics
 from laconic.engine.walk import (
@@ -30,17 +31,16 @@ from laconic.engine.walk import (
 )  # fmt: skip
 from laconic.errors import SchemeError, VerificationError
 from laconic.host.progress import Progress
-from laconic.methods.allocation import Allocation, Measured
-from laconic.methods.base import Keep, Method
+from laconic.methods.allocation import Allocation
+from laconic.methods.base import Method
 from laconic.methods.channels import MODULES_ONLY
 from laconic.model.blocks import Batch, BlockModel, Residency
-from laconic.model.sites import GRADIENTS, MEASURED, NONE, Site, Slot, Stats
+from laconic.model.sites import NONE, Site, Slot, Stats
 from laconic.weights import Weight, unpack
 from laconic.weights.base import asks_its_layer
 from laconic.weights.demands import Demands, why_not
 from laconic.weights.inputs import inputs_of
 
-Chosen = dict[Slot, Method]
 _PART = 1 << 27  # bytes compared at a time
 
 
@@ -77,68 +77,29 @@ def read_weight(file: Path, spec: dict[str, Any], name: str) -> Weight:
     return unpack(spec, tensors)
 
 
-def needs_of(chosen: Chosen) -> Needs:
-    """The statistics each site's own method reads."""
-    return {slot: method.wants for slot, method in chosen.items() if not isinstance(method, Keep)}
-
-
-def allocations(chosen: Chosen) -> dict[Method, Allocation]:
-    """The allocations that a scheme's methods ask for; sites under equal methods share one, from which unmeasured sites stay out."""
-    found: dict[Method, Allocation] = {}
-    for method in chosen.values():
-        if method not in found and (allocation := method.allocation()) is not None:
-            found[method] = Measured(method, allocation)
-    return found
-
-
-def needs_data(chosen: Chosen) -> bool:
-    """Whether any method or allocation reads what only a run of the model shows."""
-    wanted = [*needs_of(chosen).values(), *(allocation.wants for allocation in allocations(chosen).values())]
-    return any(need & MEASURED for need in wanted)
-
-
-def refuse_structures(chosen: Chosen) -> None:
+def refuse_structures(plan: Plan) -> None:
     """Raises SchemeError if a method has to know which rows are one channel of the network, where nobody can tell it."""
-    for slot, method in chosen.items():
-        allocation = method.allocation()
-        if (method.wants | (allocation.wants if allocation is not None else NONE)) & Stats.CHANNELS:
-            raise SchemeError(f"{slot.name}: {method!r} has to know which rows are one channel; {MODULES_ONLY}")
+    for slot in plan.structures[:1]:
+        raise SchemeError(f"{slot.name}: {plan.methods[slot]!r} has to know which rows are one channel; {MODULES_ONLY}")
 
 
-def refuse_rounding(model: nn.Module, chosen: Chosen) -> None:
+def refuse_rounding(model: nn.Module, plan: Plan) -> None:
     """Raises SchemeError, naming the way out, if a method rounds the inputs of layers that cannot do so (convolutions, look-ups)."""
     refused: dict[Slot, str] = {}
-    for slot, method in chosen.items():
-        if (inputs := method.rounds) is None:
-            continue
+    for slot, inputs in plan.rounding.items():
         for layer in slot.layers(model):
-            if (reason := why_not(layer, inputs, method.scales_columns)) is not None:
+            if (reason := why_not(layer, inputs, plan.methods[slot].scales_columns)) is not None:
                 refused.setdefault(slot, reason)
     if not refused:
         return
     slot, reason = next(iter(refused.items()))
-    starred = [
-        ".".join("*" if part.isdigit() and "." in found.name else part for part in found.name.split("."))
-        for found in refused
-    ]
-    names = list(dict.fromkeys(starred))
+    names = list(dict.fromkeys(numbered(found.name) if "." in found.name else found.name for found in refused))
     more = f" (and of {len(refused) - 1} more sites)" if len(refused) > 1 else ""
     rules = ", ".join(f"({name!r}, Keep())" for name in names)
     keep = " ".join(f"--keep {name!r}" for name in names)
     raise SchemeError(
-        f"{slot.name}{more}: {reason}; leave them out with {keep}, or in a plan: [{rules}, ('*', {chosen[slot]!r})]"
+        f"{slot.name}{more}: {reason}; leave them out with {keep}, or in a plan: [{rules}, ('*', {plan.methods[slot]!r})]"
     )
-
-
-def survey_needs(chosen: Chosen, spread: dict[Method, Allocation]) -> Needs:
-    """What the survey must provide: for allocations everything they want, for single methods their gradients."""
-    needs = {}
-    for slot, method in chosen.items():
-        wanted = spread[method].wants & MEASURED if method in spread else NONE
-        if not isinstance(method, Keep):
-            wanted |= method.wants & GRADIENTS
-        needs[slot] = wanted
-    return needs
 
 
 class Extras:
@@ -175,15 +136,15 @@ class Extras:
 
 
 def allocate(
-    stages: Iterator[Stage], chosen: Chosen, spread: dict[Method, Allocation], extras: Extras, model: nn.Module, seed: int, progress: Progress,
+    stages: Iterator[Stage], plan: Plan, spread: dict[Method, Allocation], extras: Extras, model: nn.Module, seed: int, progress: Progress,
     notes: list[str],
-) -> Chosen:  # fmt: skip
+) -> Plan:  # fmt: skip
     """Let every allocation see its sites, then give each site its own method; what the allocations have to say goes to the notes."""
     for stage in stages:
         for slot in stage.slots:
-            method = chosen[slot]
-            if isinstance(method, Keep) or stage.statistics is None:
+            if stage.statistics is None:
                 continue
+            method = plan.methods[slot]
             site = stage.statistics.describe(slot, matrix_of(model, slot), seed)
             with torch.no_grad():
                 if method in spread:
@@ -194,7 +155,9 @@ def allocate(
     resolved = {method: allocation.resolve() for method, allocation in spread.items()}
     for allocation in spread.values():
         notes.extend(allocation.notes)
-    return {slot: resolved[method][slot.name] if method in resolved else method for slot, method in chosen.items()}
+    return plan.having(
+        {slot: resolved[method][slot.name] for slot, method in plan.methods.items() if method in resolved}
+    )
 
 
 def data_free_stages(residence: Residency, slots: Sequence[Slot]) -> Iterator[Stage]:
@@ -228,9 +191,9 @@ def compression_stages(
         yield from walk_whole(residence.model, batches, slots, needs, residence.device, done=done)
 
 
-def commit_rest(run: Run, checkpoint: Checkpoint, chosen: Chosen) -> list[str]:
-    """Write every tensor that is kept as it is: norms, biases, `Keep` sites, and stored tensors no parameter uses. Returns their names."""
-    compressed = {name for slot, method in chosen.items() if not isinstance(method, Keep) for name in slot.parameters}
+def commit_rest(run: Run, checkpoint: Checkpoint, plan: Plan) -> list[str]:
+    """Write every tensor that is kept as it is: norms, biases, sites the plan keeps, and stored tensors no parameter uses. Returns their names."""
+    compressed = {name for slot in plan.methods for name in slot.parameters}
     seen: set[int] = set()
     names = []
     for name, tensor in checkpoint.skeleton.state_dict(keep_vars=True).items():
@@ -284,7 +247,7 @@ def verify(
 
 def compress_parts(
     stages: Iterator[Stage],
-    chosen: Chosen,
+    plan: Plan,
     model: nn.Module,
     run: Run,
     extras: Extras,
@@ -296,7 +259,7 @@ def compress_parts(
     weights: dict[str, Weight] = {}
     records: list[dict[str, Any]] = []
     for stage in stages:
-        for slot, weight, record in solve_stage(stage, chosen, model, extras.given, seed):
+        for slot, weight, record in solve_stage(stage, plan.methods, model, extras.given, seed):
             if running:
                 put_back(model, slot, weight)
             weights[slot.parameter] = weight

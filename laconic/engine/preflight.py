@@ -8,32 +8,30 @@ from laconic.disk.load import Checkpoint
 from laconic.disk.lock import LOCK
 from laconic.disk.output import below
 from laconic.engine.estimate import Load, costs, measure_speeds
+from laconic.engine.plan import Plan
 from laconic.errors import OutputError
 from laconic.host.progress import resident_memory
 from laconic.host.units import human_bytes
-from laconic.methods.base import Keep, Method
-from laconic.methods.fitting import fitted
-from laconic.model.sites import Slot
 
 _LIBRARIES = 120_000_000  # bytes: what is imported later (plots, kernels), and the allocator's slack
 
 
-def preflight(source: Checkpoint, chosen: dict[Slot, Method], load: Load, chain: str | None) -> dict[str, Any]:
+def preflight(source: Checkpoint, plan: Plan, load: Load, chain: str | None) -> dict[str, Any]:
     """The plan as numbers: sites with method and expected bits, bytes of the weights, peak memory in bytes, seconds; `stages`: both of each."""
-    chosen = {slot: fitted(method, slot.shape) for slot, method in chosen.items()}
+    plan = plan.fitted()
     sites: list[dict[str, Any]] = []
-    for slot, method in chosen.items():
+    for slot, text in plan.texts().items():
         original = 8 * source.nbytes(slot.parameter) or 16 * slot.entries
-        kept = isinstance(method, Keep)
-        bits = original if kept else method.expected_bits(slot.shape)
+        kept = slot in plan.kept
+        bits = original if kept else plan.methods[slot].expected_bits(slot.shape)
         sites.append(
-            {"name": slot.name, "aliases": list(slot.names[1:]), "shape": list(slot.shape), "method": repr(method), "role": slot.role,
+            {"name": slot.name, "aliases": list(slot.names[1:]), "shape": list(slot.shape), "method": text, "role": slot.role,
              "bits_per_weight": bits / slot.entries, "bytes": bits / 8, "original_bytes": original / 8, "kept": kept,
-             "reason": method.reason if isinstance(method, Keep) else ""}
+             "reason": plan.kept.get(slot, "")}
         )  # fmt: skip
     total = sum(stored.bytes for stored in source.files.tensors.values())
     rest = total - sum(site["original_bytes"] for site in sites)
-    stages = costs(source, chosen, load, chain, measure_speeds())
+    stages = costs(source, plan, load, chain, measure_speeds())
     return {
         "sites": sites,
         "bytes": round(sum(site["bytes"] for site in sites) + rest),

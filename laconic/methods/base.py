@@ -4,7 +4,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -164,17 +164,11 @@ class Pruning(Method):
         return self.kept * self.survivors(shape) * shape[0] * shape[1] + self.mask_bits(shape)
 
 
-@dataclass(frozen=True, repr=False)
-class Keep(Method):
-    """Leaves a tensor as the checkpoint has it, in its own type, byte for byte; `reason` says why, for plans and reports."""
-
-    reason: str = field(default="", compare=False)
-
-    def __call__(self, site: Site) -> Weight:
-        raise SchemeError(f"{site.name}: Keep stands for the tensor as it is and cannot be part of a composition")
-
-    def expected_bits(self, shape: tuple[int, int]) -> float:
-        raise SchemeError("Keep stands for the tensor as it is and cannot be part of a composition")
+def check_parts(whole: Method, *parts: Method) -> None:
+    """Raises SchemeError where a part of a composition is no method, as `Keep()` is none."""
+    for part in parts:
+        if not isinstance(part, Method):
+            raise SchemeError(f"{whole!r}: {part!r} is no method and cannot be part of a composition")
 
 
 def check_unbiased(whole: Method, *parts: Method) -> None:
@@ -207,6 +201,7 @@ class Then(Method):
     second: Method
 
     def __post_init__(self) -> None:
+        check_parts(self, self.first, self.second)
         check_unbiased(self, self.first)
         if self._pruning() is not None and getattr(self.second, "rate", None) is not None:
             raise SchemeError(
@@ -307,6 +302,7 @@ class Plus(Method):
     second: Method
 
     def __post_init__(self) -> None:
+        check_parts(self, self.first, self.second)
         check_unbiased(self, self.first, self.second)
 
     @property

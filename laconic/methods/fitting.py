@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from laconic.errors import SchemeError
-from laconic.methods.base import Keep, Method
+from laconic.methods.base import Method
 
 SMALLEST = 8
 """The smallest group a fallback leaves: a 16-bit scale and a zero point over 8 codes are as many bits again as the codes themselves."""
@@ -22,7 +22,7 @@ def fitted(method: Method, *shapes: Shape) -> Method:
     that divides the columns, with as many bits per weight, rounded up to whole bits a code; "n:m" the largest common divisor of it that does,
     at the same density (every 1:2 is a 2:4 too). What cannot be mended so is returned as it is: `expected_bits` then says why.
     """
-    if isinstance(method, Keep) or treats(method, shapes):
+    if treats(method, shapes):
         return method
     changes: dict[str, Any] = {}
     for f in fields(method):  # type: ignore[arg-type]

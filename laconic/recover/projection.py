@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from laconic.disk.tensors import is_finite
-from laconic.engine.choice import resolve
-from laconic.engine.passes import allocations, needs_of
+from laconic.engine.plan import Plan
+from laconic.engine.resolve import resolve
 from laconic.engine.solve import fed_alike, solve_sites
 from laconic.engine.statistics import Statistics
 from laconic.engine.unmeasured import completed
 from laconic.engine.walk import Loss, default_loss, parameters_of, survey_whole
 from laconic.errors import CheckpointError, DataError
 from laconic.host.ambient import undisturbed
-from laconic.methods.base import Keep, Method
+from laconic.methods.base import Method
 from laconic.methods.fitting import fitted
 from laconic.model.blocks import Batch, call, in_evaluation, to_device
 from laconic.model.sites import GRADIENTS, MEASURED, Site, Slot, Stats, find_slots
@@ -35,10 +35,15 @@ class Projection:
     """
 
     scheme: str
-    chosen: dict[Slot, Method]
+    plan: Plan
     sites: dict[Slot, Site]
     coupling: Any = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def chosen(self) -> dict[Slot, Method]:
+        """The method of every site that is compressed."""
+        return self.plan.methods
 
     @property
     def slots(self) -> list[Slot]:
@@ -51,7 +56,7 @@ class Projection:
             sites = {slot: site.having(W=slot.view.matrix(values[slot]), notes=[]) for slot, site in self.sites.items()}
             sites = {slot: completed(site, self.chosen[slot].wants) for slot, site in sites.items()}
             methods = dict(self.chosen)
-            for method, allocation in allocations(self.chosen).items():
+            for method, allocation in self.plan.allocations().items():
                 for slot, site in sites.items():
                     if self.chosen[slot] == method:
                         allocation.observe(site)
@@ -88,17 +93,18 @@ def project_onto(
     for name, parameter in model.named_parameters():
         if not is_finite(parameter.detach()):
             raise CheckpointError(f"{name}: holds NaN or infinity")
-    chosen, wanted = _wanted(model, scheme)
+    plan = resolve(scheme, find_slots(model))
+    wanted = plan.wanted
     measured = {slot: need & MEASURED for slot, need in wanted.items()}
     if any(measured.values()) and not data:
         raise DataError(f"{describe(scheme)}: needs data for its statistics")
     statistics = _gather(model, measured, data, loss or default_loss, seed)
     sites = {
         slot: statistics.describe(slot, slot.view.matrix(p.detach()), seed)
-        for slot, p in parameters_of(model, list(chosen)).items()
+        for slot, p in parameters_of(model, list(plan.methods)).items()
     }
     notes: list[str] = []
-    if any(need & Stats.CHANNELS for need in wanted.values()):
+    if plan.structures:
         if coupling is None:
             if example is None:
                 raise DataError(f"{describe(scheme)}: structures need an example input to trace the network with")
@@ -107,28 +113,17 @@ def project_onto(
             coupling = couple_or_mask(model, example)
             notes += [] if coupling.groups else coupling.refused[:1]
         sites = {slot: site.having(channels=coupling.channels.get(slot.name)) for slot, site in sites.items()}
-    return Projection(describe(scheme), chosen, sites, coupling, notes)
+    return Projection(describe(scheme), plan, sites, coupling, notes)
 
 
 def reads_data(model: nn.Module, scheme: Scheme) -> bool:
     """Whether a scheme asks for statistics that the model has to be run for. Raises: SchemeError."""
-    return any(need & MEASURED for need in _wanted(model, scheme)[1].values())
+    return resolve(scheme, find_slots(model)).reads_data
 
 
 def compressed_slots(model: nn.Module, scheme: Scheme) -> list[Slot]:
     """The sites of a module that a scheme compresses. Raises: SchemeError."""
-    return list(_wanted(model, scheme)[0])
-
-
-def _wanted(model: nn.Module, scheme: Scheme) -> tuple[dict[Slot, Method], dict[Slot, Stats]]:
-    """The method of every slot that is compressed, and the statistics it reads, those of its allocation included."""
-    chosen = {
-        slot: method for slot, method in resolve(scheme, find_slots(model)).items() if not isinstance(method, Keep)
-    }
-    wanted = needs_of(chosen)
-    for method, allocation in allocations(chosen).items():
-        wanted |= {slot: wanted[slot] | allocation.wants for slot in chosen if chosen[slot] == method}
-    return chosen, wanted
+    return list(resolve(scheme, find_slots(model)).methods)
 
 
 def _gather(model: nn.Module, needs: dict[Slot, Stats], data: Iterable[Batch], loss: Loss, seed: int) -> Statistics:

@@ -16,13 +16,16 @@ from laconic.methods.base import Method
 from laconic.methods.free import Free
 from laconic.model.sites import Slot
 from laconic.scheme.expressions import instance, nearest, parsed, where
+from laconic.scheme.keep import UNCOMPOSED, Keep
 from laconic.scheme.spelling import scheme_called
 
 Predicate = Callable[[Slot], bool]
-Rule = tuple[str | Predicate, Method]
-Scheme = Method | Sequence[Rule] | Callable[[Slot], Method]
-"""A method for the model, of which `choice.resolve` makes what every site needs; a plan of rules (pattern or predicate, method) of which the
-first that matches wins; or a function from a site's description to a method. In a plan or function, nothing is left out: say `Keep()`."""
+Choice = Method | Keep
+"""What becomes of one site: a method compresses it, or it stays as it is."""
+Rule = tuple[str | Predicate, Choice]
+Scheme = Choice | Sequence[Rule] | Callable[[Slot], Choice]
+"""A method for the model, of which `engine.resolve` makes what every site needs; a plan of rules (pattern or predicate, choice) of which the
+first that matches wins; or a function from a site's description to a choice. In a plan or function, nothing is left out: say `Keep()`."""
 
 
 @cache
@@ -38,6 +41,11 @@ def known_methods() -> dict[str, type[Method]]:
     return dict(sorted(found.items()))
 
 
+def vocabulary() -> dict[str, type[Choice]]:
+    """Every name that a scheme can call for a site: the methods, and `Keep`."""
+    return dict(sorted({**known_methods(), Keep.__name__: Keep}.items()))
+
+
 def parse(text: str) -> Scheme:
     """The scheme a Python expression describes. Only method calls, literals, `+`, `>>`, plans and conditions on a site are understood.
 
@@ -45,14 +53,14 @@ def parse(text: str) -> Scheme:
     `GPTQ(bits=4) if "v_proj" in name or block < 2 else GPTQ(bits=3)`. Conditions may use name, rows, columns, entries, block and role.
     Raises: SchemeError naming what was not understood and where, with the nearest spelling of an unknown name.
     """
-    if isinstance(text, str) and text.strip() not in known_methods() and (meant := scheme_called(text)) is not None:
+    if isinstance(text, str) and text.strip() not in vocabulary() and (meant := scheme_called(text)) is not None:
         raise SchemeError(f"scheme {text!r}: did you mean {meant}?")
     node = parsed("scheme", text)
     if isinstance(node, ast.List | ast.Tuple):
         return [_rule(item) for item in node.elts]
     if isinstance(node, ast.IfExp):
         return _conditional(node)
-    return _method(node)
+    return _choice(node)
 
 
 def load_plan(file: Path) -> Scheme:
@@ -71,14 +79,14 @@ def load_plan(file: Path) -> Scheme:
         raise SchemeError(
             f"{expected}, got a text: give that to --scheme, or write scheme = laconic.parse({scheme[:100]!r})"
         )
-    if not (isinstance(scheme, Method | list | tuple) or callable(scheme)):
+    if not (isinstance(scheme, Method | Keep | list | tuple) or callable(scheme)):
         raise SchemeError(f"{expected}, got a {type(scheme).__name__}")
     return scheme
 
 
 def describe(scheme: Scheme) -> str:
     """The text of a scheme: what `parse` reads back, or a function's name."""
-    if isinstance(scheme, Method):
+    if isinstance(scheme, Method | Keep):
         return repr(scheme)
     if callable(scheme):
         return getattr(scheme, "text", f"function {getattr(scheme, '__name__', 'scheme')}")
@@ -89,6 +97,14 @@ def describe(scheme: Scheme) -> str:
 
 
 def _method(node: ast.expr) -> Method:
+    """A method that is a part of another."""
+    choice = _choice(node)
+    if isinstance(choice, Keep):
+        raise SchemeError(f"scheme: {UNCOMPOSED}, as in {where(node)}")
+    return choice
+
+
+def _choice(node: ast.expr) -> Choice:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift):
         return _method(node.left) >> _method(node.right)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -100,8 +116,8 @@ def _method(node: ast.expr) -> Method:
     raise SchemeError(f"scheme: expected a method such as GPTQ(bits=4), got {where(node)}; only methods can be called")
 
 
-def _build(node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Method:
-    known = known_methods()
+def _build(node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Choice:
+    known = vocabulary()
     if name not in known:
         if name.upper() in {one.upper() for one in known}:
             right = next(one for one in known if one.upper() == name.upper())
@@ -137,20 +153,20 @@ def _value(node: ast.expr) -> Any:
 def _rule(node: ast.expr) -> Rule:
     if not (isinstance(node, ast.Tuple) and len(node.elts) == 2):
         raise SchemeError(f"scheme: a rule of a plan is a pair (pattern, method), got {where(node)}")
-    test, method = node.elts
+    test, choice = node.elts
     if isinstance(test, ast.Constant) and isinstance(test.value, str):
-        return test.value, _method(method)
-    return _predicate(test), _method(method)
+        return test.value, _choice(choice)
+    return _predicate(test), _choice(choice)
 
 
-def _conditional(node: ast.IfExp) -> Callable[[Slot], Method]:
-    test, then = _predicate(node.test), _method(node.body)
-    other = _conditional(node.orelse) if isinstance(node.orelse, ast.IfExp) else _method(node.orelse)
+def _conditional(node: ast.IfExp) -> Callable[[Slot], Choice]:
+    test, then = _predicate(node.test), _choice(node.body)
+    other = _conditional(node.orelse) if isinstance(node.orelse, ast.IfExp) else _choice(node.orelse)
 
-    def choose(slot: Slot) -> Method:
+    def choose(slot: Slot) -> Choice:
         if test(slot):
             return then
-        return other if isinstance(other, Method) else other(slot)
+        return other if isinstance(other, Method | Keep) else other(slot)
 
     choose.text = ast.unparse(node)  # type: ignore[attr-defined]
     return choose

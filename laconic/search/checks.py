@@ -10,7 +10,7 @@ from torch import nn
 
 from laconic.disk.lock import check_place
 from laconic.disk.output import earlier_files
-from laconic.engine.choice import resolve
+from laconic.engine.resolve import resolve
 from laconic.errors import OutputError, SchemeError, SearchError
 from laconic.measure.goals import Floor
 from laconic.methods.free import Free, fix, free_of

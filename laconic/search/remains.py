@@ -8,10 +8,12 @@ from torch import nn
 from laconic.disk.state import guard
 from laconic.engine.module import compress_module
 from laconic.errors import SchemeError
-from laconic.methods.base import Keep, Method, Pruning, Then
+from laconic.methods.base import Method, Pruning, Then
 from laconic.methods.patterned import sparse
 from laconic.model.blocks import Batch
 from laconic.model.sites import Site, Slot, Stats, find_slots
+from laconic.scheme.keep import Keep
+from laconic.scheme.text import Choice
 from laconic.weights import Weight, install, installed
 
 
@@ -35,16 +37,16 @@ class Survivors(Pruning):
         return weight
 
 
-def after_cut(method: Method) -> Method:
-    """What of a method is left to do once the channels it cuts are gone; `Keep()` if nothing is.
+def after_cut(method: Method) -> Method | None:
+    """What of a method is left to do once the channels it cuts are gone; None if nothing is.
 
     Pruning of single entries is not done again, since of a smaller matrix the same share would be others: the zeros there are stay.
     """
     if isinstance(method, Then):
         first = after_cut(method.first)
-        return after_cut(method.second) if isinstance(first, Keep) else Then(first, method.second)
+        return after_cut(method.second) if first is None else Then(first, method.second)
     if method.wants & Stats.CHANNELS:
-        return Keep()
+        return None
     return Survivors() if isinstance(method, Pruning) else method
 
 
@@ -57,13 +59,12 @@ def encode_remains(
     Raises: SchemeError when a method cannot treat the size that is left.
     """
     slots, trained = {slot.name: slot for slot in find_slots(thinned)}, installed(compressed)
-    rest = {slot.name: after_cut(method) for slot, method in chosen.items()}
-    rest = {name: method for name, method in rest.items() if not isinstance(method, Keep)}
+    rest = {slot.name: left for slot, method in chosen.items() if (left := after_cut(method)) is not None}
     whole = [slot for slot in chosen if slot.name in rest and slots[slot.name].shape == slot.shape]
     for slot in whole:
         del rest[slot.name]
 
-    def method_of(slot: Slot) -> Method:
+    def method_of(slot: Slot) -> Choice:
         return rest.get(slot.name, Keep())
 
     if rest:

@@ -16,17 +16,15 @@ from laconic.disk.files import disk_errors
 from laconic.disk.lock import alone, locked
 from laconic.disk.output import finite
 from laconic.disk.tensors import checksum_of
-from laconic.engine.choice import resolve
 from laconic.engine.module import half_types
-from laconic.engine.passes import allocations, needs_of
+from laconic.engine.resolve import resolve
 from laconic.errors import SearchError
 from laconic.host.ambient import undisturbed
 from laconic.host.progress import Log, Progress
 from laconic.measure.goals import Floor, within
-from laconic.methods.base import Keep
 from laconic.methods.free import Free, fix
 from laconic.model.blocks import Batch
-from laconic.model.sites import Stats, find_slots
+from laconic.model.sites import find_slots
 from laconic.recover import LC, Recovery, Task
 from laconic.recover.call import first_batches
 from laconic.scheme.text import Scheme, describe, parse
@@ -253,9 +251,7 @@ def _coupling(
     """The network's channels, if the scheme cuts any; and what to say of them. Without thinning, masks will do where nothing can be traced."""
     slots = find_slots(model)
     fixed = fix(scheme, {name: some_value(one) for name, one in free.items()}, slots)
-    chosen = {slot: method for slot, method in resolve(fixed, slots).items() if not isinstance(method, Keep)}
-    wanted = [*needs_of(chosen).values(), *(allocation.wants for allocation in allocations(chosen).values())]
-    if not any(need & Stats.CHANNELS for need in wanted):
+    if not resolve(fixed, slots).structures:
         return None, []
     from laconic.surgery import couple, couple_or_mask
 

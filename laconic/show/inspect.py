@@ -5,6 +5,7 @@ from typing import Any
 
 from laconic.disk.store import MANIFEST, Compressed
 from laconic.disk.tensors import INDEX, read_header
+from laconic.engine.plan import plan_of
 from laconic.engine.report import REPORT_JSON
 from laconic.errors import CheckpointError
 from laconic.host.foreign import read_object
@@ -13,6 +14,8 @@ from laconic.weights.inputs import inputs_of
 
 def inspect_directory(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """A row per weight (kind, shape, bits, bytes, error), a row per plain tensor, and the rest of the files; rows add up to `bytes`.
+
+    `plan` is what each site got, as expressions of schemes by name (`Plan.to_json`).
 
     `bytes` counts the files a model is made of: the safetensors it is read from, their index, the manifest. Config, tokenizer, reports and
     what else lies there are listed apart. With `verify` every tensor is read and compared with its checksum; `verified` are the bytes that were.
@@ -47,8 +50,8 @@ def inspect_directory(path: str | Path, *, verify: bool = False) -> dict[str, An
     container = headers + sum(size for name, size in model.items() if not name.endswith(".safetensors"))
     source = stored.manifest.get("source")
     return {
-        "path": str(folder), "scheme": stored.manifest.get("scheme"), "metrics": stored.manifest.get("metrics", {}), "weights": rows,
-        "plain": plain, "container_bytes": container, "bytes": sum(model.values()),
+        "path": str(folder), "scheme": stored.manifest.get("scheme"), "plan": plan_of(stored.manifest),
+        "metrics": stored.manifest.get("metrics", {}), "weights": rows, "plain": plain, "container_bytes": container, "bytes": sum(model.values()),
         "other_files": {name: size for name, size in files.items() if name not in model},
         "verified": verified, "parameters": source.get("parameters") if isinstance(source, dict) else None,
     }  # fmt: skip

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from laconic.engine.passes import allocations
+from laconic.engine.plan import Plan
 from laconic.engine.unmeasured import completed
 from laconic.errors import DataError, SchemeError
-from laconic.methods.base import Keep, Method, output_error
+from laconic.methods.base import Method, output_error
 from laconic.methods.gptq import GPTQ
 from laconic.methods.rtn import RTN
 from laconic.model.sites import MEASURED, Site, Slot, Stats
@@ -42,7 +42,7 @@ VARIANTS = [
 
 
 def examples() -> list[Method]:
-    bare = [cls(**NEEDED.get(name, {})) for name, cls in known_methods().items() if cls is not Keep]
+    bare = [cls(**NEEDED.get(name, {})) for name, cls in known_methods().items()]
     return bare + VARIANTS  # type: ignore[return-value]
 
 
@@ -181,9 +181,8 @@ def test_a_site_that_nothing_reached_is_compressed_and_says_so(method: Method) -
     else:
         assert given.unmeasured == 0.0
         assert not site.notes
-    allocation = allocations({Slot("block.0.layer", (("block.0.layer", "weight"),), View((48, 64))): method}).get(
-        method
-    )
+    slot = Slot("block.0.layer", (("block.0.layer", "weight"),), View((48, 64)))
+    allocation = Plan.of({slot: method}).allocations().get(method)
     if allocation is not None:
         allocation.observe(site)
         assert torch.isfinite(run(allocation.resolve()["block.0.layer"], given)()).all()

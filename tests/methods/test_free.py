@@ -3,9 +3,9 @@
 import pytest
 
 import laconic as lc
-from laconic.engine.choice import resolve
+from laconic.engine.resolve import resolve
 from laconic.errors import SchemeError
-from laconic.methods.base import Keep, Then
+from laconic.methods.base import Then
 from laconic.methods.blockprune import BlockPrune
 from laconic.methods.free import Free, fix, free_of
 from laconic.methods.gptq import GPTQ
@@ -14,6 +14,7 @@ from laconic.methods.kmeans import KMeans
 from laconic.methods.magnitude import Magnitude
 from laconic.methods.rtn import RTN
 from laconic.model.sites import Slot
+from laconic.scheme.keep import Keep
 from laconic.scheme.text import describe, parse
 from laconic.weights import View
 from tests.conftest import make_site
@@ -59,10 +60,10 @@ def test_a_function_is_fixed_where_it_is_called() -> None:
     assert free_of(scheme, SLOTS) == {"sparsity": Free(0, 1), "sparsity_2": Free(0, 0.5)}
     fixed = fix(scheme, {"sparsity": 0.75, "sparsity_2": 0.25}, SLOTS)
     assert describe(fixed) == describe(scheme)
-    assert [method.sparsity for method in resolve(fixed, SLOTS).values()] == [0.75, 0.25, 0.75]  # type: ignore[attr-defined]
+    assert [method.sparsity for method in resolve(fixed, SLOTS).methods.values()] == [0.75, 0.25, 0.75]  # type: ignore[attr-defined]
     assert fixed(SLOTS[1]) == Magnitude(0.25), "in any order, since the slots settled the names"  # type: ignore[operator]
 
-    def chosen(slot: Slot) -> lc.Method:
+    def chosen(slot: Slot) -> lc.Method | Keep:
         return Keep() if slot.name == "b" else Magnitude(Free(0, 1))  # type: ignore[arg-type]
 
     assert [repr(fix(chosen, {"sparsity": 0.5})(slot)) for slot in SLOTS] == [

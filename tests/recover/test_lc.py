@@ -14,10 +14,10 @@ from torch.nn import functional as F
 import laconic as lc
 from laconic.engine.module import load_into, save
 from laconic.errors import RecoveryError, SchemeError
-from laconic.methods.base import Keep
 from laconic.recover import LC, Direct, FineTune, Recovered, Steps, Task, recover_task
 from laconic.recover.compressed import Bench
 from laconic.recover.projection import project_onto
+from laconic.scheme.keep import Keep
 from laconic.weights.install import installed
 from tests.recover.nets import Words, conv, digits, mlp, outputs, seeded, task, trained, untouched, vectors, words_task
 

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 import laconic as lc
-from laconic.methods.base import Keep
 from laconic.search.neighbours import Neighbour, hopeless, nearest
 from laconic.search.remains import Survivors, after_cut
 
@@ -84,14 +83,13 @@ def test_the_nearest_of_several_variables() -> None:
 @pytest.mark.parametrize(
     ("scheme", "left"),
     [
-        (lc.FilterPrune(0.5), Keep()),
+        (lc.FilterPrune(0.5), None),
         (lc.FilterPrune(0.5) >> lc.Cast("float16"), lc.Cast("float16")),
         (lc.NeuronPrune(0.5) >> lc.Magnitude(0.5) >> lc.RTN(4), Survivors() >> lc.RTN(4)),
         (lc.Magnitude(0.5) >> lc.RTN(4), Survivors() >> lc.RTN(4)),
         (lc.StructurePrune(0.5) >> (lc.Magnitude(0.5) >> lc.RTN(4)), Survivors() >> lc.RTN(4)),
         (lc.BlockPrune(0.5), Survivors()),
         (lc.GPTQ(4), lc.GPTQ(4)),
-        (Keep(), Keep()),
     ],
     ids=str,
 )

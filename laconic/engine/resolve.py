@@ -1,19 +1,21 @@
-"""Which method every site of a model gets: the scheme's, and, for a scheme that is one method, what a whole file needs beside it."""
+"""From a scheme to a plan: what every site of a model gets, and, where the scheme is one method, what a whole file needs beside it."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
+from laconic.engine.plan import Plan, numbered
 from laconic.errors import SchemeError
 from laconic.host.foreign import Foreign
-from laconic.methods.base import Keep, Method, check_last
+from laconic.methods.base import Method, check_last
 from laconic.methods.fitting import difference, fitted, treats
 from laconic.methods.free import free_within
 from laconic.methods.rtn import RTN
 from laconic.model.sites import Slot
 from laconic.scheme.expressions import check_types, nearest
-from laconic.scheme.text import Predicate, Rule, Scheme
+from laconic.scheme.keep import Keep
+from laconic.scheme.text import Choice, Predicate, Rule, Scheme
 
 T = TypeVar("T")
 Fit = Literal["fit", "strict"]
@@ -38,8 +40,8 @@ _MOST_BITS = (
 def resolve(
     scheme: Scheme, slots: Sequence[Slot], *, whole_file: bool = False, keep: str | Sequence[str] = (), group: Fit = "fit",
     notes: list[str] | None = None,
-) -> dict[Slot, Method]:  # fmt: skip
-    """The method of every slot, `Keep()` for those that stay as they are; `notes` collects what the user must hear.
+) -> Plan:  # fmt: skip
+    """What happens to every slot under a scheme; `notes` collects what the user must hear.
 
     A plan or function says it for every site. One method is for the body: the matrices that are no embedding, output head or router. With
     `whole_file`, as compression has it, it is what a file needs: embeddings and heads are rounded at b bits, but 6 at least and 8 at most, b
@@ -56,24 +58,28 @@ def resolve(
         raise SchemeError("the model has no linear, convolution or embedding layer to compress")
     if group not in ("fit", "strict"):
         raise SchemeError(f"group: expected 'fit' or 'strict', got {group!r}")
+    plan = Plan.of(_chosen(scheme, slots, whole_file))
+    if not plan.methods and isinstance(scheme, Method):
+        raise SchemeError("the model has embeddings or an output head only; name them in a plan to compress them")
+    plan = plan.keeping({slot: f"keep {pattern!r}" for slot, pattern in _matched(patterns(keep), slots).items()})
+    if keep and not plan.methods:
+        raise SchemeError(f"keep: nothing is left to compress; {', '.join(map(repr, patterns(keep)))} match every site")
+    _check_shapes(plan.methods, group, notes if notes is not None else [])
+    return plan
+
+
+def _chosen(scheme: Scheme, slots: Sequence[Slot], whole_file: bool) -> Mapping[Slot, Choice]:
+    """What a scheme says of every slot."""
+    if isinstance(scheme, Keep):
+        return dict.fromkeys(slots, scheme)
     if isinstance(scheme, Method):
         check_types("scheme", scheme)
-        chosen = (
-            _of_a_file(scheme, slots)
-            if whole_file
-            else {slot: scheme if slot.role == "body" else Keep(_role(slot)) for slot in slots}
-        )
-        if all(isinstance(method, Keep) for method in chosen.values()) and not isinstance(scheme, Keep):
-            raise SchemeError("the model has embeddings or an output head only; name them in a plan to compress them")
-    elif callable(scheme):
-        chosen = {slot: _returned(_asked(scheme, slot), slot) for slot in slots}
-    else:
-        chosen = _first_matches(list(scheme), slots)
-    chosen |= {slot: Keep(f"keep {pattern!r}") for slot, pattern in _matched(patterns(keep), slots).items()}
-    if keep and all(isinstance(method, Keep) for method in chosen.values()):
-        raise SchemeError(f"keep: nothing is left to compress; {', '.join(map(repr, patterns(keep)))} match every site")
-    _check_shapes(chosen, group, notes if notes is not None else [])
-    return chosen
+        if whole_file:
+            return _of_a_file(scheme, slots)
+        return {slot: scheme if slot.role == "body" else Keep(_role(slot)) for slot in slots}
+    if callable(scheme):
+        return {slot: _returned(_asked(scheme, slot), slot) for slot in slots}
+    return _first_matches(list(scheme), slots)
 
 
 def patterns(keep: str | Sequence[str]) -> list[str]:
@@ -81,10 +87,10 @@ def patterns(keep: str | Sequence[str]) -> list[str]:
     return [keep] if isinstance(keep, str) else list(keep)
 
 
-def _of_a_file(scheme: Method, slots: Sequence[Slot]) -> dict[Slot, Method]:
+def _of_a_file(scheme: Method, slots: Sequence[Slot]) -> dict[Slot, Choice]:
     """One method, over a whole model: see `resolve`."""
     body = [slot for slot in slots if slot.role == "body"]
-    if isinstance(scheme, Keep) or not body:
+    if not body:
         return dict.fromkeys(slots, Keep())
     small = {slot for slot in slots if slot.entries < SMALL}
     if sum(slot.entries for slot in body if slot in small) > _SMALL_SHARE * sum(slot.entries for slot in body):
@@ -92,7 +98,7 @@ def _of_a_file(scheme: Method, slots: Sequence[Slot]) -> dict[Slot, Method]:
     spent = _bits_per_weight(scheme, [slot for slot in body if slot not in small])
     bits = min(max(_LEAST_BITS, round(spent)), _MOST_BITS)
     rounded = RTN(bits=bits, group="channel", codec="ans") if spent < _MOST_BITS + 1 else None
-    chosen: dict[Slot, Method] = {}
+    chosen: dict[Slot, Choice] = {}
     for slot in slots:
         if slot.role in ("body", "embedding", "head") and slot in small:
             chosen[slot] = Keep(f"small: under {SMALL} entries")
@@ -154,12 +160,10 @@ def _site_words(slots: Sequence[Slot]) -> list[str]:
     return [*ends, *sorted(parts | roles), *sorted({name for slot in slots for name in slot.names})]
 
 
-def _check_shapes(chosen: dict[Slot, Method], group: Fit, notes: list[str]) -> None:
+def _check_shapes(methods: dict[Slot, Method], group: Fit, notes: list[str]) -> None:
     """Every method against its site's shape; one note for like sites whose tiles are exchanged. Raises: SchemeError with the site's name."""
     exchanged: Counter[tuple[str, str]] = Counter()
-    for slot, method in chosen.items():
-        if isinstance(method, Keep):
-            continue
+    for slot, method in methods.items():
         check_types(slot.name, method)
         try:
             check_last(method)
@@ -171,14 +175,13 @@ def _check_shapes(chosen: dict[Slot, Method], group: Fit, notes: list[str]) -> N
             way_out = "" if free_within(method) else f"; {_way_out(slot, method)}"
             raise SchemeError(f"{slot.name}: {error}{way_out}") from error
         if got != method:
-            starred = ".".join("*" if part.isdigit() else part for part in slot.name.split("."))
-            exchanged[starred, f"{difference(method, got)}: {slot.columns} columns"] += 1
+            exchanged[numbered(slot.name), f"{difference(method, got)}: {slot.columns} columns"] += 1
     notes += [f"{name}{f' ({n} sites)' if n > 1 else ''}: {text}" for (name, text), n in exchanged.items()]
 
 
 def _way_out(slot: Slot, method: Method) -> str:
     """The plan that gives a site a method of its own: the same with other tiles, where that is all it takes, else `Keep()`."""
-    own: Method = Keep()
+    own: Choice = Keep()
     if _treatable(method, slot):
         own = fitted(method, slot.shape)
     pattern = "*." + slot.name.rsplit(".", 1)[-1] if "." in slot.name else slot.name
@@ -191,22 +194,22 @@ def _asked(function: Callable[[Slot], T], slot: Slot) -> T:
         return function(slot)
 
 
-def _returned(method: Any, slot: Slot) -> Method:
-    if not isinstance(method, Method):
-        raise SchemeError(f"{slot.name}: the scheme function should return a method, it returned {method!r}")
-    return method
+def _returned(choice: Any, slot: Slot) -> Choice:
+    if not isinstance(choice, Method | Keep):
+        raise SchemeError(f"{slot.name}: the scheme function should return a method, it returned {choice!r}")
+    return choice
 
 
-def _first_matches(rules: list[Rule], slots: Sequence[Slot]) -> dict[Slot, Method]:
+def _first_matches(rules: list[Rule], slots: Sequence[Slot]) -> dict[Slot, Choice]:
     for rule in rules:
         if not (
             isinstance(rule, tuple)
             and len(rule) == 2
             and (isinstance(rule[0], str) or callable(rule[0]))
-            and isinstance(rule[1], Method)
+            and isinstance(rule[1], Method | Keep)
         ):
             raise SchemeError(f"a rule is a pair (pattern or predicate, method), got {rule!r}")
-    chosen: dict[Slot, Method] = {}
+    chosen: dict[Slot, Choice] = {}
     used: set[int] = set()
     for slot in slots:
         hits = [i for i, (test, _) in enumerate(rules) if _matches(test, slot)]

@@ -1,8 +1,10 @@
-"""What every site gets: the scheme's method with tiles that fit, what a whole file needs beside it, and what the user keeps."""
+"""The plan of a model: what every site gets: the scheme's method with tiles that fit, what a whole file needs beside it, and what the user keeps."""
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +13,19 @@ from typer.testing import CliRunner
 
 import laconic as lc
 from laconic.command.cli import app
-from laconic.engine.choice import resolve
 from laconic.engine.coverage import coverage, coverage_line
-from laconic.errors import SchemeError
-from laconic.methods.base import Keep, Method
+from laconic.engine.plan import Plan, plan_of
+from laconic.engine.resolve import resolve
+from laconic.errors import CheckpointError, SchemeError
+from laconic.methods.base import Method
 from laconic.methods.fitting import difference, fitted
+from laconic.methods.free import Free, fix
+from laconic.methods.hadamard import Hadamard
+from laconic.methods.magnitude import Magnitude
 from laconic.methods.rtn import RTN
 from laconic.model.sites import Slot, find_slots
-from laconic.scheme.text import parse
+from laconic.scheme.keep import Keep
+from laconic.scheme.text import Choice, parse
 from laconic.weights import View
 
 
@@ -39,8 +46,9 @@ SMALL = [slot("model.layers.0.tiny", 8, 16)]
 SLOTS = OUTSIDE + BODY + SMALL
 
 
-def chosen_by_name(scheme: str, **options: object) -> dict[str, Method]:
-    return {slot.name: method for slot, method in resolve(parse(scheme), SLOTS, **options).items()}  # type: ignore[arg-type]
+def chosen_by_name(scheme: str, **options: object) -> dict[str, Choice]:
+    plan = resolve(parse(scheme), SLOTS, **options)  # type: ignore[arg-type]
+    return {slot.name: plan.methods[slot] if slot in plan.methods else Keep(plan.kept[slot]) for slot in SLOTS}
 
 
 @pytest.mark.parametrize(
@@ -61,8 +69,7 @@ def test_one_method_is_made_a_whole_file(scheme: str, bits: int | None) -> None:
 
 
 def test_training_and_searches_leave_what_is_outside_the_body() -> None:
-    chosen = chosen_by_name("GPTQ(rate=3.25)")
-    assert {name for name, method in chosen.items() if isinstance(method, Keep)} == {s.name for s in OUTSIDE}
+    assert list(resolve(parse("GPTQ(rate=3.25)"), SLOTS).kept) == OUTSIDE
 
 
 def test_nothing_is_left_out_of_plans_and_functions() -> None:
@@ -72,7 +79,7 @@ def test_nothing_is_left_out_of_plans_and_functions() -> None:
 
 def test_where_small_matrices_are_what_there_is_they_are_compressed() -> None:
     slots = [slot("a", 8, 16), slot("b", 40, 40), slot("head", 4, 16, "head")]
-    assert not any(isinstance(method, Keep) for method in resolve(RTN(4), slots, whole_file=True).values())
+    assert not resolve(RTN(4), slots, whole_file=True).kept
 
 
 @pytest.mark.parametrize(
@@ -135,9 +142,11 @@ def test_tiles_are_made_to_divide(scheme: str, columns: int, fits: str, text: st
 
 def test_a_fallback_is_in_the_notes_once_for_like_sites() -> None:
     notes: list[str] = []
-    chosen = resolve(RTN(4, 64), BODY, notes=notes)
+    plan = resolve(RTN(4, 64), BODY, notes=notes)
     assert notes == ["model.layers.*.mlp.down_proj (2 sites): group 32 instead of 64: 96 columns"]
-    assert set(chosen.values()) == {RTN(4, 64)}, "one scheme stays one, whose sites share what it spreads over them"
+    assert set(plan.methods.values()) == {RTN(4, 64)}, (
+        "one scheme stays one, whose sites share what it spreads over them"
+    )
 
 
 def test_what_cannot_be_treated_is_refused_with_the_way_out() -> None:
@@ -205,7 +214,7 @@ def test_coverage_names_a_few_and_counts_the_rest() -> None:
     net = nn.ModuleDict(
         {f"up{i}": nn.ConvTranspose2d(2, 2, 2, bias=False) for i in range(7)} | {"line": nn.Linear(64, 64, bias=False)}
     )
-    line = coverage_line(coverage(net, dict.fromkeys(find_slots(net), RTN(4))))
+    line = coverage_line(coverage(net, Plan.of(dict.fromkeys(find_slots(net), RTN(4)))))
     assert line.count("ConvTranspose2d") == 4
     assert "3 more" in line
 
@@ -231,3 +240,100 @@ def test_the_command_line_keeps_and_refuses(tiny: Path, tmp_path: Path) -> None:
     sites = {site["name"]: site for site in json.loads(done.stdout)["sites"]}
     assert sites["model.embed_tokens"]["method"] == "RTN(bits=6, group='channel', codec='ans')"
     assert sites["model.layers.0.mlp.down_proj"]["method"] == "RTN(bits=4, group=32)"
+
+
+def test_a_plan_says_of_every_site_what_happens_to_it_in_the_models_order() -> None:
+    plan = resolve(parse("[('score', Keep('of the task')), ('*.down_proj', RTN(4, 64)), ('*', GPTQ(rate=3.0))]"), SLOTS)
+    assert plan.slots == tuple(SLOTS)
+    assert {**plan.methods, **plan.kept}.keys() == set(SLOTS)
+    assert plan.kept == {SLOTS[1]: "of the task"}
+    assert list(plan.methods) == [s for s in SLOTS if s is not SLOTS[1]]
+    assert plan.reads_data
+    assert set(plan.allocations()) == {parse("GPTQ(rate=3.0)")}, "equal methods share one"
+    down = [s for s in BODY if "down" in s.name]
+    assert [plan.fitted().methods[s] for s in down] == [RTN(4, 32)] * 2
+    assert list(plan.fitted().methods) == list(plan.methods)
+    fewer = plan.keeping({down[0]: "not finite"})
+    assert list(fewer.kept.items()) == [(SLOTS[1], "of the task"), (down[0], "not finite")]
+    assert fewer.keeping({}) == fewer
+    other = plan.having({s: RTN(2, 16) for s in down})
+    assert [other.methods[s] for s in down] == [RTN(2, 16)] * 2
+    assert [s for s in SLOTS if other.methods.get(s) != plan.methods.get(s)] == down
+    assert not resolve(RTN(4, 32), BODY).reads_data
+    assert list(resolve(parse("SmoothQuant()"), BODY).rounding) == BODY
+    assert resolve(parse("FilterPrune(0.5)"), BODY).structures == BODY
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "RTN(4, 32)", "[('score', Keep('of the task')), ('*.1.*', Magnitude(0.5) >> (RTN(4, 32) >> KMeans(2))), ('*', RTN(3, 'channel'))]",
+        "RTN(4, 32) if block < 1 else Keep()", "Cut(rows=(3, 5), columns=(0, 7)) >> GPTQ(bits=4, group='channel')", "Keep('all of it')",
+        "Hadamard(GPTQ(bits=3, group=32), outputs=False) + EoRA(rank=4, factors=RTN(8, 'channel'))", "SpQR(bits=3, outliers=float('inf'))",
+    ],
+)  # fmt: skip
+def test_a_plan_is_read_back_as_it_was_written(scheme: str) -> None:
+    for plan in (resolve(parse(scheme), SLOTS, whole_file=True), resolve(parse(scheme), SLOTS).fitted()):
+        told = json.loads(json.dumps(plan.to_json()))
+        assert Plan.from_json(told, plan.slots) == plan
+        assert plan_of({"plan": told}) == told
+
+
+def test_like_sites_share_an_entry_and_others_have_their_own() -> None:
+    plan = resolve(parse("[('*.1.mlp.up_proj', RTN(3, 32)), ('*.down_proj', RTN(4, 32)), ('*', Keep())]"), SLOTS)
+    assert plan.to_json() == {
+        "model.embed_tokens": "Keep()", "score": "Keep()", "model.layers.0.mlp.gate": "Keep()", "model.layers.0.mlp.up_proj": "Keep()",
+        "model.layers.*.mlp.down_proj": "RTN(bits=4, group=32)", "model.layers.1.mlp.up_proj": "RTN(bits=3, group=32)",
+        "model.layers.0.tiny": "Keep()",
+    }  # fmt: skip
+    many = [slot(str(i), 64, 64) for i in range(5)]
+    told = Plan.of({s: RTN(3, 32) if s.name == "2" else RTN(4, 32) for s in many}).to_json()
+    assert told == {"*": "RTN(bits=4, group=32)", "2": "RTN(bits=3, group=32)"}
+    with pytest.raises(CheckpointError, match="says nothing of model.layers.0.tiny"):
+        Plan.from_json(told, tuple(SMALL))
+    assert plan_of({}) == {}
+    for damaged in ([], {"a": 3}, "RTN()"):
+        with pytest.raises(CheckpointError, match="damaged"):
+            plan_of({"plan": damaged})
+
+
+@pytest.mark.parametrize(
+    "compose", [lambda m: m >> Keep(), lambda m: m + Keep(), lambda m: Keep() >> m, lambda m: Keep() + m]
+)
+@pytest.mark.parametrize("method", [RTN(4), parse("Magnitude(0.5)"), Keep(), parse("Magnitude(0.5) >> RTN(4)")])
+def test_keep_is_no_part_of_a_composition(compose: Callable[[Any], Any], method: Any) -> None:
+    with pytest.raises(SchemeError, match=r"Keep\(\).* cannot be part of a composition"):
+        compose(method)
+
+
+def test_keep_is_no_part_of_a_method_and_its_reason_is_a_text() -> None:
+    free = Magnitude(0.5) >> Free(choices=(RTN(4), Keep()))  # type: ignore[operator]
+    with pytest.raises(SchemeError, match="no method and cannot be part"):
+        fix(free, {"second": Keep()})
+    for text in ("Hadamard(Keep())", "LowRank(factors=Keep())", "Keep() + RTN(4)", "RTN(4) >> Keep()"):
+        with pytest.raises(SchemeError, match="cannot be part of a composition"):
+            parse(text)
+    with pytest.raises(SchemeError, match="method should be Method"):
+        resolve(Hadamard(Keep()), BODY)  # type: ignore[arg-type]
+    with pytest.raises(SchemeError, match="reason should be str, got 3"):
+        Keep(3)  # type: ignore[arg-type]
+    assert not isinstance(Keep(), Method)
+
+
+def test_the_plan_is_in_the_manifest_and_read_back(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """What was done to every site, whatever spread one number over them; `inspect` shows it."""
+    scheme = "[('*.v_proj', Keep()), ('model.embed_tokens', RTN(8, 'channel')), ('*.mlp.*', GPTQ(rate=3.0)), ('*', RTN(4, 64))]"
+    options: dict[str, Any] = {"data": str(text), "samples": 8, "length": 32, "evaluate": False}
+    report = lc.compress(tiny, scheme, out=tmp_path / "out", **options)
+    manifest = json.loads((tmp_path / "out" / "laconic.json").read_text())
+    slots = tuple(find_slots(lc.load(tmp_path / "out")))
+    plan = Plan.from_json(plan_of(manifest), slots)
+    assert {s.name: repr(method) for s, method in plan.methods.items()} == {
+        site["name"]: site["method"] for site in report.sites
+    }
+    assert len({method for s, method in plan.methods.items() if ".mlp." in s.name}) > 1, "each matrix at its own rate"
+    assert all("v_proj" in s.name for s in plan.kept)
+    done = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--json"])
+    assert json.loads(done.stdout)["plan"] == plan_of(manifest)
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).stdout
+    assert "model.layers.*.self_attn.v_proj" in shown
