@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from laconic.errors import SchemeError
+from laconic.errors import LaconicError, SchemeError
 from laconic.methods.free import free_within
 from laconic.model.sites import NONE, Site, Stats
+from laconic.scheme.expressions import check_types
 from laconic.weights import EntryWeight, Inputs, Sparse, Sum, Weight
 from laconic.weights.relax import Relaxation, StraightThrough
 
@@ -21,12 +22,19 @@ if TYPE_CHECKING:
 
 
 def _skipped(check: Callable[..., None]) -> Callable[..., None]:
-    """A check of hyper-parameters that waits until all of them have values."""
+    """A check of hyper-parameters that waits until all of them have values, and names one whose type it cannot do with."""
 
     @functools.wraps(check)
     def guarded(self: "Method") -> None:
-        if not free_within(self):
+        if free_within(self):
+            return
+        try:
             check(self)
+        except LaconicError:
+            raise
+        except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError):
+            check_types("scheme", self)
+            raise
 
     return guarded
 
