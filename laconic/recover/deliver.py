@@ -13,7 +13,6 @@ from laconic.disk.output import below, copied_names, finite, remove
 from laconic.disk.store import MANIFEST, Compressed, stored_bytes
 from laconic.disk.tensors import checksum_of
 from laconic.engine.module import half_types, load_into, plain_bytes, save
-from laconic.engine.resolve import resolve
 from laconic.errors import OutputError, VerificationError
 from laconic.host.foreign import read_object
 from laconic.host.machine import machine, versions
