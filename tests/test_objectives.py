@@ -170,17 +170,17 @@ def test_every_kind_of_weight_has_its_bits() -> None:
     codes.set_mask(mask)
     side = grid.bits() - 4 * 32
     factors = LowRank(ones(4, 2, zeros=1), ones(2, 8))
-    assert o.nonzero_bits(ones(4, 8, zeros=3)) == 16 * 29
-    assert o.nonzero_bits(grid) == grid.bits()
-    assert o.nonzero_bits(pruned) == 16 * 4, "six survive, two of them are zero"
-    assert o.nonzero_bits(codes) == 4 * 6 + side, "six codes, and all scales"
-    assert o.nonzero_bits(factors) == 16 * (7 + 16)
-    assert o.nonzero_bits(Sum(pruned, factors)) == 16 * (4 + 23)
-    assert o.nonzero_bits(Permuted(pruned, torch.arange(8).flip(0))) == 16 * 4, "the order is an index"
-    assert o.nonzero_bits(Scaled(pruned, row_scale=ones(1, 4, zeros=1))) == 16 * (4 + 3)
-    assert o.nonzero_bits(Shared(pruned)) == 0
+    assert ones(4, 8, zeros=3).nonzero_bits() == 16 * 29
+    assert grid.nonzero_bits() == grid.bits()
+    assert pruned.nonzero_bits() == 16 * 4, "six survive, two of them are zero"
+    assert codes.nonzero_bits() == 4 * 6 + side, "six codes, and all scales"
+    assert factors.nonzero_bits() == 16 * (7 + 16)
+    assert Sum(pruned, factors).nonzero_bits() == 16 * (4 + 23)
+    assert Permuted(pruned, torch.arange(8).flip(0)).nonzero_bits() == 16 * 4, "the order is an index"
+    assert Scaled(pruned, row_scale=ones(1, 4, zeros=1)).nonzero_bits() == 16 * (4 + 3)
+    assert Shared(pruned).nonzero_bits() == 0
     rotated = lc.weights.Rotated(pruned, column_signs=torch.ones(8))
-    assert o.nonzero_bits(rotated) == 16 * 4 + 8, "a sign is a bit"
+    assert rotated.nonzero_bits() == 16 * 4 + 8, "a sign is a bit"
 
 
 def test_stored_bytes_are_those_of_the_file(tmp_path: Path) -> None:

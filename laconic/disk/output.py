@@ -18,7 +18,7 @@ from laconic.disk.lock import LOCK
 from laconic.disk.store import MANIFEST, amend_manifest, write_manifest
 from laconic.disk.tensors import INDEX
 from laconic.errors import CheckpointError, OutputError
-from laconic.weights.base import Spec
+from laconic.weights.spec import Spec
 
 _WORK = ".laconic"
 _DONE = ".laconic-done"  # the folder of a complete run, on its way out

@@ -14,10 +14,11 @@ from laconic.disk.tensors import INDEX, TensorFiles
 from laconic.errors import CheckpointError
 from laconic.host.foreign import read_object
 from laconic.weights import Weight, unpack
-from laconic.weights.base import Spec, asks_its_layer, pack
+from laconic.weights.base import asks_its_layer, pack
 from laconic.weights.demands import Demands, why_no_bias, why_not
-from laconic.weights.inputs import BITS_KEY, KEY, inputs_of
+from laconic.weights.inputs import inputs_of
 from laconic.weights.layout import check_spec, stored_names
+from laconic.weights.spec import Spec
 
 MANIFEST = "laconic.json"
 SCHEMA = 1
@@ -35,9 +36,7 @@ class Compressed:
             name: self.manifest["specs"][i] for name, i in self.manifest["weights"].items()
         }
         for i in sorted(set(self.manifest["weights"].values())):
-            spec, where = self.manifest["specs"][i], f"{path / MANIFEST}: spec {i}"
-            check_spec(spec, where)
-            _check_inputs(spec, where)
+            check_spec(self.manifest["specs"][i], f"{path / MANIFEST}: spec {i}")
         self._account()
 
     def _account(self) -> None:
@@ -125,21 +124,6 @@ def read_manifest(path: Path, *, verify: bool = True) -> dict[str, Any]:
     if verify:
         check_manifest(file, manifest)
     return manifest
-
-
-def _check_inputs(spec: Spec, where: str) -> None:
-    """Raises CheckpointError unless what a spec says of inputs and `bias` is absent, or stands at the outermost spec and is sound."""
-    try:
-        inputs_of(spec)
-    except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from error
-    todo: list[Any] = list(spec.values())
-    while todo:
-        value = todo.pop()
-        todo += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        if isinstance(value, dict) and asks_its_layer(value):
-            key = next(key for key in (BITS_KEY, KEY, "bias") if key in value)
-            raise CheckpointError(f"{where}: {key} in a part of a weight; the manifest is damaged")
 
 
 def pack_weights(weights: dict[str, Weight]) -> tuple[dict[str, Tensor], dict[str, Spec]]:

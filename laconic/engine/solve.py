@@ -80,7 +80,7 @@ def record_of(slot: Slot, method: Method, site: Site, weight: Weight) -> dict[st
     bits = weight.bits()
     record: dict[str, Any] = {
         "name": slot.name, "aliases": list(slot.names[1:]), "parameter": slot.parameter, "shape": list(slot.shape), "role": slot.role,
-        "method": repr(method), "kind": kind_of(weight), "bits": bits, "bits_per_weight": bits / slot.entries,
+        "method": repr(method), "kind": weight.words(), "bits": bits, "bits_per_weight": bits / slot.entries,
         "error": output_error(site, weight), "weight_error": output_error(site.having(hessian=None, squares=None), weight),
         "checksum": checksum(weight, slot.name), "notes": site.notes,
     }  # fmt: skip
@@ -91,22 +91,6 @@ def record_of(slot: Slot, method: Method, site: Site, weight: Weight) -> dict[st
     if weight.inputs is not None:
         record |= weight.inputs.to_spec()
     return record
-
-
-def kind_of(weight: Weight) -> str:
-    """The weight's structure in words, such as "sum(uniform, sparse(dense))"."""
-    children = [child for name, child in weight.named_children() if isinstance(child, Weight) and name != "bias"]
-    children += [
-        term
-        for child in weight.children()
-        if isinstance(child, nn.ModuleList)
-        for term in child
-        if isinstance(term, Weight)
-    ]
-    inner = [kind_of(child) for child in children] if weight.kind not in ("uniform", "codebook") else []
-    kind = f"{weight.kind}({', '.join(inner)})" if inner else weight.kind
-    kind += ", bias" if weight.output_bias() is not None else ""
-    return kind if weight.inputs is None else f"{kind}, {weight.inputs}"
 
 
 def checksum(weight: Weight, name: str = "") -> int:

@@ -16,7 +16,7 @@ from laconic.measure.layers import count_macs, nonzeros
 from laconic.measure.timing import resized, seconds_per_call, side_by_side, spread
 from laconic.model.blocks import Batch, examples_in
 from laconic.scheme.expressions import nearest
-from laconic.weights import Dense, LowRank, Permuted, Rotated, Scaled, Shared, Sparse, Sum, Weight, installed
+from laconic.weights import installed
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def stored_bytes(candidate: Candidate) -> float:
 def nonzero_bytes(candidate: Candidate) -> float:
     """Bytes of the non-zero parameters, each at the width it is stored in; masks, indices and buffers do not count.
 
+    A Weight counts as its `nonzero_bits` says: plain values that are not zero, what survives a mask, codes with their scales in full.
     Raises: SearchError when no parameter is left. Source: Condensa section 4, objective 1 ("the number of bytes consumed by the model's
     non-zero parameters"), its r_c.
     """
@@ -59,34 +60,8 @@ def nonzero_bytes_of(model: nn.Module) -> float:
     """`nonzero_bytes` of a module with or without installed Weights; every tie counts once."""
     weights = {id(weight): weight for weight in installed(model).values()}
     plain = [p for name, p in model.named_parameters() if ".parametrizations." not in f".{name}"]
-    return sum(map(nonzero_bits, weights.values())) / 8 + sum(nonzeros(p) * p.element_size() for p in plain)
-
-
-def nonzero_bits(weight: Weight) -> int:
-    """Stored bits of a Weight's non-zero values: those of plain values and of what survives a mask are counted, codes and scales in full.
-
-    Sparse: the values inside the mask. Sum, Scaled, LowRank: the parts. Permuted: the inner weight, without the order. Shared: none.
-    """
-    if isinstance(weight, Sparse):
-        survivors = weight.mask & (weight.values.forward() != 0) if isinstance(weight.values, Dense) else weight.mask
-        return weight.values.bits(survivors)
-    if isinstance(weight, Dense):
-        return weight.bits(weight.forward() != 0)
-    if isinstance(weight, Shared):
-        return 0
-    if isinstance(weight, Sum):
-        return sum(map(nonzero_bits, weight.terms))
-    if isinstance(weight, Permuted):
-        return nonzero_bits(weight.weight)
-    if isinstance(weight, Rotated):
-        return nonzero_bits(weight.weight) + weight.bits() - weight.weight.bits()
-    if isinstance(weight, Scaled):
-        return sum(
-            nonzero_bits(part) for part in (weight.weight, weight.row_scale, weight.column_scale) if part is not None
-        )
-    if isinstance(weight, LowRank):
-        return sum(nonzero_bits(part) for part in (weight.left, weight.right, weight.bias) if part is not None)
-    return weight.bits()
+    bits = sum(weight.nonzero_bits() for weight in weights.values())
+    return bits / 8 + sum(nonzeros(p) * p.element_size() for p in plain)
 
 
 def parameters(candidate: Candidate) -> float:

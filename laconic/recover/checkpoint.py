@@ -22,7 +22,8 @@ from laconic.recover.compressed import Bench, Best, Snapshot
 from laconic.recover.task import Judgement
 from laconic.recover.train import Trainer
 from laconic.weights import Weight, unpack
-from laconic.weights.base import nested, pack, prefixed
+from laconic.weights.base import pack
+from laconic.weights.spec import nested, prefixed
 
 STATE = "recovery.safetensors"
 _TOLD = {"fingerprint", "crc", "done", "trainer", "best", "specs", "curve", "notes", "seconds"}

@@ -14,8 +14,8 @@ from laconic.model.sites import Slot
 from laconic.recover.compressed import Bench
 from laconic.recover.train import Trainer
 from laconic.weights import Weight
-from laconic.weights.base import prefixed
 from laconic.weights.relax import Relaxation, Tuned
+from laconic.weights.spec import prefixed
 
 Relax = Callable[[Method, Weight, Tensor], Relaxation]
 """What stands in a matrix's place while it is trained: from its method, its compressed weight and its uncompressed values [out, in]."""

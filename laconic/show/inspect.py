@@ -9,7 +9,7 @@ from laconic.engine.plan import plan_of
 from laconic.engine.report import REPORT_JSON
 from laconic.errors import CheckpointError
 from laconic.host.foreign import read_object
-from laconic.weights.inputs import inputs_of
+from laconic.weights.layout import words_of
 
 
 def inspect_directory(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def inspect_directory(path: str | Path, *, verify: bool = False) -> dict[str, An
         size = sum(t.bytes for t in parts.values())
         entries = spec["shape"][0] * spec["shape"][1]
         rows.append(
-            {"name": name, "kind": _kind(spec), "shape": spec["shape"], "bits": 8 * size, "bits_per_weight": 8 * size / entries,
+            {"name": name, "kind": words_of(spec), "shape": spec["shape"], "bits": 8 * size, "bits_per_weight": 8 * size / entries,
              "bytes": size, "error": errors.get(name), "tensors": {key: t.bytes for key, t in parts.items()}}
         )  # fmt: skip
     plain = [
@@ -55,19 +55,6 @@ def inspect_directory(path: str | Path, *, verify: bool = False) -> dict[str, An
         "other_files": {name: size for name, size in files.items() if name not in model},
         "verified": verified, "parameters": source.get("parameters") if isinstance(source, dict) else None,
     }  # fmt: skip
-
-
-def _kind(spec: dict[str, Any]) -> str:
-    inner = [
-        _kind(value)
-        for key, value in spec.items()
-        if isinstance(value, dict) and key in ("weight", "values", "left", "right")
-    ]
-    inner += [_kind(term) for term in spec.get("terms", [])]
-    kind = f"{spec['kind']}({', '.join(inner)})" if inner else str(spec["kind"])
-    kind += ", bias" if "bias" in spec else ""
-    inputs = inputs_of(spec)
-    return kind if inputs is None else f"{kind}, {inputs}"
 
 
 def _errors(folder: Path) -> dict[str, float]:

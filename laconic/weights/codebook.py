@@ -7,8 +7,10 @@ from torch import Tensor
 
 from laconic.errors import CheckpointError, SchemeError
 from laconic.weights import codes
-from laconic.weights.base import EntryWeight, Spec, Weight, check_matrix, nested, prefixed, shape_of, unpack
+from laconic.weights.base import EntryWeight, Packed, Weight, check_matrix
 from laconic.weights.dense import Dense
+from laconic.weights.forms import Table
+from laconic.weights.spec import Spec
 
 _DISTANCES = 1 << 24  # distances held at a time while entries are assigned
 
@@ -21,6 +23,7 @@ class Codebook(EntryWeight):
     """
 
     kind = "codebook"
+    part_names = side_names = ("table", "row_scale")
 
     def __init__(
         self,
@@ -111,34 +114,32 @@ class Codebook(EntryWeight):
                         found[start : start + len(part)] = (norms - 2 * part @ table.t()).argmin(-1)
         return found
 
-    def bits(self, keep: Tensor | None = None) -> int:
-        stored = codes.stored_bits(self.codes, self.bit_width, self.codec, keep)
-        return stored + self.table.bits() + (self.row_scale.bits() if self.row_scale is not None else 0)
+    def table_form(self) -> Table | None:
+        table = Table(self.codes, self.tables(), self.rows_per_table)
+        return table if self.row_scale is None else table.times_rows(self.row_scale.forward().flatten())
 
-    def pack(self, keep: Tensor | None = None) -> tuple[Spec, dict[str, Tensor]]:
+    def own(self, keep: Tensor | None = None) -> tuple[Spec, dict[str, Tensor]]:
         if keep is not None and self.columns > 1:
             raise SchemeError("Codebook: a sparse weight stores single entries, so its codebook needs dimension=1")
-        tensors = codes.store(self.codes, 0, self.bit_width, self.codec, keep)
-        table_spec, table = self.table.pack()
-        spec: Spec = {"kind": self.kind, "shape": list(self.shape), "bits": self.bit_width, "dimension": self.columns}
-        spec |= {"rows_per_table": self.rows_per_table, "codec": self.codec, "table": table_spec}
-        tensors = tensors | prefixed("table", table)
-        if self.row_scale is not None:
-            spec["row_scale"], scale = self.row_scale.pack()
-            tensors |= prefixed("row_scale", scale)
-        return spec, tensors
+        fields = {"bits": self.bit_width, "dimension": self.columns, "rows_per_table": self.rows_per_table}
+        stored = codes.store(self.codes, low=0, bits=self.bit_width, codec=self.codec, keep=keep)
+        return fields | {"codec": self.codec}, stored
+
+    def own_bits(self, keep: Tensor | None = None) -> int:
+        return codes.stored_bits(self.codes, self.bit_width, self.codec, keep)
 
     @classmethod
-    def unpack(cls, spec: Spec, tensors: dict[str, Tensor], keep: Tensor | None = None) -> Self:
-        shape = shape_of(spec)
-        try:
-            bits, dimension, codec = spec["bits"], spec["dimension"], spec["codec"]
-            _check(shape, bits, dimension, spec["rows_per_table"], codec)
-            table = unpack(spec["table"], nested(tensors, "table"))
-            row_scale = unpack(spec["row_scale"], nested(tensors, "row_scale")) if "row_scale" in spec else None
-        except (KeyError, TypeError, SchemeError) as error:
-            raise CheckpointError(f"codebook: the spec is damaged: {error}") from error
-        restored = codes.restore(tensors, (shape[0], shape[1] // dimension), 0, bits, codec, keep)
+    def tensors_in(cls, spec: Spec) -> tuple[str, ...]:
+        return codes.stored_names(spec.get("codec"))
+
+    @classmethod
+    def read(cls, packed: Packed) -> Self:
+        spec, shape = packed.spec, packed.shape
+        bits, dimension, codec = spec["bits"], spec["dimension"], spec["codec"]
+        _check(shape, bits, dimension, spec["rows_per_table"], codec)
+        table, row_scale = packed.part("table"), packed.optional("row_scale")
+        size = (shape[0], shape[1] // dimension)
+        restored = codes.restore(packed.tensors, size, low=0, bits=bits, codec=codec, keep=packed.keep)
         self = cls(shape, bits=bits, dimension=dimension, rows_per_table=spec["rows_per_table"], codec=codec)
         if table.shape != self.table.shape or (row_scale is not None and row_scale.shape != (1, shape[0])):
             raise CheckpointError(f"codebook: the table should be {self.table.shape}, found {table.shape}")

@@ -87,6 +87,11 @@ def store(codes: Tensor, low: int, bits: int | None, codec: Codec, keep: Tensor 
     return {"codes": pack_dense(kept.to(torch.int32) - low, bits)}
 
 
+def stored_names(codec: object) -> tuple[str, ...]:
+    """The names of the tensors that `store` makes."""
+    return ("codes", "head") if codec == "ans" else ("codes",)
+
+
 def stored_bits(codes: Tensor, bits: int | None, codec: Codec, keep: Tensor | None = None) -> int:
     """8 x the bytes that `store` would write; cheap for the dense codec, one encoding for the entropy codec."""
     if codec == "ans":

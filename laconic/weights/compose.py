@@ -1,12 +1,16 @@
 """Weights made of weights: sums, row and column scalings, column permutations, and views of a weight that lives elsewhere."""
 
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from laconic.errors import CheckpointError, SchemeError
-from laconic.weights.base import ColumnWeight, Spec, Weight, check_matrix, nested, prefixed, shape_of, unpack
+from laconic.weights.base import ColumnWeight, Packed, Weight, check_matrix
+from laconic.weights.forms import Form, Grid, Table
+from laconic.weights.spec import Spec, shape_of
+
+F = TypeVar("F", bound=Form)
 
 
 class Sum(Weight):
@@ -45,27 +49,35 @@ class Sum(Weight):
             left = left - term.forward().detach().to(left.dtype)
         return ()
 
-    def bits(self) -> int:
-        return sum(term.bits() for term in self.terms)
-
-    def pack(self) -> tuple[Spec, dict[str, Tensor]]:
-        packed = [term.pack() for term in self.terms]
-        tensors = {name: t for i, (_, part) in enumerate(packed) for name, t in prefixed(str(i), part).items()}
-        return {"kind": self.kind, "shape": list(self.shape), "terms": [spec for spec, _ in packed]}, tensors
+    def parts(self) -> dict[str, Weight]:
+        return {str(i): term for i, term in enumerate(self.terms)}
 
     @classmethod
-    def unpack(cls, spec: Spec, tensors: dict[str, Tensor]) -> Self:
-        shape = shape_of(spec)
+    def parts_in(cls, spec: Spec) -> dict[str, Any]:
         terms = spec.get("terms")
-        if not isinstance(terms, list) or any(shape_of(term) != shape for term in terms):
-            raise CheckpointError(f"sum: every term should be of shape {shape}")
-        return cls(*(unpack(term, nested(tensors, str(i))) for i, term in enumerate(terms)))
+        return {str(i): term for i, term in enumerate(terms if isinstance(terms, list) else ())}
+
+    @classmethod
+    def with_parts(cls, specs: dict[str, Spec]) -> Spec:
+        return {"terms": list(specs.values())}
+
+    @classmethod
+    def read(cls, packed: Packed) -> Self:
+        return cls(*packed.all_parts().values())
+
+    def grid_form(self) -> Grid | None:
+        return self.terms[0].grid_form() if len(self.terms) == 1 else None
+
+    def table_form(self) -> Table | None:
+        return self.terms[0].table_form() if len(self.terms) == 1 else None
 
 
 class Scaled(ColumnWeight):
     """W = diag(rows) weight diag(columns), each factor an optional Weight of shape [1, out] or [1, in]. Bits: those of all parts."""
 
     kind = "scaled"
+    part_names = ("weight", "row_scale", "column_scale")
+    side_names = ("row_scale", "column_scale")
 
     def __init__(self, weight: Weight, *, row_scale: Weight | None = None, column_scale: Weight | None = None) -> None:
         super().__init__()
@@ -105,12 +117,9 @@ class Scaled(ColumnWeight):
 
     def nearest(self, w: Tensor, j: int, metric: Tensor | None = None) -> Tensor:
         factor = self._columns(j, w.shape[1])
-        inner = (
-            metric
-            if metric is None or not isinstance(factor, Tensor) or factor.shape[1] == 1
-            else factor[0].unsqueeze(1) * metric
-        )
-        return self._inner.nearest(w / factor, j, inner) * factor
+        if metric is not None and isinstance(factor, Tensor) and factor.shape[1] > 1:
+            metric = factor[0].unsqueeze(1) * metric
+        return self._inner.nearest(w / factor, j, metric) * factor
 
     @property
     def _inner(self) -> ColumnWeight:
@@ -118,28 +127,18 @@ class Scaled(ColumnWeight):
             raise SchemeError(f"Scaled: {type(self.weight).__name__} has no column-wise nearest values")
         return self.weight
 
-    def bits(self) -> int:
-        return sum(part.bits() for part in (self.weight, self.row_scale, self.column_scale) if part is not None)
+    def grid_form(self) -> Grid | None:
+        return self._scaled(self.weight.grid_form())
 
-    def pack(self) -> tuple[Spec, dict[str, Tensor]]:
-        spec: Spec = {"kind": self.kind, "shape": list(self.shape)}
-        tensors: dict[str, Tensor] = {}
-        for name, part in (("weight", self.weight), ("row_scale", self.row_scale), ("column_scale", self.column_scale)):
-            if part is not None:
-                spec[name], packed = part.pack()
-                tensors |= prefixed(name, packed)
-        return spec, tensors
+    def table_form(self) -> Table | None:
+        return self._scaled(self.weight.table_form())
 
-    @classmethod
-    def unpack(cls, spec: Spec, tensors: dict[str, Tensor]) -> Self:
-        names = ("weight", "row_scale", "column_scale")
-        parts = {name: unpack(spec[name], nested(tensors, name)) for name in names if name in spec}
-        if "weight" not in parts or parts["weight"].shape != shape_of(spec):
-            raise CheckpointError(f"scaled: the inner weight should be of shape {spec.get('shape')}")
-        try:
-            return cls(parts["weight"], row_scale=parts.get("row_scale"), column_scale=parts.get("column_scale"))
-        except SchemeError as error:
-            raise CheckpointError(f"scaled: the spec is damaged: {error}") from error
+    def _scaled(self, form: F | None) -> F | None:
+        if form is not None and self.row_scale is not None:
+            form = form.times_rows(self.row_scale.forward().flatten())
+        if form is not None and self.column_scale is not None:
+            form = form.times_columns(self.column_scale.forward().flatten())
+        return form
 
 
 class Permuted(Weight):
@@ -149,6 +148,7 @@ class Permuted(Weight):
     """
 
     kind = "permuted"
+    part_names = ("weight",)
 
     def __init__(self, weight: Weight, order: Tensor) -> None:
         super().__init__()
@@ -174,30 +174,33 @@ class Permuted(Weight):
     def _dtype(self) -> torch.dtype:
         return torch.int16 if self.shape[1] <= 2**15 else torch.int32
 
-    def bits(self) -> int:
-        return self.weight.bits() + 8 * self._dtype.itemsize * self.shape[1]
+    def grid_form(self) -> Grid | None:
+        inner = self.weight.grid_form()
+        return None if inner is None else inner.reordered(self.order.argsort())
 
-    def pack(self) -> tuple[Spec, dict[str, Tensor]]:
-        inner, tensors = self.weight.pack()
-        order = {"order": self.order.to(self._dtype).cpu()}
-        return {"kind": self.kind, "shape": list(self.shape), "weight": inner}, order | prefixed("weight", tensors)
+    def table_form(self) -> Table | None:
+        inner = self.weight.table_form()
+        return None if inner is None else inner.reordered(self.order.argsort())
+
+    def own(self) -> tuple[Spec, dict[str, Tensor]]:
+        return {}, {"order": self.order.to(_order_dtype(self.shape[1])).cpu()}
+
+    def nonzero_bits(self) -> int:
+        """Those of the weight; the order does not count."""
+        return self.weight.nonzero_bits()
 
     @classmethod
-    def unpack(cls, spec: Spec, tensors: dict[str, Tensor]) -> Self:
-        shape = shape_of(spec)
-        if (
-            "order" not in tensors
-            or tensors["order"].dtype not in (torch.int16, torch.int32)
-            or tensors["order"].shape != (shape[1],)
-        ):
-            raise CheckpointError(f"permuted: expected an integer tensor 'order' of {shape[1]} columns")
-        try:
-            self = cls(unpack(spec["weight"], nested(tensors, "weight")), tensors["order"])
-        except (KeyError, SchemeError) as error:
-            raise CheckpointError(f"permuted: the spec is damaged: {error}") from error
-        if self.shape != shape:
-            raise CheckpointError(f"permuted: an inner weight of {self.shape} in a weight of {shape}")
-        return self
+    def tensors_in(cls, spec: Spec) -> tuple[str, ...]:
+        return ("order",)
+
+    @classmethod
+    def read(cls, packed: Packed) -> Self:
+        columns = packed.shape[1]
+        return cls(packed.part("weight"), packed.tensor("order", _order_dtype(columns), (columns,)))
+
+
+def _order_dtype(columns: int) -> torch.dtype:
+    return torch.int16 if columns <= 2**15 else torch.int32
 
 
 class Shared(Weight):
@@ -228,21 +231,22 @@ class Shared(Weight):
         whole[self.window[0] : self.window[1]] = (W.t() if self.transposed else W).to(whole.dtype)
         return self.owner.right_inverse(whole)
 
-    def bits(self) -> int:
-        return 0
+    def grid_form(self) -> Grid | None:
+        inner = None if self.transposed else self.owner.grid_form()
+        return None if inner is None else inner.cut(*self.window)
 
-    def pack(self) -> tuple[Spec, dict[str, Tensor]]:
+    def table_form(self) -> Table | None:
+        inner = None if self.transposed else self.owner.table_form()
+        return None if inner is None else inner.cut(*self.window)
+
+    def own(self) -> tuple[Spec, dict[str, Tensor]]:
         """The view only. Whoever stores it names the owner in `spec["owner"]`, and hands `resolve` that weight."""
-        return {
-            "kind": self.kind,
-            "shape": list(self.shape),
-            "transposed": self.transposed,
-            "rows": list(self.window),
-        }, {}
+        return {"transposed": self.transposed, "rows": list(self.window)}, {}
 
     @classmethod
-    def unpack(cls, spec: Spec, tensors: dict[str, Tensor]) -> Self:
-        raise CheckpointError(f"shared: a view needs its owner {spec.get('owner')!r}; use Shared.resolve(spec, owner)")
+    def read(cls, packed: Packed) -> Self:
+        owner = packed.spec.get("owner")
+        raise CheckpointError(f"shared: a view needs its owner {owner!r}; use Shared.resolve(spec, owner)")
 
     @classmethod
     def resolve(cls, spec: Spec, owner: Weight) -> Self:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from laconic.errors import CheckpointError, SchemeError
-from laconic.weights.base import EntryWeight, Spec, check_matrix, expect, parameter, shape_of
+from laconic.weights.base import EntryWeight, Packed, check_matrix, parameter
+from laconic.weights.spec import Spec
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -60,27 +61,41 @@ class Dense(EntryWeight):
     def nearest(self, w: Tensor, j: int, metric: Tensor | None = None) -> Tensor:
         return w.to(DTYPES[self.dtype]).to(w.dtype)
 
-    def bits(self, keep: Tensor | None = None) -> int:
+    def own(self, keep: Tensor | None = None) -> tuple[Spec, dict[str, Tensor]]:
+        stored = self.values.detach().to(DTYPES[self.dtype]).cpu()
+        return {"dtype": self.dtype}, {"values": stored[keep] if keep is not None else stored.contiguous()}
+
+    def own_bits(self, keep: Tensor | None = None) -> int:
         count = self.shape[0] * self.shape[1] if keep is None else int(keep.sum())
         return 8 * DTYPES[self.dtype].itemsize * count
 
-    def pack(self, keep: Tensor | None = None) -> tuple[Spec, dict[str, Tensor]]:
-        stored = self.values.detach().to(DTYPES[self.dtype]).cpu()
-        values = stored[keep] if keep is not None else stored.contiguous()
-        return {"kind": self.kind, "shape": list(self.shape), "dtype": self.dtype}, {"values": values}
+    def nonzero_bits(self, keep: Tensor | None = None) -> int:
+        nonzero = self.forward() != 0
+        return self.own_bits(nonzero if keep is None else nonzero & keep)
 
     @classmethod
-    def unpack(cls, spec: Spec, tensors: dict[str, Tensor], keep: Tensor | None = None) -> Self:
-        shape, dtype = shape_of(spec), spec.get("dtype")
-        if dtype not in DTYPES:
-            raise CheckpointError(f"dense: unknown dtype {dtype!r}")
-        stored = expect(tensors, "values", DTYPES[dtype], shape if keep is None else (int(keep.sum()),), "dense")
+    def tensors_in(cls, spec: Spec) -> tuple[str, ...]:
+        _dtype_in(spec)
+        return ("values",)
+
+    @classmethod
+    def read(cls, packed: Packed) -> Self:
+        dtype, keep = _dtype_in(packed.spec), packed.keep
+        count = packed.shape if keep is None else (int(keep.sum()),)
+        values = packed.tensor("values", DTYPES[dtype], count)
+        if keep is not None:
+            stored, values = values, torch.zeros(packed.shape, dtype=values.dtype)
+            values[keep] = stored
         self = cls.__new__(cls)
         super(Dense, self).__init__()
-        self.shape, self.dtype = shape, dtype
-        values = stored
-        if keep is not None:
-            values = torch.zeros(shape, dtype=stored.dtype)
-            values[keep] = stored
+        self.shape, self.dtype = packed.shape, dtype
         self.values = parameter(values.to(torch.float32) if dtype != "float64" else values)
         return self
+
+
+def _dtype_in(spec: Spec) -> str:
+    """The type of the values. Raises: CheckpointError for one that is none of ours."""
+    dtype = spec.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"dense: unknown dtype {str(dtype)[:40]!r}")
+    return dtype

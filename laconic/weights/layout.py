@@ -1,52 +1,44 @@
-"""The names of the tensors a spec asks for, found without any of them; and how much they may decode to."""
+"""A stored spec before anything is read by it: the tensors it asks for, how much they may decode to, what it says in words.
+
+No kind of weight is known here: the class that a spec names says which parts it has (`parts_in`) and which tensors (`tensors_in`).
+"""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from laconic.errors import CheckpointError
-from laconic.weights.base import Spec
-from laconic.weights.dense import DTYPES
+from laconic.weights.base import BIAS, EntryWeight, Weight, asks_its_layer, class_of, in_words
+from laconic.weights.inputs import BITS_KEY, KEY, inputs_of
+from laconic.weights.spec import Spec
 
 DEPTH = 16  # weights within weights
 PARTS = 1024  # of one weight
 _FLOOR = 1 << 22  # entries that side information may have beside the smallest matrix: 64 tables of 16 bits
 _TIMES = 16  # times the entries of the matrix, of all parts that are kept in memory together
-_MADE_OF = {"sparse": ("values",), "lowrank": ("left", "right", "bias"), "scaled": ("weight", "row_scale", "column_scale"), "rotated": ("weight",),
-            "permuted": ("weight",), "uniform": ("scale", "zero"), "codebook": ("table", "row_scale"), "dense": ()}  # fmt: skip
-_OWN = {"dense": ("values",), "permuted": ("order",)}
-_MASKS: dict[str, tuple[str, ...]] = {"index": ("mask", "counts"), "entropy": ("mask", "stream")}
-
-
-def parts_of(spec: Spec) -> Iterator[tuple[str, Any]]:
-    """The specs a spec is made of, by the prefix of their tensors."""
-    if spec.get("kind") == "sum":
-        terms = spec.get("terms")
-        yield from ((str(i), term) for i, term in enumerate(terms if isinstance(terms, list) else ()))
-        return
-    yield from ((name, spec[name]) for name in _MADE_OF.get(str(spec.get("kind")), ()) if name in spec)
 
 
 def stored_names(spec: Spec) -> set[str]:
     """The tensors of a spec that `check_spec` let through, by their names within the weight."""
-    kind = spec["kind"]
-    own: tuple[str, ...] = _OWN.get(kind, ())
-    if kind in ("uniform", "codebook"):
-        own = ("codes", "head") if spec.get("codec") == "ans" else ("codes",)
-    elif kind == "sparse":
-        mask = spec.get("mask")
-        own = _MASKS.get(str(mask.get("coding")) if isinstance(mask, dict) else "", ("mask",))
-    elif kind == "rotated":
-        sides = spec.get("sides")
-        own = tuple(name for name in ("row_signs", "column_signs") if isinstance(sides, list) and name in sides)
-    return {*own, *(f"{prefix}.{name}" for prefix, part in parts_of(spec) for name in stored_names(part))}
+    cls = class_of(spec)
+    names = set(cls.tensors_in(spec))
+    for prefix, part in cls.parts_in(spec).items():
+        names |= {f"{prefix}.{name}" for name in stored_names(part)}
+    return names
+
+
+def words_of(spec: Spec) -> str:
+    """`Weight.words` of the weight that a spec stands for."""
+    cls = class_of(spec)
+    parts = {name: words_of(part) for name, part in cls.parts_in(spec).items()}
+    return in_words(cls, parts, inputs_of(spec))
 
 
 def check_spec(spec: Any, where: str) -> None:
-    """Refuses a spec whose reader would allocate far more than the matrix it stands for, before anything is read.
+    """Refuses a spec that no reader may be led by, before anything is read.
 
-    Each part may have four times the entries of the matrix, all that are in memory together sixteen times (4M at least); a weight has at
-    most 1,024 parts, 16 deep. Raises: CheckpointError.
+    A reader must not allocate far more than the matrix the spec stands for: each part may have four times its entries, all that are in memory
+    together sixteen times (4M at least); a weight has at most 1,024 parts, 16 deep. Every kind is known, and what a weight asks of its layer
+    stands at the outermost spec. Raises: CheckpointError.
     """
     root = _entries(spec, where, math.inf)
     total, count = 0, 0
@@ -54,34 +46,40 @@ def check_spec(spec: Any, where: str) -> None:
     while todo:
         part, depth = todo.pop()
         entries = _entries(part, where, max(4 * root, _FLOOR))
-        if part["kind"] not in (*_MADE_OF, "sum", "shared"):
-            raise CheckpointError(
-                f"{where}: unknown kind of weight {part['kind'][:40]!r}; this file needs a newer laconic, or is damaged"
-            )
-        inner = [value for _, value in parts_of(part)]
+        cls, inner = _asked_for(part, where)
+        if depth and asks_its_layer(part):
+            key = next(key for key in (BITS_KEY, KEY, BIAS) if key in part)
+            raise CheckpointError(f"{where}: {key} in a part of a weight; the manifest is damaged")
         count += 1
-        total += 0 if part.get("kind") in ("sum", "scaled", "lowrank", "rotated", "permuted", "sparse") else entries
+        total += entries if _holds_entries(cls, inner) else 0
         if depth > DEPTH or count > PARTS or total > max(_TIMES * root, _FLOOR):
             raise CheckpointError(
                 f"{where}: its parts ({count} so far, {total:,} entries) are too many for a matrix of {spec['shape']}; damaged"
             )
-        blocks = part.get("pattern")
-        if isinstance(blocks, dict) and any(isinstance(side, list) and len(side) > 8 for side in blocks.values()):
-            raise CheckpointError(f"{where}: blocks of a tensor of more than eight dimensions; the manifest is damaged")
-        todo += [(value, depth + 1) for value in inner]
+        todo += [(value, depth + 1) for value in inner.values()]
+
+
+def _holds_entries(cls: type[Weight], parts: dict[str, Any]) -> bool:
+    """Whether a weight keeps as many numbers as its matrix has entries beside what its parts keep: one that is made of parts does not."""
+    return issubclass(cls, EntryWeight) or not parts
+
+
+def _asked_for(part: Any, where: str) -> tuple[type[Weight], dict[str, Any]]:
+    """The class of a spec, and the specs of its parts."""
+    try:
+        cls = class_of(part)
+        cls.tensors_in(part)
+        inputs_of(part)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    return cls, cls.parts_in(part)
 
 
 def _entries(part: Any, where: str, limit: float) -> int:
     shape = part.get("shape") if isinstance(part, dict) else None
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)):
         raise CheckpointError(f"{where}: shape must be two positive integers, got {str(shape)[:80]}")
-    sound = (
-        isinstance(part.get("kind"), str)
-        and isinstance(part.get("sides", []), list)
-        and str(part.get("dtype", "float32")) in DTYPES
-    )
-    if shape[0] * shape[1] > limit or not sound:
-        raise CheckpointError(
-            f"{where}: a part of kind {str(part.get('kind'))[:40]!r} and shape {shape}; the manifest is damaged"
-        )
+    if shape[0] * shape[1] > limit:
+        kind = str(part.get("kind"))[:40]
+        raise CheckpointError(f"{where}: a part of kind {kind!r} and shape {shape}; the manifest is damaged")
     return shape[0] * shape[1]

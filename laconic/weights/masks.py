@@ -186,6 +186,13 @@ def store_mask(mask: Tensor, pattern: Pattern) -> tuple[dict[str, Any], dict[str
     return {"coding": coding.name}, coding.make()
 
 
+def mask_tensors(spec: Any) -> tuple[str, ...]:
+    """The names of the tensors `store_mask` made, by its spec, which may be damaged."""
+    coding = spec.get("coding") if isinstance(spec, dict) else None
+    second = {"index": "counts", "entropy": "stream"}.get(str(coding))
+    return ("mask",) if second is None else ("mask", second)
+
+
 def restore_mask(spec: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern) -> Tensor:
     """The inverse of `store_mask`. Raises: CheckpointError when the stored bytes are not a mask of this shape and pattern."""
     check_pattern(pattern, shape)

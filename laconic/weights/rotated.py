@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from laconic.errors import CheckpointError, SchemeError
-from laconic.weights.base import Spec, Weight, check_matrix, expect, nested, prefixed, shape_of, unpack
+from laconic.weights.base import Packed, Weight, check_matrix
 from laconic.weights.codes import dense_bytes, pack_dense, unpack_dense
+from laconic.weights.forms import Grid, Table
+from laconic.weights.spec import Spec
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -33,7 +35,7 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def random_signs(n: int, generator: torch.Generator) -> Tensor:
-    """n independent signs, +1 or -1."""
+    """n independent signs, +1 or -1, float [n]."""
     return torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1.0
 
 
@@ -45,6 +47,7 @@ class Rotated(Weight):
     """
 
     kind = "rotated"
+    part_names = ("weight",)
 
     def __init__(self, weight: Weight, *, row_signs: Tensor | None = None, column_signs: Tensor | None = None) -> None:
         super().__init__()
@@ -75,40 +78,38 @@ class Rotated(Weight):
         check_matrix(W, self.shape, "Rotated")
         return self.weight.right_inverse(self.rotate(W.detach()))
 
-    def bits(self) -> int:
-        return self.weight.bits() + sum(
-            8 * dense_bytes(len(s), 1) for s in (self.row_signs, self.column_signs) if s is not None
-        )
+    def grid_form(self) -> Grid | None:
+        return self.weight.grid_form() if not self._signs() else None
 
-    def pack(self) -> tuple[Spec, dict[str, Tensor]]:
-        inner, tensors = self.weight.pack()
-        tensors = prefixed("weight", tensors)
-        for name, signs in (("row_signs", self.row_signs), ("column_signs", self.column_signs)):
-            if signs is not None:
-                tensors[name] = pack_dense((signs > 0).int(), 1)
-        sides = [name for name in ("row_signs", "column_signs") if name in tensors]
-        return {"kind": self.kind, "shape": list(self.shape), "sides": sides, "weight": inner}, tensors
+    def table_form(self) -> Table | None:
+        return self.weight.table_form() if not self._signs() else None
+
+    def _signs(self) -> dict[str, Tensor]:
+        """The signs of the sides that are rotated, by name."""
+        sides = {"row_signs": self.row_signs, "column_signs": self.column_signs}
+        return {name: signs for name, signs in sides.items() if signs is not None}
+
+    def own(self) -> tuple[Spec, dict[str, Tensor]]:
+        signs = self._signs()
+        return {"sides": list(signs)}, {name: pack_dense((side > 0).int(), 1) for name, side in signs.items()}
 
     @classmethod
-    def unpack(cls, spec: Spec, tensors: dict[str, Tensor]) -> Self:
-        shape = shape_of(spec)
+    def tensors_in(cls, spec: Spec) -> tuple[str, ...]:
+        sides = spec.get("sides", [])
+        if not isinstance(sides, list):
+            raise CheckpointError(f"rotated: sides should be a list, got {type(sides).__name__}")
+        return tuple(name for name in ("row_signs", "column_signs") if name in sides)
+
+    @classmethod
+    def read(cls, packed: Packed) -> Self:
+        lengths = dict(zip(("row_signs", "column_signs"), packed.shape, strict=True))
         signs: dict[str, Tensor] = {}
-        for name, length in (("row_signs", shape[0]), ("column_signs", shape[1])):
-            if name in spec.get("sides", ()):
-                signs[name] = (
-                    unpack_dense(expect(tensors, name, torch.uint8, (dense_bytes(length, 1),), "rotated"), 1, length)
-                    * 2.0
-                    - 1.0
-                )
-        try:
-            self = cls(unpack(spec["weight"], nested(tensors, "weight")), **signs)
-        except (KeyError, SchemeError) as error:
-            raise CheckpointError(f"rotated: the spec is damaged: {error}") from error
-        if self.shape != shape:
-            raise CheckpointError(f"rotated: an inner weight of {self.shape} in a weight of {shape}")
-        return self
+        for name in cls.tensors_in(packed.spec):
+            data = packed.tensor(name, torch.uint8, (dense_bytes(lengths[name], 1),))
+            signs[name] = unpack_dense(data, 1, lengths[name]) * 2.0 - 1.0
+        return cls(packed.part("weight"), **signs)
 
 
 def rotate_columns(W: Tensor, signs: Tensor | None) -> Tensor:
-    """W S H along the last dimension, or W itself without signs."""
+    """W [..., in] S H along the last dimension with signs [in], or W itself without signs."""
     return hadamard(W * signs.to(W)) if signs is not None else W

@@ -6,11 +6,23 @@ import torch
 from torch import Tensor
 
 from laconic.errors import CheckpointError, SchemeError
-from laconic.weights.base import ColumnWeight, EntryWeight, Spec, check_matrix, nested, prefixed, shape_of, unpack
+from laconic.weights.base import ColumnWeight, EntryWeight, Packed, Weight, check_matrix
 from laconic.weights.blocks import Blocks
-from laconic.weights.masks import Pattern, check_pattern, choose, mask_bytes, n_of_m, restore_mask, store_mask
+from laconic.weights.forms import Grid, Table
+from laconic.weights.masks import (
+    Pattern,
+    check_pattern,
+    choose,
+    mask_bytes,
+    mask_tensors,
+    n_of_m,
+    restore_mask,
+    store_mask,
+)
+from laconic.weights.spec import Spec
 
 _BLOCK = 128  # columns whose mask is chosen together in a sweep; SparseGPT's blocksize B_s
+_DIMS = 8  # of a tensor whose blocks a damaged spec may name: more would be padded dimension by dimension
 
 
 class Sparse(ColumnWeight):
@@ -22,6 +34,7 @@ class Sparse(ColumnWeight):
     """
 
     kind = "sparse"
+    part_names = ("values",)
 
     def __init__(self, values: EntryWeight, *, pattern: Pattern = "unstructured", sparsity: float = 0.5) -> None:
         super().__init__()
@@ -33,15 +46,7 @@ class Sparse(ColumnWeight):
         self.shape, self.pattern, self.values = values.shape, pattern, values
         group = n_of_m(pattern)
         self.sparsity = 1 - group[0] / group[1] if group else sparsity
-        width = (
-            group[1]
-            if group
-            else 1
-            if isinstance(pattern, str)
-            else self.shape[1]
-            if isinstance(pattern, Blocks)
-            else pattern[1]
-        )
+        width = _columns_of(pattern, self.shape[1])
         self.span = width if group else min(-(-_BLOCK // width) * width, self.shape[1])
         self.register_buffer("mask", torch.ones(self.shape, dtype=torch.bool))
 
@@ -78,38 +83,58 @@ class Sparse(ColumnWeight):
     def nearest(self, w: Tensor, j: int, metric: Tensor | None = None) -> Tensor:
         return torch.where(self.mask[:, j : j + 1], self.values.nearest(w, j, metric), torch.zeros_like(w))
 
-    def bits(self) -> int:
-        return self.values.bits(self.mask) + 8 * mask_bytes(self.mask, self.pattern)
+    def grid_form(self) -> Grid | None:
+        inner = self.values.grid_form()
+        return None if inner is None else inner.masked(self.mask)
 
-    def pack(self) -> tuple[Spec, dict[str, Tensor]]:
-        mask_spec, mask = store_mask(self.mask, self.pattern)
-        values_spec, values = self.values.pack(self.mask.cpu())
-        spec = {
-            "kind": self.kind,
-            "shape": list(self.shape),
-            "pattern": _written(self.pattern),
-            "mask": mask_spec,
-            "values": values_spec,
-        }
-        return spec, mask | prefixed("values", values)
+    def table_form(self) -> Table | None:
+        inner = self.values.table_form()
+        return None if inner is None else inner.masked(self.mask)
+
+    def own(self) -> tuple[Spec, dict[str, Tensor]]:
+        mask_spec, tensors = store_mask(self.mask, self.pattern)
+        return {"pattern": _written(self.pattern), "mask": mask_spec}, tensors
+
+    def own_bits(self) -> int:
+        return 8 * mask_bytes(self.mask, self.pattern)
+
+    def part_bits(self, name: str, part: Weight) -> int:
+        return self.values.bits(self.mask)
+
+    def pack_part(self, name: str, part: Weight) -> tuple[Spec, dict[str, Tensor]]:
+        return self.values.pack(self.mask.cpu())
+
+    def nonzero_bits(self) -> int:
+        """What survives the mask; the mask does not count."""
+        return self.values.nonzero_bits(self.mask)
 
     @classmethod
-    def unpack(cls, spec: Spec, tensors: dict[str, Tensor]) -> Self:
-        shape = shape_of(spec)
-        try:
-            pattern = _read(spec["pattern"])
-            mask = restore_mask(spec["mask"], tensors, shape, pattern)
-            values = unpack(spec["values"], nested(tensors, "values"), mask)
-            self = cls(values, pattern=pattern, sparsity=1 - float(mask.float().mean()))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"sparse: the spec is damaged: {error}") from error
-        if self.shape != shape:
-            raise CheckpointError(f"sparse: values of {values.shape} in a weight of {shape}")
+    def tensors_in(cls, spec: Spec) -> tuple[str, ...]:
+        blocks = spec.get("pattern")
+        if isinstance(blocks, dict) and any(isinstance(side, list) and len(side) > _DIMS for side in blocks.values()):
+            raise CheckpointError(f"sparse: blocks of a tensor of more than {_DIMS} dimensions")
+        return mask_tensors(spec.get("mask"))
+
+    @classmethod
+    def read(cls, packed: Packed) -> Self:
+        pattern = _read(packed.spec["pattern"])
+        mask = restore_mask(packed.spec["mask"], packed.tensors, packed.shape, pattern)
+        self = cls(packed.survivors("values", mask), pattern=pattern, sparsity=1 - float(mask.float().mean()))
         self.mask = mask
         return self
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]} x {self.shape[1]}, pattern={self.pattern}"
+
+
+def _columns_of(pattern: Pattern, columns: int) -> int:
+    """The least number of columns that a mask is chosen for together."""
+    if isinstance(pattern, Blocks):
+        return columns
+    if isinstance(pattern, str):
+        group = n_of_m(pattern)
+        return group[1] if group else 1
+    return pattern[1]
 
 
 def _written(pattern: Pattern) -> Any:

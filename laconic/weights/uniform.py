@@ -7,9 +7,11 @@ from torch import Tensor
 
 from laconic.errors import CheckpointError, SchemeError
 from laconic.weights import codes
-from laconic.weights.base import EntryWeight, Spec, Weight, check_matrix, nested, prefixed, shape_of, unpack
+from laconic.weights.base import EntryWeight, Packed, Weight, check_matrix
 from laconic.weights.dense import Dense
+from laconic.weights.forms import Grid, bits_needed
 from laconic.weights.grid import Clip, fit_grid
+from laconic.weights.spec import Spec
 
 Group = int | Literal["channel", "tensor"]
 _ROWS = 1 << 22  # entries handled at a time when a large matrix is encoded: bounds the working memory to a few dozen MB
@@ -26,6 +28,7 @@ class Uniform(EntryWeight):
     """
 
     kind = "uniform"
+    part_names = side_names = ("scale", "zero")
 
     def __init__(
         self,
@@ -155,47 +158,38 @@ class Uniform(EntryWeight):
         zero = zeros[j // self.width].unsqueeze(1) if isinstance(zeros, Tensor) else zeros
         return ((w / scale + zero).round_().clamp_(self.low, self.high) - zero) * scale
 
-    def bits(self, keep: Tensor | None = None) -> int:
-        return (
-            codes.stored_bits(self.codes, self.bit_width, self.codec, keep)
-            + self.scale.bits()
-            + (self.zero.bits() if self.zero else 0)
-        )
+    def grid_form(self) -> Grid | None:
+        rows = self.shape[0]
+        scale = self.scale.forward().t().expand(rows, -1)
+        zero = None if self.zero is None else self.zero.forward().t().expand(rows, -1)
+        if self.zero is None and self.bit_width == 1:
+            zero = torch.full_like(scale, -0.5)
+        return Grid(self.codes, scale, zero, group=self.width, bits=self.bit_width or bits_needed(self.codes))
 
-    def pack(self, keep: Tensor | None = None) -> tuple[Spec, dict[str, Tensor]]:
-        tensors = codes.store(self.codes, self.low, self.bit_width, self.codec, keep)
-        scale_spec, scale = self.scale.pack()
-        spec: Spec = {
-            "kind": self.kind,
-            "shape": list(self.shape),
-            "bits": self.bit_width,
-            "group": self.group,
-            "codec": self.codec,
-        }
-        spec["scale"] = scale_spec
-        tensors = tensors | prefixed("scale", scale)
-        if self.zero is not None:
-            spec["zero"], zero = self.zero.pack()
-            tensors |= prefixed("zero", zero)
-        return spec, tensors
+    def own(self, keep: Tensor | None = None) -> tuple[Spec, dict[str, Tensor]]:
+        stored = codes.store(self.codes, low=self.low, bits=self.bit_width, codec=self.codec, keep=keep)
+        return {"bits": self.bit_width, "group": self.group, "codec": self.codec}, stored
+
+    def own_bits(self, keep: Tensor | None = None) -> int:
+        return codes.stored_bits(self.codes, self.bit_width, self.codec, keep)
 
     @classmethod
-    def unpack(cls, spec: Spec, tensors: dict[str, Tensor], keep: Tensor | None = None) -> Self:
-        shape = shape_of(spec)
-        try:
-            _check(shape, spec["bits"], spec["group"], spec["codec"])
-            scale = unpack(spec["scale"], nested(tensors, "scale"))
-            zero = unpack(spec["zero"], nested(tensors, "zero")) if "zero" in spec else None
-        except (KeyError, TypeError, SchemeError) as error:
-            raise CheckpointError(f"uniform: the spec is damaged: {error}") from error
-        low = -(2 ** (spec["bits"] - 1)) if spec["bits"] is not None else 0
-        restored = codes.restore(tensors, shape, low, spec["bits"], spec["codec"], keep)
-        self = cls(shape, bits=spec["bits"], group=spec["group"], symmetric=zero is None, codec=spec["codec"])
+    def tensors_in(cls, spec: Spec) -> tuple[str, ...]:
+        return codes.stored_names(spec.get("codec"))
+
+    @classmethod
+    def read(cls, packed: Packed) -> Self:
+        spec, shape = packed.spec, packed.shape
+        bits, group, codec = spec["bits"], spec["group"], spec["codec"]
+        _check(shape, bits, group, codec)
+        scale, zero = packed.part("scale"), packed.optional("zero")
+        low = -(2 ** (bits - 1)) if bits is not None else 0
+        restored = codes.restore(packed.tensors, shape, low=low, bits=bits, codec=codec, keep=packed.keep)
+        self = cls(shape, bits=bits, group=group, symmetric=zero is None, codec=codec)
         expected = self.scale.shape
         if scale.shape != expected or (zero is not None and zero.shape != expected):
-            raise CheckpointError(
-                f"uniform: scale and zero should be {expected}, found {scale.shape} and {zero.shape if zero else None}"
-            )
+            found = f"{scale.shape} and {zero.shape if zero else None}"
+            raise CheckpointError(f"uniform: scale and zero should be {expected}, found {found}")
         self.scale, self.zero = scale, zero
         self.codes = restored.to(self.codes.dtype)
         self.second = (scale.bit_width or 0, scale.width) if isinstance(scale, Uniform) else None
