@@ -2,19 +2,12 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Any
-
-from torch import Tensor
 
 from laconic.disk.tensors import bytes_of
 from laconic.errors import DataError
 from laconic.host.randomness import private_randomness
+from laconic.model.batches import inputs_in
 from laconic.model.blocks import Batch
-
-
-def size_of(batch: Batch) -> int:
-    """The examples in a batch. Raises: DataError for a batch without tensors."""
-    return len(_inputs(batch)[0])
 
 
 def length_of(data: Iterable[Batch]) -> int | None:
@@ -28,39 +21,13 @@ def length_of(data: Iterable[Batch]) -> int | None:
 def digests(data: Iterable[Batch]) -> Iterator[bytes]:
     """A hash of every example's inputs, batch after batch; labels do not count."""
     for batch in data:
-        inputs = [tensor.detach().cpu() for tensor in _inputs(batch)]
+        inputs = [tensor.detach().cpu() for tensor in inputs_in(batch)]
         rows = [tensor for tensor in inputs if len(tensor) == len(inputs[0])]
         for i in range(len(inputs[0])):
             digest = hashlib.blake2b(digest_size=16)
             for tensor in rows:
                 digest.update(bytes_of(tensor[i]))
             yield digest.digest()
-
-
-def unlabelled(batch: Batch) -> Any:
-    """What a model is called with: a batch without its labels."""
-    if isinstance(batch, dict):
-        return {key: value for key, value in batch.items() if key != "labels"}
-    return batch[0] if isinstance(batch, list | tuple) else batch
-
-
-def _inputs(batch: Batch) -> list[Tensor]:
-    """The tensors of a batch's inputs that have a dimension of examples, in order; a dict's by name."""
-    found: list[Tensor] = []
-    todo: list[Any] = [unlabelled(batch)]
-    while todo:
-        value = todo.pop(0)
-        if isinstance(value, Tensor) and value.dim():
-            found.append(value)
-        elif isinstance(value, dict):
-            todo[:0] = [value[key] for key in sorted(value)]
-        elif isinstance(value, list | tuple):
-            todo[:0] = list(value)
-    if not found:
-        raise DataError(
-            f"expected a batch (a tensor, a dict of tensors, or a tuple whose first entry is the input), got a {type(batch).__name__}"
-        )
-    return found
 
 
 def stream(data: Iterable[Batch], seed: int) -> Iterator[Batch]:

@@ -17,9 +17,9 @@ from laconic.disk.tensors import checksum_of
 from laconic.errors import CheckpointError, OutputError
 from laconic.host.foreign import parse_object
 from laconic.host.progress import logger
+from laconic.measure.judging import Judgement
 from laconic.model.sites import Slot
 from laconic.recover.compressed import Bench, Best, Snapshot
-from laconic.recover.task import Judgement
 from laconic.recover.train import Trainer
 from laconic.weights import Weight, unpack
 from laconic.weights.base import pack

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from laconic.disk.state import guard
 from laconic.errors import RecoveryError
 from laconic.host.randomness import private_randomness
+from laconic.measure.judging import Judgement
 from laconic.model.blocks import call, in_evaluation, to_device
 from laconic.model.sites import Slot
 from laconic.recover.batches import stream
 from laconic.recover.projection import Projection
-from laconic.recover.task import Judgement, Task
+from laconic.recover.task import Task
 from laconic.weights import Weight, install
 from laconic.weights.demands import check_demands, demands_of, set_demands
 

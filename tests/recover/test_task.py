@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import laconic as lc
 from laconic.errors import CheckpointError, DataError, SchemeError
+from laconic.measure.judging import default_loss, default_score
 from laconic.recover import LC, Direct, FineTune, Steps, Task, load_task, parse_recovery, recover, recover_task
 from laconic.recover.batches import stream
-from laconic.recover.task import default_loss, default_score
 from tests.recover.nets import conv, mlp, task, untouched, vectors
 
 
@@ -312,3 +312,33 @@ def test_text_that_is_no_recovery(text: str, said: str) -> None:
 def test_the_scheme_is_checked_before_training() -> None:
     with pytest.raises(SchemeError, match="rank 99 of a"):
         recover_task(mlp(), lc.LowRank(99), LC(), task())
+
+
+def one(model: nn.Module) -> float:
+    return 0.0
+
+
+def probe(output: Any, generator: torch.Generator) -> Tensor:
+    return output.sum()
+
+
+FUNCTIONS: dict[str, Any] = {
+    "of the model": one,
+    "with a generator": probe,
+    "of three": lambda a, b, c: a,
+    "no function": 3,
+    "of anything": None,
+}
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("name", ["loss", "score"])
+def test_a_loss_and_a_score_are_of_output_and_batch(name: str, kind: str) -> None:
+    """Found when the task is checked, before anything is compressed or trained."""
+    if kind == "of anything":
+        Task([vectors(8, 1)], [vectors(8, 2)], **{name: lambda *both: both[0].sum()}).checked()
+        return
+    with pytest.raises(
+        DataError, match=rf"{name}: expected a function {name}\(output, batch\) of the model's output and the batch"
+    ):
+        recover(mlp(), "RTN(4)", Direct(), train=[vectors(8, 1)], validation=[vectors(8, 2)], **{name: FUNCTIONS[kind]})
