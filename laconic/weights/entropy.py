@@ -12,6 +12,7 @@ Reaches the empirical entropy of the classes within 1e-3 bit per code plus about
 Source: Duda 2013 (ANS); the coder is `constriction` (Bamler 2022), 50 to 70 million symbols decoded per second on one core, half as many encoded.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -70,30 +71,60 @@ def _entropy_bits(counts: np.ndarray) -> float:
         return float(-np.nansum(np.where(counts > 0, counts * np.log2(counts / total), 0.0)))
 
 
-def _count(symbols: np.ndarray, classes: np.ndarray, k: int, size: int) -> np.ndarray:
-    counts = np.zeros((k, size), np.int64)
-    for start in range(
-        0, len(symbols), max(1, TILE * 16 // symbols.shape[1])
-    ):  # bounded working memory for large matrices
-        rows = symbols[start : start + max(1, TILE * 16 // symbols.shape[1])]
-        counts += np.bincount((classes[None] * size + rows).reshape(-1), minlength=k * size).reshape(k, size)
-    return counts
+@dataclass(frozen=True)
+class _Symbols:
+    """Codes [rows, columns] as symbols 0 ... high - low, those outside clipped, a few rows at a time: a large matrix is never copied whole."""
+
+    codes: np.ndarray
+    low: int
+    high: int
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows start : stop as int32 symbols [rows, columns]."""
+        return np.clip(self.codes[start:stop].astype(np.int32), self.low, self.high) - np.int32(self.low)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All rows in turn, about a million symbols at a time."""
+        step = max(1, TILE * 16 // self.codes.shape[1])
+        for start in range(0, len(self.codes), step):
+            yield self.rows(start, start + step)
+
+    def count(self, classes: np.ndarray, k: int) -> np.ndarray:
+        """How often each symbol comes, by the class of its column: [k, symbols]."""
+        size = self.high - self.low + 1
+        counts = np.zeros((k, size), np.int64)
+        for block in self.blocks():
+            counts += np.bincount((classes[None] * size + block).reshape(-1), minlength=k * size).reshape(k, size)
+        return counts
+
+    def magnitudes(self) -> np.ndarray:
+        """The mean |code| of every column [columns]; sums of integers, exact in any order."""
+        totals = sum(np.abs(block + np.int32(self.low)).sum(0, dtype=np.float64) for block in self.blocks())
+        return np.asarray(totals) / len(self.codes)
+
+    def outside(self) -> np.ndarray:
+        """The codes at or beyond the two ends, row by row: what a table that was capped cannot say."""
+        step = max(1, TILE * 16 // self.codes.shape[1])
+        found = []
+        for start in range(0, len(self.codes), step):
+            block = self.codes[start : start + step].astype(np.int32)
+            found.append(block[(block <= self.low) | (block >= self.high)])
+        return np.concatenate(found)
 
 
-def _classify(symbols: np.ndarray, low: int) -> tuple[np.ndarray, np.ndarray]:
-    """A class per column, and the table of every class: by the columns' mean magnitude in half-octave steps, if that pays."""
-    columns = symbols.shape[1]
-    size = int(symbols.max()) + 1
+def _classify(symbols: _Symbols) -> tuple[np.ndarray, np.ndarray]:
+    """A class per column, and the counts of every class: by the columns' mean magnitude in half-octave steps, if that pays."""
+    columns = symbols.codes.shape[1]
     single = np.zeros(columns, np.int64)
-    counts = _count(symbols, single, 1, size)
+    counts = symbols.count(single, 1)
     if columns < 2:
         return single, counts
-    magnitude = np.log2(np.abs(symbols + low).mean(0) + 1e-3)
+    magnitude = np.log2(symbols.magnitudes() + 1e-3)
     step = max(0.5, float(np.ptp(magnitude)) / (_CLASSES - 1))
     classes = np.unique(np.rint((magnitude - magnitude.min()) / step).astype(np.int64), return_inverse=True)[1]
     k = int(classes.max()) + 1
-    split = _count(symbols, classes, k, size)
-    pays = _entropy_bits(split) + 8 * (k - 1) * size + 4 * columns < _entropy_bits(counts)
+    split = symbols.count(classes, k)
+    pays = _entropy_bits(split) + 8 * (k - 1) * counts.shape[1] + 4 * columns < _entropy_bits(counts)
     return (classes, split) if pays else (single, counts)
 
 
@@ -146,22 +177,20 @@ def least_bytes(shape: tuple[int, int]) -> int:
 
 
 def encode(codes: np.ndarray) -> dict[str, Tensor]:
-    """Integer codes [rows, columns] as tensors. Cost: one pass for the tables, one for the streams."""
+    """Integer codes [rows, columns] as tensors. Cost: one pass for the tables, one for the streams; a few million bytes beside the codes."""
     rows, columns = codes.shape
     if codes.size == 0:
         return {"codes": torch.empty(0, dtype=torch.int32), "head": torch.empty(0, dtype=torch.uint8)}
-    codes = codes.astype(np.int32)
     low, high = int(codes.min()), int(codes.max())
     capped = high - low >= _ALPHABET
     if capped:
         low = int(np.median(codes)) - _ALPHABET // 2
         high = low + _ALPHABET - 1
-    symbols = np.clip(codes, low, high) - low
-    outside = codes[(symbols == 0) | (symbols == high - low)] if capped else codes[:0, 0]
-    classes, counts = _classify(symbols, low)
-    table = _quantize(
-        counts if counts.shape[1] > 1 else np.pad(counts, ((0, 0), (0, 1)))
-    )  # a coder's alphabet has two symbols or more
+    symbols = _Symbols(codes, low, high)
+    outside = symbols.outside() if capped else np.empty(0, np.int32)
+    classes, counts = _classify(symbols)
+    padded = counts if counts.shape[1] > 1 else np.pad(counts, ((0, 0), (0, 1)))  # an alphabet has two symbols or more
+    table = _quantize(padded)
     models = _models(table)
     members = [np.flatnonzero(classes == k) for k in range(len(table))]
     tile = max(1, TILE // columns)
@@ -169,8 +198,9 @@ def encode(codes: np.ndarray) -> dict[str, Tensor]:
     ends: list[int] = []
     for start in range(0, rows, tile):
         coder = constriction.stream.stack.AnsCoder()
+        part = symbols.rows(start, start + tile)
         for model, member in zip(reversed(models), reversed(members), strict=True):
-            coder.encode_reverse(np.ascontiguousarray(symbols[start : start + tile, member]).reshape(-1), model)
+            coder.encode_reverse(np.ascontiguousarray(part[:, member]).reshape(-1), model)
         words.append(coder.get_compressed())
         ends.append(len(words[-1]) + (ends[-1] if ends else 0))
     head = _Head((rows, columns), low, tile, np.array(ends, "<i4"), outside.astype("<i4"), table, classes)
