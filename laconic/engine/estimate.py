@@ -75,7 +75,11 @@ def _fastest(work: object) -> float:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a model by where they lie: all, outside the chain, of the largest block, and of matrices that every token meets."""
+    """Parameters of a model by where they lie: all, outside the chain, of the largest block, and of matrices that every token meets.
+
+    `mapped`: bytes, as the files have them, of what is brought in at once (outside the chain and the largest block); `mapped_whole` those of
+    all. While a tensor is made float32 its pages count as this process's.
+    """
 
     total: int
     outside: int
@@ -83,25 +87,33 @@ class Sizes:
     largest: int
     body: int
     head: int
+    mapped: int
+    mapped_whole: int
 
 
 def sizes_of(source: Checkpoint, chain: str | None, load: Load) -> Sizes:
     """Counted on the skeleton; experts are counted as if every token met them all, which is too much."""
     blocks: dict[str, int] = {}
     tables = {id(m.weight) for m in source.skeleton.modules() if isinstance(m, torch.nn.Embedding)}
+    mapped: dict[str, int] = {}
     body = 0
     for name, parameter in source.skeleton.named_parameters():
         part = block_of(name, chain)
+        mapped[part] = mapped.get(part, 0) + source.nbytes(name)
         blocks[part] = blocks.get(part, 0) + parameter.numel()
         body += parameter.numel() if parameter.dim() > 1 and id(parameter) not in tables else 0
-    outside = blocks.pop("", 0)
+    outside, mapped_whole = blocks.pop("", 0), sum(mapped.values())
+    brought_in = mapped.pop("", 0) + max(mapped.values(), default=0)
     head = load.vocabulary * load.width
     largest = max((p.numel() for p in source.skeleton.parameters()), default=0)
     total = sum(p.numel() for p in source.skeleton.parameters())
     separate = any(
         p.shape == (load.vocabulary, load.width) and id(p) not in tables for p in source.skeleton.parameters()
     )
-    return Sizes(total, outside, max(blocks.values(), default=0), largest, body - (head if separate else 0), head)
+    return Sizes(
+        total=total, outside=outside, block=max(blocks.values(), default=0), largest=largest,
+        body=body - (head if separate else 0), head=head, mapped=brought_in, mapped_whole=mapped_whole,
+    )  # fmt: skip
 
 
 def block_of(name: str, chain: str | None) -> str:
@@ -127,7 +139,7 @@ def _own_text(sizes: Sizes, load: Load, speeds: Speeds) -> Cost:
         return Cost()
     rounds = -(-load.written // _WRITTEN)
     together = min(load.written, _WRITTEN)
-    memory = _FLOAT * (sizes.total + sizes.largest + 8 * together * load.vocabulary)
+    memory = sizes.mapped_whole + _FLOAT * (sizes.total + sizes.largest + 8 * together * load.vocabulary)
     memory += _FLOAT * 4 * together * load.length * load.width * max(1, sizes.total // max(12 * load.width**2, 1) // 4)
     products = 2.0 * together * (sizes.body + sizes.head)
     step = (
@@ -161,7 +173,9 @@ def _survey(sizes: Sizes, plan: Plan, load: Load, speeds: Speeds) -> Cost:
         + max((slot.columns**2 * slot.groups for slot in plan.slots), default=0)
     )
     flops = 8.0 * tokens * sizes.body + 4.0 * tokens * sizes.head + 2.0 * tokens * squares
-    return Cost(max(memory, block), flops / speeds.flops + 10.0 * tokens * load.vocabulary / speeds.exponentials)
+    return Cost(
+        sizes.mapped + max(memory, block), flops / speeds.flops + 10.0 * tokens * load.vocabulary / speeds.exponentials
+    )
 
 
 def _distinct(plan: Plan) -> list[Slot]:
@@ -206,7 +220,7 @@ def _compression(
     if not load.samples:
         return Cost(largest, seconds)
     hidden = 2 * _FLOAT * tokens * load.width
-    return Cost(largest + hidden + 12 * _FLOAT * _TOGETHER * load.width + _FLOAT * sizes.outside, seconds)
+    return Cost(sizes.mapped + largest + hidden + _FLOAT * (12 * _TOGETHER * load.width + sizes.outside), seconds)
 
 
 def _workspace(slot: Slot, wanted: Stats) -> int:
@@ -229,7 +243,7 @@ def _evaluation(sizes: Sizes, load: Load, speeds: Speeds) -> Cost:
     tokens = max(load.length, min(_TOGETHER, LOGITS // max(load.vocabulary, 1)))
     logits = 3 * tokens * load.vocabulary + 6 * COMPARED  # some models widen theirs, which takes a copy
     states = 2 * load.test_tokens * load.width + 12 * tokens * load.width
-    memory = _FLOAT * (2 * sizes.outside + sizes.largest + 2 * sizes.block + logits + states)
+    memory = sizes.mapped + _FLOAT * (2 * sizes.outside + 2 * sizes.largest + 2 * sizes.block + logits + states)
     flops = 4.0 * load.test_tokens * (sizes.body + sizes.head)
     decoding = 8.0 * sizes.total / speeds.exponentials
     return Cost(
@@ -246,5 +260,6 @@ def _samples(sizes: Sizes, load: Load, speeds: Speeds) -> Cost:
         + 5e-3
     )
     return Cost(
-        _FLOAT * (sizes.total + 2 * sizes.largest), 2 * _SAMPLES * step + 8.0 * sizes.total / speeds.exponentials
+        sizes.mapped_whole + _FLOAT * (sizes.total + 2 * sizes.largest),
+        2 * _SAMPLES * step + 8.0 * sizes.total / speeds.exponentials,
     )

@@ -1,5 +1,7 @@
 """Integers and masks on disk: every value comes back, in exactly the bytes the formulas say."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,23 @@ def test_entropy_coding_is_lossless(rows: int, columns: int, scale: float, seed:
     ).astype(np.int32)
     coded = entropy.encode(values)
     assert torch.equal(entropy.decode(coded, (rows, columns)), torch.from_numpy(values))
+
+
+@pytest.mark.parametrize("far", [-10_000, 9_000])
+def test_values_far_out_on_one_side_are_read_back(far: int) -> None:
+    """The table is as wide as it may be and not as what came says: its ends are where a decoder looks for values outside."""
+    values = np.zeros((64, 48), np.int32)
+    values[::7, 5] = far
+    assert torch.equal(entropy.decode(entropy.encode(values), (64, 48)), torch.from_numpy(values))
+
+
+def test_entropy_coding_takes_little_memory_beside_the_codes() -> None:
+    values = np.random.default_rng(0).integers(0, 8, (4096, 1024), dtype=np.uint8)
+    tracemalloc.start()
+    entropy.encode(values)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * values.nbytes, "a copy in wider integers alone is 4 times as large, symbols and magnitudes 12 times"
 
 
 def test_entropy_coding_reaches_the_entropy() -> None:
