@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = ("report.json", "report.html", "recovery.json", "search.json", "search.html", "index.html")
+LEFT_OUT = ("report.json", "report.html", "recovery.json", "search.json", "search.html", "index.html", "study.db")
 """Files that hold seconds and machines, and no part of a model."""
 
 DIRECTORY: dict[str, Any] = {

@@ -65,7 +65,9 @@ def test_entropy_coding_takes_little_memory_beside_the_codes() -> None:
     entropy.encode(values)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 6 * values.nbytes, "a copy in wider integers alone is 4 times as large, symbols and magnitudes 12 times"
+    assert peak < 6 * values.nbytes, (
+        "a copy in wider integers alone is 4 times as large, symbols and magnitudes 12 times"
+    )
 
 
 def test_entropy_coding_reaches_the_entropy() -> None:
