@@ -11,7 +11,7 @@ demo: $(STAMP)  ## compress the embedded language model at 4, 3 and 2 bits with 
 	$(RUN)/laconic demo --out laconic-demo
 
 test: $(DEVSTAMP) check  ## linters, types and all tests
-	$(RUN)/python -m pytest -n 2
+	$(RUN)/python -m pytest -n 2 --durations=20
 
 test-portable: $(DEVSTAMP)  ## the tests that compute, as other machines would run them: 2 threads, an instruction set without vector units
 	$(RUN)/python tools/portable.py

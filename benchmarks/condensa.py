@@ -34,7 +34,7 @@ from laconic.measure.objectives import Throughput, flops, stored_bytes
 from laconic.measure.timing import side_by_side
 from laconic.recover.text import text_task
 from laconic.search import SearchOptions, search_task
-from laconic.search.profiles import profile_picture
+from laconic.show.search_profiles import profile_picture
 from laconic.weights import baked
 
 WORK = tasks.WORK / "condensa"

@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import laconic as lc
-from laconic.methods.free import fix, free_of
 from laconic.model.sites import find_slots
 from laconic.recover import recover_task
+from laconic.scheme.filling import fix, free_of
 from laconic.scheme.text import parse
 
 SCHEMES = {

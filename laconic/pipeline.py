@@ -47,9 +47,11 @@ from laconic.host.ambient import undisturbed
 from laconic.host.clock import Clock
 from laconic.host.machine import machine, pick_device, pick_dtype, versions
 from laconic.host.progress import Log, Progress, peak_memory, resident_memory
-from laconic.measure.quality import count_parameters, open_blocks, perplexity, predicts, similarity
+from laconic.measure.quality import count_parameters, perplexity, predicts, similarity
 from laconic.measure.samples import generation_samples, samples_fit
-from laconic.model.blocks import Batch, find_chain, open_chain
+from laconic.model.batches import Batch
+from laconic.model.blocks import find_chain, open_chain
+from laconic.model.opened import open_blocks
 from laconic.model.residence import Residence
 from laconic.model.sites import INPUTS, find_slots, views_of
 from laconic.scheme.text import Scheme, describe, parse

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from laconic.model.sites import Site
+from tests.needs import shared_folder
 from tests.processes import THREADS
 
 torch.set_num_threads(THREADS)
@@ -31,10 +32,7 @@ TEXT = " ".join(
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The team's models and data; tests that need them are skipped where they are absent."""
-    folder = Path(__file__).resolve().parents[2] / "shared"
-    if not (folder / "models").is_dir():
-        pytest.skip("the shared models and data are not on this machine")
-    return folder
+    return shared_folder()
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +102,7 @@ def make_site(rows: int = 48, columns: int = 64, seed: int = 0, groups: int = 1,
         high=torch.stack([X.amax(0).clamp(min=0) for X in inputs]), sample=torch.cat(inputs)[:: 2 * groups].clone(),
         uses=torch.arange(rows, dtype=torch.float32), tokens=torch.full((groups,), 512),
         input=0,
-        fisher=torch.rand(rows, columns, generator=generator), output=torch.rand(rows, generator=generator) + 0.1, channels=torch.arange(rows),
+        fisher=torch.rand(rows, columns, generator=generator), output_fisher=torch.rand(rows, generator=generator) + 0.1, channels=torch.arange(rows),
     )  # fmt: skip
 
 

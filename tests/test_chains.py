@@ -15,7 +15,9 @@ from laconic.disk.load import build_skeleton
 from laconic.engine.preflight import preflight
 from laconic.engine.walk import Shelf, parameters_of, survey, survey_whole
 from laconic.host.progress import Log
-from laconic.model.blocks import BlockModel, InMemory, call, examples_in, find_chain, open_chain
+from laconic.model.batches import examples_in
+from laconic.model.blocks import BlockModel, InMemory, find_chain, open_chain
+from laconic.model.calling import call
 from laconic.model.sites import Site, Slot, Stats, find_slots
 from laconic.pipeline import Options, _load_of, compress_directory, plan_directory
 from laconic.recover.projection import project_onto
@@ -250,7 +252,7 @@ def test_gradients_reach_what_lies_before_the_chain() -> None:
     model, batches = net(straight), inputs(4)
     slots = find_slots(model)
     slots = [slot for slot in slots if not slot.name.startswith("extra")]
-    needs = dict.fromkeys(slots, Stats.HESSIAN | Stats.OUTPUT | Stats.FISHER)
+    needs = dict.fromkeys(slots, Stats.HESSIAN | Stats.OUTPUT_FISHER | Stats.FISHER)
 
     def loss(output: Tensor, _: torch.Generator) -> Tensor:
         return output.square().sum()
@@ -264,7 +266,7 @@ def test_gradients_reach_what_lies_before_the_chain() -> None:
     assert set(surveyed) == set(slots)
     for slot in slots:
         site = whole.describe(slot, torch.empty(slot.shape), 0)
-        for name in ("hessian", "output", "fisher"):
+        for name in ("hessian", "output_fisher", "fisher"):
             value, expected = getattr(surveyed[slot], name), getattr(site, name)
             assert value is not None, f"{slot.name} {name}"
             assert torch.allclose(value, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())), (

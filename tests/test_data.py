@@ -9,6 +9,7 @@ import transformers
 
 from laconic.data.text import calibration_windows, evaluation_windows, read_text, sample_windows, split_text
 from laconic.errors import DataError
+from tests.needs import extra
 
 
 def test_files_directories_and_json_lines(tmp_path: Path) -> None:
@@ -36,7 +37,7 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
 
 def test_a_hub_data_set_is_read_through_its_library(tmp_path: Path) -> None:
     """A local folder of JSON lines stands in for the hub: the code path is the same, the network is not needed."""
-    pytest.importorskip("datasets")
+    extra("datasets")
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": f"row {i}"}) for i in range(3)))
     assert read_text(f"hub:{tmp_path}") == "row 0\n\nrow 1\n\nrow 2"
     with pytest.raises(DataError, match="cannot be read"):

@@ -22,6 +22,7 @@ from laconic.scheme.text import parse, vocabulary
 from laconic.search import SearchOptions
 from laconic.weights import Weight
 from tests.conftest import make_site
+from tests.needs import extra
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -102,7 +103,7 @@ def test_every_option_is_described_with_its_default(command: str) -> None:
             assert default == "off"
         elif option.default is not None:
             assert default == str(option.default)
-    from laconic.command.cli import DEFAULT_SCHEME
+    from laconic.command.compress import DEFAULT_SCHEME
 
     assert command != "compress" or described["--scheme"] == f"`{DEFAULT_SCHEME}`"
 
@@ -193,7 +194,7 @@ def test_the_python_page_runs_from_top_to_bottom(
 def test_the_condensa_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but its task file, which needs a download; that one defines what the command asks for."""
     for package in ("optuna", "sklearn", "torch_pruning"):
-        pytest.importorskip(package)
+        extra(package)
     monkeypatch.chdir(tmp_path)
     page = DOCS / "condensa.md"
     (task,) = (code for code in blocks(page, "python") if code.startswith("# resnet.py"))

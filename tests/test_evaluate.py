@@ -14,6 +14,7 @@ import laconic as lc
 from laconic.data.text import Windows, evaluation_windows
 from laconic.disk.load import open_source
 from laconic.measure.quality import Quality, evaluate_source, perplexity, run_tasks, similarity
+from tests.needs import extra
 
 LENGTH, TOKENS = 32, 1024
 
@@ -205,7 +206,7 @@ QUESTIONS = [
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No network, and no cache but the test's own."""
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'laconic[eval]'")
+    extra("lm_eval")
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)

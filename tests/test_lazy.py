@@ -120,11 +120,13 @@ def test_transformers_reads_a_directory_after_import_laconic_in_either_order(
 
 
 def test_methods_as_they_are_listed_are_the_classes() -> None:
-    """Names, first lines, and of every argument its name, its type and its default: read from the text, equal to the signature."""
+    """Names, first sentences, and of every argument its name, its type and its default: read from the text, equal to the signature."""
     listed = list_methods()
     assert list(listed) == list(vocabulary())
     for name, cls in vocabulary().items():
-        assert listed[name]["does"] == (cls.__doc__ or "").strip().split("\n")[0]
+        does = listed[name]["does"]
+        assert " ".join((cls.__doc__ or "").split()).startswith(does)
+        assert does.endswith(".")
         known = {**vars(typing), **vars(sys.modules[cls.__module__]), "Blocks": Blocks, "Method": lc.Method}
         parameters = inspect.signature(cls).parameters.values()
         for argument, parameter in zip(listed[name]["arguments"], parameters, strict=True):

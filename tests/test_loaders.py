@@ -20,6 +20,7 @@ from laconic.data.reading import Reader
 from laconic.errors import CheckpointError
 from laconic.measure.quality import evaluate_source
 from laconic.model.blocks import BlockModel, InMemory
+from tests.needs import extra
 
 CHANNEL = "GPTQ(4, 'channel')"
 
@@ -258,7 +259,7 @@ def test_a_block_is_run_twice_without_meeting_its_own_past() -> None:
 
 
 def test_columns_of_a_data_set(language: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = extra("datasets")
     rows = {"input_ids": [list(range(1, 11))] * 20, "attention_mask": [[1] * 8 + [0] * 2] * 20, "text": ["x"] * 20}
     report = lc.compress(language, CHANNEL, datasets.Dataset.from_dict(rows), out=tmp_path / "o")
     assert report["data"]["examples"] == 18
@@ -277,7 +278,7 @@ def test_ids_and_lengths_of_batches_are_checked(language: Path, tmp_path: Path) 
 
 
 def test_folders_of_images(vision: Path, tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    image = extra("PIL.Image")
     folder = tmp_path / "images" / "cats"
     folder.mkdir(parents=True)
     for i in range(12):
@@ -399,7 +400,7 @@ def _pairs(language: Path, file: Path) -> list[list[int]]:
 
 def test_a_processor_that_is_code_runs_if_it_is_trusted(vision: Path, tmp_path: Path) -> None:
     """Nobody is asked, and nothing runs, without the word for it."""
-    image = pytest.importorskip("PIL.Image")
+    image = extra("PIL.Image")
     folder = shutil.copytree(vision, tmp_path / "model")
     (tmp_path / "images").mkdir()
     image.fromarray(np.zeros((16, 16, 3), dtype=np.uint8)).save(tmp_path / "images" / "a.png")

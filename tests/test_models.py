@@ -306,7 +306,7 @@ def test_the_survey_sees_the_gradients_of_the_whole_model(name: str) -> None:
     """Fisher and output statistics, block by block with the backward pass re-run, equal those of one ordinary backward pass."""
     model = build(name)
     slots = find_slots(model)
-    wanted = Stats.FISHER | Stats.OUTPUT | Stats.HESSIAN
+    wanted = Stats.FISHER | Stats.OUTPUT_FISHER | Stats.HESSIAN
     single = [{"input_ids": batch["input_ids"][i : i + 1], "use_cache": False} for batch in batches() for i in range(2)]
     surveyed = {}
     for stage in survey(blocks_of(model), single, slots, dict.fromkeys(slots, wanted), seed=3, shelf=Shelf()):
@@ -326,7 +326,7 @@ def test_the_survey_sees_the_gradients_of_the_whole_model(name: str) -> None:
             assert torch.allclose(
                 surveyed[slot].fisher, fisher[slot], rtol=1e-3, atol=1e-4 * float(fisher[slot].max())
             ), slot.name  # type: ignore[arg-type]
-            assert (surveyed[slot].output > 0).any()  # type: ignore[operator]
+            assert (surveyed[slot].output_fisher > 0).any()  # type: ignore[operator]
 
 
 def test_the_output_statistic_predicts_the_loss() -> None:
@@ -335,8 +335,8 @@ def test_the_output_statistic_predicts_the_loss() -> None:
     slot = next(s for s in find_slots(model) if s.name == "model.layers.1.mlp.down_proj")
     generator = torch.Generator().manual_seed(0)
     single = [{"input_ids": torch.randint(1, 320, (1, 24), generator=generator), "use_cache": False} for _ in range(24)]
-    stages = survey(blocks_of(model), single, [slot], {slot: Stats.OUTPUT}, seed=0, shelf=Shelf())
-    g = next(s.statistics.describe(slot, torch.empty(slot.shape), 0).output for s in stages if s.slots == [slot])  # type: ignore[union-attr]
+    stages = survey(blocks_of(model), single, [slot], {slot: Stats.OUTPUT_FISHER}, seed=0, shelf=Shelf())
+    g = next(s.statistics.describe(slot, torch.empty(slot.shape), 0).output_fisher for s in stages if s.slots == [slot])  # type: ignore[union-attr]
     module = model.get_submodule("model.layers.1.mlp.down_proj")
     spread, found = 0.02, []
 
@@ -363,11 +363,11 @@ def test_gradients_of_look_ups_count_for_the_rows_that_were_looked_up(rows: int,
         weights = torch.randn(6, 4)
     ids = torch.tensor([[0, 3, 3, 7, 9, 15]])
     slots = find_slots(model)
-    needs = dict.fromkeys(slots, Stats.OUTPUT)
+    needs = dict.fromkeys(slots, Stats.OUTPUT_FISHER)
     loss = lambda output, _: (output[0] * weights).sum()  # noqa: E731
     stage = survey_whole(model, [ids], slots, needs, torch.device("cpu"), seed=0, loss=loss)
     assert stage.statistics is not None
-    found = stage.statistics.describe(slots[0], torch.empty(rows, columns), 0).output
+    found = stage.statistics.describe(slots[0], torch.empty(rows, columns), 0).output_fisher
     assert found is not None
     expected = torch.zeros(rows).index_add_(0, ids[0], (weights @ model[1].weight).square().mean(1)) / 6
     assert torch.allclose(found, expected, rtol=1e-4)
@@ -384,7 +384,7 @@ def test_a_whole_model_that_is_no_chain_is_seen_unit_by_unit() -> None:
     slots = find_slots(model)
     assert [(part, len(group)) for part, group in units(model, slots)] == [("0", 1), ("2.0", 1), ("2.1", 1), ("4", 1)]
     stage = survey_whole(
-        model.requires_grad_(False), [torch.randn(2, 3, 8, 8)], slots, dict.fromkeys(slots, Stats.OUTPUT | Stats.FISHER), torch.device("cpu"),
+        model.requires_grad_(False), [torch.randn(2, 3, 8, 8)], slots, dict.fromkeys(slots, Stats.OUTPUT_FISHER | Stats.FISHER), torch.device("cpu"),
         seed=0, loss=sampled_labels,
     )  # fmt: skip
     assert stage.statistics is not None
@@ -392,8 +392,8 @@ def test_a_whole_model_that_is_no_chain_is_seen_unit_by_unit() -> None:
         site = stage.statistics.describe(slot, torch.empty(slot.shape), 0)
         assert site.fisher is not None
         assert site.fisher.shape == slot.shape
-        assert site.output is not None
-        assert (site.output > 0).any()
+        assert site.output_fisher is not None
+        assert (site.output_fisher > 0).any()
 
 
 def test_a_list_of_blocks_that_is_no_chain_is_refused() -> None:

@@ -1,7 +1,6 @@
 """Objectives are counted by hand on tiny networks, and measured ones are only held to their form: no test reads the clock."""
 
 import copy
-import math
 from pathlib import Path
 from typing import Any
 
@@ -192,39 +191,12 @@ def test_stored_bytes_are_those_of_the_file(tmp_path: Path) -> None:
     assert o.stored_bytes(candidate(model)) < size
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, torch.tensor(math.nan)])
-def test_a_value_that_is_not_finite_is_refused_by_name(value: Any) -> None:
-    def strange(_: o.Candidate) -> float:
-        return value
-
-    with pytest.raises(SearchError, match="objective strange: expected a finite number, got"):
-        o.Minimize(strange)(candidate(nn.Linear(2, 2)))
-
-
-def test_goals() -> None:
-    made = candidate(nn.Linear(2, 2))
-    goal = o.Maximize(lambda c: torch.tensor([3]), "three")
-    assert (goal.name, goal.direction, goal(made)) == ("three", "maximize", 3.0)
-    assert (o.Minimize(o.latency).name, o.Maximize(o.throughput).name, o.Minimize(o.macs).name) == (
+def test_goals_are_called_as_their_objectives() -> None:
+    assert [o.Minimize(o.latency).name, o.Maximize(o.throughput).name, o.Minimize(o.macs).name] == [
         "latency",
         "throughput",
         "macs",
-    )
-    with pytest.raises(SearchError, match="expected a number, got 'many'"):
-        o.Maximize(lambda c: "many", "words")(made)  # type: ignore[arg-type, return-value]
-    with pytest.raises(SearchError, match="expected a function of a Candidate"):
-        o.Minimize(3.0)  # type: ignore[arg-type]
-
-
-def test_floors() -> None:
-    assert o.within(0.02).floor(0.92) == pytest.approx(0.90)
-    assert o.within(0).floor(-4.7) == -4.7
-    assert o.at_least(0.5).floor(0.92) == 0.5
-    for margin in (-0.01, math.nan, math.inf):
-        with pytest.raises(SearchError, match="within: the margin"):
-            o.within(margin)
-    with pytest.raises(SearchError, match="at_least"):
-        o.at_least(math.nan)
+    ]
 
 
 def test_objectives_as_text() -> None:

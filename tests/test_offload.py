@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from laconic.clustering import dkm_naive
 from laconic.errors import SchemeError
 from laconic.offload import Saved, offload_saved
-from laconic.offload.rows import Weight
+from laconic.offload.rows import Followed
 from tests.processes import THREADS
 
 MB = 1 << 20
@@ -365,8 +365,8 @@ def test_unique_is_exact_where_rows_differ() -> None:
 
 def test_weights_of_one_size_are_ranked_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
     ranked: list[int] = []
-    ranks = Weight.ranks
-    monkeypatch.setattr(Weight, "ranks", lambda self: (ranked.append(id(self)), ranks(self))[1])
+    ranks = Followed.ranks
+    monkeypatch.setattr(Followed, "ranks", lambda self: (ranked.append(id(self)), ranks(self))[1])
     layers = [clustered(seed) for seed in range(6)]
     weights = [w for w, _ in layers]
     noise = torch.rand(64, 48).requires_grad_()

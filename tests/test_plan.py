@@ -19,11 +19,12 @@ from laconic.engine.resolve import resolve
 from laconic.errors import CheckpointError, SchemeError
 from laconic.methods.base import Method
 from laconic.methods.fitting import difference, fitted
-from laconic.methods.free import Free, fix
+from laconic.methods.free import Free
 from laconic.methods.hadamard import Hadamard
 from laconic.methods.magnitude import Magnitude
 from laconic.methods.rtn import RTN
 from laconic.model.sites import Slot, find_slots
+from laconic.scheme.filling import fix
 from laconic.scheme.keep import Keep
 from laconic.scheme.text import Choice, parse
 from laconic.weights import View

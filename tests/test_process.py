@@ -52,7 +52,7 @@ def test_a_full_disk_behind_stdout() -> None:
 def test_a_log_on_a_full_disk_ends_no_work(small: Path) -> None:
     program = (
         PREPARED
-        + "import laconic.show.inspect as i; from laconic.command.commands import note; read = i.inspect_directory\n"
+        + "import laconic.show.inspect as i; from laconic.command.output import note; read = i.inspect_directory\n"
     )
     program += "i.inspect_directory = lambda *a, **k: note('x' * 9999) or read(*a, **k)\nmain()"
     with Path("/dev/full").open("w") as full:
@@ -161,13 +161,13 @@ def test_a_signal_while_a_plan_runs(
 
 WORKER = """
 import multiprocessing, signal, time
-from laconic.command.start import _hold_signals, release_signals
+from laconic.command.signals import hold_signals, release_signals
 
 def work(pipe):
     pipe.send("here")
     time.sleep(60)
 
-_hold_signals()
+hold_signals()
 release_signals()
 context = multiprocessing.get_context("fork")
 ours, theirs = context.Pipe()

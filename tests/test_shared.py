@@ -15,6 +15,7 @@ from laconic.data.text import evaluation_windows
 from laconic.disk.load import load_tokenizer, open_source
 from laconic.disk.store import Compressed
 from laconic.measure.quality import Quality, perplexity
+from tests.needs import extra
 
 pytestmark = pytest.mark.shared
 
@@ -94,7 +95,7 @@ class ResNet20(nn.Module):
 
 def images(file: Path, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first images of a file of JPEGs, normalised as the model wants them, and their labels."""
-    image = pytest.importorskip("PIL.Image", reason="the images are JPEG files: pip install pillow")
+    image = extra("PIL.Image")
     with np.load(file) as data:
         jpeg, offsets, labels = data["jpeg"], data["offsets"], data["labels"]
     pixels = [

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import laconic as lc
 from laconic.engine.statistics import Statistics
-from laconic.engine.unmeasured import completed
 from laconic.errors import CheckpointError, DataError
 from laconic.model.sites import Slot, Stats, find_slots, uses_of
+from laconic.model.unmeasured import completed
 from laconic.weights import View
 
 
@@ -152,7 +152,7 @@ def test_a_raw_parameter_is_the_matrix_that_products_show(way: str, tmp_path: Pa
     slots = find_slots(net, uses_of(net, lambda: net(x)).found())
     assert [(slot.name, slot.shape, slot.groups) for slot in slots] == [("experts", (36, 8), 3), ("head", (4, 12), 1)]
     assert torch.equal(slots[0].view.matrix(net.experts.detach()), dense.reshape(36, 8))
-    statistics = Statistics({slots[0]: net.experts}, {slots[0]: Stats.HESSIAN | Stats.FISHER | Stats.OUTPUT})
+    statistics = Statistics({slots[0]: net.experts}, {slots[0]: Stats.HESSIAN | Stats.FISHER | Stats.OUTPUT_FISHER})
     net.requires_grad_(False)
     leaf = x.clone().requires_grad_()
     with statistics.watch():

@@ -23,6 +23,7 @@ from laconic.data.text import (
 from laconic.disk.load import open_source
 from laconic.measure.quality import evaluate_source, perplexity
 from laconic.recover.text import text_task
+from tests.needs import extra
 
 LENGTH = 16
 BOS = 293  # the first id after those of the tests' tokenizer
@@ -123,7 +124,7 @@ def test_figures_are_those_of_lm_eval_on_a_text_of_one_window(folder: Path, with
 
     It puts the start token there itself; told nothing, it lets the tokenizer put another one behind it and scores that, too.
     """
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'laconic[eval]'")
+    extra("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

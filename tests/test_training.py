@@ -10,9 +10,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-pytest.importorskip("optuna")
-pytest.importorskip("torch_pruning")
-pytest.importorskip("sklearn")
+from tests.needs import extra
+
+extra("optuna")
+extra("torch_pruning")
+extra("sklearn")
 
 import laconic as lc
 from laconic.disk.store import MANIFEST, read_manifest, stored_bytes
@@ -40,7 +42,7 @@ RECOVER = ["--scheme", "Magnitude(0.5) >> Cast('float16')", "--recovery", SHORT]
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take as long as searches of this size; `test_run.py` has a search with its pictures."""
-    monkeypatch.setattr(sys.modules["laconic.search.report"], "render_search", lambda result: "<html></html>")
+    monkeypatch.setattr(sys.modules["laconic.show.search_page"], "render_search", lambda result: "<html></html>")
 
 
 @pytest.fixture

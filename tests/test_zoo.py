@@ -11,7 +11,9 @@ from torch import Tensor, nn
 import laconic as lc
 from laconic.disk.load import CompressedCheckpoint
 from laconic.measure.quality import outputs
-from laconic.model.blocks import InMemory, call, find_chain, open_chain, tensors_in
+from laconic.model.batches import tensors_in
+from laconic.model.blocks import InMemory, find_chain, open_chain
+from laconic.model.calling import call
 from tests.zoo import LANGUAGE, ZOO, Row
 
 SCHEME = "GPTQ(rate=3.25)"

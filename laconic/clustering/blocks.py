@@ -1,15 +1,29 @@
-"""Every entry for itself, computed again block by block: for float32 weights, for vectors, and for tables of few entries."""
+"""Every entry for itself, computed again block by block: for float32 weights, for vectors, and for tables of few
+entries.
+"""
 
 import torch
 from torch import Tensor
 
-from laconic.clustering.recursion import Points, Reduce, Rule, decode_backward, decode_points, follow, follow_backward
+from laconic.clustering.recursion import (
+    Iteration,
+    Points,
+    Reduce,
+    decode_backward,
+    decode_points,
+    follow,
+    follow_backward,
+)
 
 _TOGETHER = 1 << 18  # attentions of as many small tables as are treated in one go
 
 
-def forward(values: Tensor, start: Tensor, rule: Rule, reduce: Reduce, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Decoded values [tables, n, d] in `dtype`, and the last centroids, from `values` [tables, n, d] and `start` [tables, K, d]."""
+def forward(
+    values: Tensor, start: Tensor, rule: Iteration, reduce: Reduce, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Decoded values [tables, n, d] in `dtype`, and the last centroids, from `values` [tables, n, d] and `start`
+    [tables, K, d].
+    """
     decoded, last = torch.empty(values.shape, dtype=dtype, device=values.device), torch.empty_like(start)
     for tables in _tables(values, start):
         points = Points(values[tables], None, start.dtype, reduce)
@@ -21,7 +35,7 @@ def forward(values: Tensor, start: Tensor, rule: Rule, reduce: Reduce, dtype: to
 
 
 def backward(
-    values: Tensor, start: Tensor, grad: Tensor, grad_last: Tensor, rule: Rule, reduce: Reduce, dtype: torch.dtype
+    values: Tensor, start: Tensor, grad: Tensor, grad_last: Tensor, rule: Iteration, reduce: Reduce, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Gradients of values, in `dtype`, and of starting centroids, given those of decoded values and last centroids."""
     into, first = torch.zeros(values.shape, dtype=start.dtype, device=values.device), torch.empty_like(start)

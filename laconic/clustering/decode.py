@@ -1,4 +1,6 @@
-"""`dkm_decode`: weights by differentiable k-means, with an exact gradient and nothing saved for it but the weight and the first centroids."""
+"""`dkm_decode`: weights by differentiable k-means, with an exact gradient and nothing saved for it but the weight and
+the first centroids.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, library, nn
 
 from laconic.clustering import blocks, table
-from laconic.clustering.recursion import Reduce, Rule
+from laconic.clustering.recursion import Iteration, Reduce
 from laconic.errors import SchemeError
 
 Way = Literal["auto", "table", "blocks"]
@@ -33,26 +35,29 @@ def dkm_decode(
     way: Way = "auto",
     group: "dist.ProcessGroup | None" = None,
 ) -> tuple[Tensor, Tensor]:
-    """The weight as differentiable k-means decodes it, and the centroids it ends with; both exactly differentiable, once.
+    """The weight as differentiable k-means decodes it, and the centroids it ends with; both exactly differentiable,
+    once.
 
-    A = softmax(-|w - c|^2 / tau), c <- A^T w / sum A, `iterations` times or until no centroid of a table moves by more than `tolerance` (0: all
-    of them); decoded = A c, in the weight's dtype and shape. Gradients flow to the weight and to the starting centroids. Detach the centroids
-    that are returned before they are carried to the next step.
+    A = softmax(-|w - c|^2 / tau), c <- A^T w / sum A, `iterations` times or until no centroid of a table moves by more
+    than `tolerance` (0: all of them); decoded = A c, in the weight's dtype and shape. Gradients flow to the weight and
+    to the starting centroids. Detach the centroids that are returned before they are carried to the next step.
 
-    A `tau` that is a tensor of one number (a constant) may change between calls of a compiled function without compiling it again.
-    `weight` [out, ...]; `centroids` [K], [K, d] or [tables, K, d], where d neighbouring columns are one vector and a table serves
-    `rows_per_table` rows (None: one table for all). `zero` keeps the first centroid of every table at exactly 0. `scale` [out], a constant: row r
-    is clustered as w / scale[r], in the weight's dtype, and multiplied back. `rounded`: float32 weights are clustered as this 16-bit type has
-    them, and the gradient passes straight through the rounding. `way`: "table" (distinct 16-bit values, d = 1), "blocks" (every entry), or what
-    suits. `group`: the weight is this process's rows of a matrix that the group's processes share (`scale` is of these rows); centroids and
-    their gradients are the same everywhere.
+    A `tau` that is a tensor of one number (a constant) may change between calls of a compiled function without
+    compiling it again. `weight` [out, ...]; `centroids` [K], [K, d] or [tables, K, d], where d neighbouring columns are
+    one vector and a table serves `rows_per_table` rows (None: one table for all). `zero` keeps the first centroid of
+    every table at exactly 0. `scale` [out], a constant: row r is clustered as w / scale[r], in the weight's dtype, and
+    multiplied back. `rounded`: float32 weights are clustered as this 16-bit type has them, and the gradient passes
+    straight through the rounding. `way`: "table" (distinct 16-bit values, d = 1), "blocks" (every entry), or what
+    suits. `group`: the weight is this process's rows of a matrix that the group's processes share
+    (`scale` is of these rows); centroids and their gradients are the same everywhere.
 
-    Fewer distinct values than centroids are fine: several centroids then meet at one value. 16-bit weights are computed in float64 by table and in
-    float32 by blocks, under autocast too.
+    Fewer distinct values than centroids are fine: several centroids then meet at one value. 16-bit weights are computed
+    in float64 by table and in float32 by blocks, under autocast too.
     Raises: SchemeError for arguments that cannot be carried out, and for weights that are not finite.
     Source: Cho et al. 2022 (DKM) section 3; Cho et al. 2023 (eDKM) section 2; the gradient is derived in docs/edkm.md.
-    Cost: "table": a count, a look-up, a scatter-add and a look-up over the entries and O(65,536 K iterations); "blocks": O(entries K iterations).
-    Saved for the backward pass: `weight` itself, `centroids`, and `scale` and `tau` where they are tensors.
+    Cost: "table": a count, a look-up, a scatter-add and a look-up over the entries and O(65,536 K iterations);
+    "blocks": O(entries K iterations). Saved for the backward pass: `weight` itself, `centroids`, and `scale` and `tau`
+    where they are tensors.
     """
     shape = centroids.shape
     weight, group, restore = _local(weight, group)
@@ -82,7 +87,9 @@ def dkm_decode(
 
 @dataclass(frozen=True)
 class _How:
-    """All settings; `flat` in the order the operators take them, which know the rows of a table by the number of tables."""
+    """All settings; `flat` in the order the operators take them, which know the rows of a table by the number of
+    tables.
+    """
 
     tau: float
     iterations: int
@@ -101,7 +108,8 @@ class _How:
         """Whether the shapes and numbers fit together. Raises: SchemeError."""
         if not 0 < self.tau < math.inf or (warmth is not None and warmth.numel() != 1):
             raise SchemeError(
-                f"dkm_decode: tau must be a positive number, got {self.tau if warmth is None else list(warmth.shape)}; {_COLD}"
+                f"dkm_decode: tau must be a positive number, got {self.tau if warmth is None else list(warmth.shape)}; "
+                f"{_COLD}"
             )
         if self.iterations < 0 or not self.tolerance >= 0:
             raise SchemeError(
@@ -109,7 +117,8 @@ class _How:
             )
         if not weight.is_floating_point() or weight.dim() == 0 or not tables.is_floating_point():
             raise SchemeError(
-                f"dkm_decode: expected a float tensor with rows, got {weight.dtype} {list(weight.shape)}, centroids {tables.dtype}"
+                f"dkm_decode: expected a float tensor with rows, got {weight.dtype} {list(weight.shape)}, centroids "
+                f"{tables.dtype}"
             )
         if tables.dim() != 3 or 0 in tables.shape:
             raise SchemeError(f"dkm_decode: centroids must be [K], [K, d] or [tables, K, d], got {list(tables.shape)}")
@@ -121,7 +130,8 @@ class _How:
             raise SchemeError(f"dkm_decode: a group shares one table; {count} tables of whole rows need no group")
         if count * served != rows or self.rows_per_table < 0:
             raise SchemeError(
-                f"dkm_decode: {count} tables of {served} rows do not serve {rows} rows; give rows_per_table = rows / tables"
+                f"dkm_decode: {count} tables of {served} rows do not serve {rows} rows; give rows_per_table = rows / "
+                "tables"
             )
         if (columns if weight.dim() > 1 else rows) % d:
             raise SchemeError(
@@ -140,14 +150,17 @@ class _How:
 
 
 def _by_table(weight: Tensor, tables: Tensor, rounded: torch.dtype | None, way: Way, shared: bool) -> bool:
-    """Whether the work is done per distinct value; processes that share a weight decide alike, whatever the size of their parts."""
+    """Whether the work is done per distinct value; processes that share a weight decide alike, whatever the size of
+    their parts.
+    """
     dtype, d = rounded or weight.dtype, tables.shape[2]
     if way == "table":
         if d > 1:
             raise SchemeError(f"dkm_decode: way='table' needs scalars, got vectors of {d}")
         if dtype == torch.float32:
             raise SchemeError(
-                "dkm_decode: way='table' needs 16-bit weights, got float32; rounded=torch.bfloat16 clusters them as bfloat16 has them"
+                "dkm_decode: way='table' needs 16-bit weights, got float32; rounded=torch.bfloat16 clusters them as "
+                "bfloat16 has them"
             )
         if shared and dtype not in table.HALVES:
             raise SchemeError(
@@ -162,7 +175,9 @@ def _by_table(weight: Tensor, tables: Tensor, rounded: torch.dtype | None, way: 
 
 
 def _local(weight: Tensor, group: "dist.ProcessGroup | None") -> tuple[Tensor, "dist.ProcessGroup | None", Any]:
-    """A plain tensor, the processes that share it, and what makes a result of its kind again: a DTensor split by rows is taken as its shard."""
+    """A plain tensor, the processes that share it, and what makes a result of its kind again: a DTensor split by rows
+    is taken as its shard.
+    """
     if type(weight) in (Tensor, nn.Parameter):
         return weight, group, lambda decoded: decoded
     from torch.distributed.tensor import DTensor, Shard
@@ -206,7 +221,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     values, start = _clustered(weight, tables, scale, rounded), tables.to(_precision(weight, by_table))
     rule, decode = (
-        Rule(_number(tau, warmth), iterations, tolerance, zero),
+        Iteration(_number(tau, warmth), iterations, tolerance, zero),
         table.forward if by_table else blocks.forward,
     )
     with torch.autocast(
@@ -231,7 +246,7 @@ def _backward(
     values, start = _clustered(weight, tables, scale, rounded), tables.to(_precision(weight, by_table))
     grad = (grad if scale is None else grad * _per_row(scale, weight)).reshape(values.shape)
     rule, backward = (
-        Rule(_number(tau, warmth), iterations, tolerance, zero),
+        Iteration(_number(tau, warmth), iterations, tolerance, zero),
         table.backward if by_table else blocks.backward,
     )
     with torch.autocast(weight.device.type, enabled=False):
@@ -250,7 +265,9 @@ def _shapes(weight: Tensor, tables: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _clustered(weight: Tensor, tables: Tensor, scale: Tensor | None, rounded: torch.dtype | None) -> Tensor:
-    """What is clustered, as vectors [tables, n, d]: the weight, divided by its rows' scales and rounded where that is asked for."""
+    """What is clustered, as vectors [tables, n, d]: the weight, divided by its rows' scales and rounded where that is
+    asked for.
+    """
     values = weight.detach()
     values = values if scale is None else values / _per_row(scale, weight)
     values = values if rounded is None else values.to(rounded)

@@ -1,4 +1,6 @@
-"""Differentiable k-means as the formula has it, by plain autograd: the reference that everything else is compared with."""
+"""Differentiable k-means as the formula has it, by plain autograd: the reference that everything else is compared
+with.
+"""
 
 import torch
 from torch import Tensor
@@ -18,9 +20,10 @@ def dkm_naive(
 ) -> tuple[Tensor, Tensor]:
     """What `dkm_decode` computes, with every attention matrix kept for the backward pass.
 
-    A = softmax(-|w - c|^2 / tau), c <- A^T w / sum A, at most `iterations` times and until no centroid moves by more than `tolerance` (0: all of
-    them); decoded = A c. `weight` [out, ...], `centroids` [tables, K, d]; a table serves `rows_per_table` rows. 16-bit weights are computed in
-    float32. Returns the decoded weight, in the weight's dtype and shape, and the last centroids.
+    A = softmax(-|w - c|^2 / tau), c <- A^T w / sum A, at most `iterations` times and until no centroid moves by more
+    than `tolerance` (0: all of them); decoded = A c. `weight` [out, ...], `centroids` [tables, K, d]; a table serves
+    `rows_per_table` rows. 16-bit weights are computed in float32. Returns the decoded weight, in the weight's dtype and
+    shape, and the last centroids.
     Source: Cho et al. 2022 (DKM) section 3. Cost: entries x K numbers saved per iteration, several times over.
     """
     exact = weight.double() if weight.dtype == torch.float64 else weight.float()

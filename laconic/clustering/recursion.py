@@ -1,6 +1,8 @@
-"""The iteration of differentiable k-means and its exact derivative, over points that occur several times, a block at a time.
+"""The iteration of differentiable k-means and its exact derivative, over points that occur several times, a block at a
+time.
 
-Points v [tables, n, d] occur `counts` [tables, n] times (None: once). With attention A_k(v) = softmax_k(-|v - c_k|^2 / tau):
+Points v [tables, n, d] occur `counts` [tables, n] times (None: once). With attention A_k(v) =
+softmax_k(-|v - c_k|^2 / tau):
 
     S_k = sum n A_k,  M_k = sum n A_k v,  c'_k = M_k / S_k             one iteration
     f(v) = sum_k A_k c_k                                               the decoded value
@@ -21,8 +23,10 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How the iteration runs: temperature, most iterations, the move that ends it (0: none does), whether the first centroid stays at 0."""
+class Iteration:
+    """How the iteration runs: temperature, most iterations, the move that ends it (0: none does), whether the first
+    centroid stays at 0.
+    """
 
     tau: float
     iterations: int
@@ -38,7 +42,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Points:
-    """Vectors [tables, n, d] in any float type with how often they occur, computed with in `dtype`; `reduce` sums over processes."""
+    """Vectors [tables, n, d] in any float type with how often they occur, computed with in `dtype`; `reduce` sums over
+    processes.
+    """
 
     values: Tensor
     counts: Tensor | None
@@ -56,7 +62,9 @@ class Points:
 
 @dataclass(frozen=True)
 class Path:
-    """Where the centroids went: `centroids` t = 0..T, and for every iteration S_k [tables, K, 1] with whether it moved c_k [tables, K, 1]."""
+    """Where the centroids went: `centroids` t = 0..T, and for every iteration S_k [tables, K, 1] with whether it moved
+    c_k [tables, K, 1].
+    """
 
     centroids: list[Tensor]
     masses: list[Tensor]
@@ -68,7 +76,9 @@ class Path:
 
 
 def attention(v: Tensor, c: Tensor, tau: float) -> Tensor:
-    """A [tables, K, b] for points [tables, b, d] and centroids [tables, K, d]; points last, where processors add many at a time."""
+    """A [tables, K, b] for points [tables, b, d] and centroids [tables, K, d]; points last, where processors add many
+    at a time.
+    """
     distance = (v[..., 0].unsqueeze(1) - c[..., 0].unsqueeze(2)).square_()
     for j in range(
         1, v.shape[2]
@@ -77,8 +87,10 @@ def attention(v: Tensor, c: Tensor, tau: float) -> Tensor:
     return torch.softmax(distance.mul_(-1 / tau), 1)
 
 
-def follow(points: Points, start: Tensor, rule: Rule) -> Path:
-    """The centroids from `start` [tables, K, d] on; a table whose centroids moved by at most the tolerance stays as it is."""
+def follow(points: Points, start: Tensor, rule: Iteration) -> Path:
+    """The centroids from `start` [tables, K, d] on; a table whose centroids moved by at most the tolerance stays as it
+    is.
+    """
     c = rule.hold(start)
     path = Path([c], [], [])
     active = torch.ones(len(c), 1, 1, dtype=torch.bool, device=c.device)
@@ -121,11 +133,12 @@ def decode_slope(v: Tensor, c: Tensor, tau: float) -> Tensor:
     return (A * (c - c.mT @ A).square()).sum(1).unsqueeze(2) * (2 / tau)
 
 
-def decode_backward(points: Points, c: Tensor, grad: Tensor, rule: Rule, into: Tensor | None = None) -> Tensor:
-    """The gradient of sum_v grad(v) . f(v) with respect to c [tables, K, d]; if `into` [tables, n, d] is given, that of v is added there.
+def decode_backward(points: Points, c: Tensor, grad: Tensor, rule: Iteration, into: Tensor | None = None) -> Tensor:
+    """The gradient of sum_v grad(v) . f(v) with respect to c [tables, K, d]; if `into` [tables, n, d] is given, that of
+    v is added there.
 
-    `grad` [tables, n, d] is summed over occurrences already. With Q_k = A_k grad . (c_k - f), which sums to zero over k:
-    dL/dc_k = sum_v A_k grad + 2/tau Q_k (v - c_k), dL/dv = 2/tau sum_k Q_k c_k.
+    `grad` [tables, n, d] is summed over occurrences already. With Q_k = A_k grad . (c_k - f), which sums to zero over
+    k: dL/dc_k = sum_v A_k grad + 2/tau Q_k (v - c_k), dL/dv = 2/tau sum_k Q_k c_k.
     """
     gradient = torch.zeros(c.shape, dtype=torch.float64 if c.device.type != "mps" else c.dtype, device=c.device)
     for part, v, _ in points.blocks(c.shape[1]):
@@ -138,11 +151,13 @@ def decode_backward(points: Points, c: Tensor, grad: Tensor, rule: Rule, into: T
     return rule.hold(points.reduce(gradient).to(c.dtype))
 
 
-def follow_backward(points: Points, path: Path, grad: Tensor, rule: Rule, into: Tensor) -> Tensor:
-    """The gradient at the first centroids, given `grad` at the last; adds h, the gradient of every single occurrence of a point, to `into`.
+def follow_backward(points: Points, path: Path, grad: Tensor, rule: Iteration, into: Tensor) -> Tensor:
+    """The gradient at the first centroids, given `grad` at the last; adds h, the gradient of every single occurrence of
+    a point, to `into`.
 
-    One iteration back, with m_k = g_k / S_k, D_k = m_k . (v - c'_k) the derivative by A_k(v), and Q_k = A_k (D_k - sum_j A_j D_j):
-    h(v) += sum_k A_k m_k + 2/tau Q_k c_k, and g_k <- 2/tau sum_v n Q_k (v - c_k), which is how c_k acts through the attention.
+    One iteration back, with m_k = g_k / S_k, D_k = m_k . (v - c'_k) the derivative by A_k(v), and Q_k = A_k
+    (D_k - sum_j A_j D_j): h(v) += sum_k A_k m_k + 2/tau Q_k c_k, and g_k <- 2/tau sum_v n Q_k (v - c_k), which is how
+    c_k acts through the attention.
     """
     for t in reversed(range(len(path.masses))):
         c, new, moves = path.centroids[t], path.centroids[t + 1], path.moving[t]

@@ -16,8 +16,10 @@ from laconic.weights.shards import is_sharded
 
 @dataclass(frozen=True)
 class Softness:
-    """How a clustering is softened: temperatures relative to the variance at the beginning and the end of the training (in between they change by
-    equal factors), iterations per step, whether the first centroid stays at 0, and the 16-bit type that float32 weights are clustered in."""
+    """How a clustering is softened: temperatures relative to the variance at the beginning and the end of the training
+    (in between they change by equal factors), iterations per step, whether the first centroid stays at 0, and the
+    16-bit type that float32 weights are clustered in.
+    """
 
     first: float
     last: float
@@ -27,13 +29,16 @@ class Softness:
 
 
 class SoftClusters(Relaxation):
-    """Training mode: w by its attention to centroids that follow it (`dkm_decode`). Evaluation: every entry at its nearest centroid.
+    """Training mode: w by its attention to centroids that follow it (`dkm_decode`). Evaluation: every entry at its
+    nearest centroid.
 
-    `weight` is the clustering to start from, a Codebook or a Sparse one, whose survivors only are then clustered; `variance` that of what is
-    clustered. The centroids are carried: those that a pass with a gradient ends with are where passes start once w has changed. Until then all
-    start from the same ones: a pass that is repeated (activation checkpointing, a layer used twice, several minibatches a step) computes the same.
-    In evaluation mode no gradient reaches w.
-    Source: Cho et al. 2022 (DKM) section 3. Saved for backward: w itself and the centroids. Cost: `dkm_decode`, and a sum over w to see changes.
+    `weight` is the clustering to start from, a Codebook or a Sparse one, whose survivors only are then clustered;
+    `variance` that of what is clustered. The centroids are carried: those that a pass with a gradient ends with are
+    where passes start once w has changed. Until then all start from the same ones: a pass that is repeated (activation
+    checkpointing, a layer used twice, several minibatches a step) computes the same. In evaluation mode no gradient
+    reaches w.
+    Source: Cho et al. 2022 (DKM) section 3. Saved for backward: w itself and the centroids. Cost: `dkm_decode`, and a
+    sum over w to see changes.
     """
 
     def __init__(self, weight: Weight, how: Softness, variance: float) -> None:
@@ -149,8 +154,9 @@ _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _fingerprint(w: Tensor) -> Tensor:
-    """The sum of w's bits, which changes when w does: exact in any order, and never read by the CPU. Two changes that cancel go unseen, which
-    costs a warm start. Of a DTensor the sum over its processes."""
+    """The sum of w's bits, which changes when w does: exact in any order, and never read by the CPU. Two changes that
+    cancel go unseen, which costs a warm start. Of a DTensor the sum over its processes.
+    """
     if is_sharded(w):
         from torch.distributed.tensor import DTensor
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from laconic.errors import SchemeError
-from laconic.methods.kmeans import fit_tables
 from laconic.model.sites import Site
+from laconic.solvers.tables import fit_tables
 from laconic.weights import Codebook
 
 
@@ -21,9 +21,11 @@ def init_centroids(
     iterations: int = 25,
     seed: int = 0,
 ) -> Tensor:
-    """Starting centroids [tables, 2**bits, dimension], float32: the k-means optimum for scalars, k-means++ and Lloyd for vectors.
+    """Starting centroids [tables, 2**bits, dimension], float32: the k-means optimum for scalars, k-means++ and Lloyd
+    for vectors.
 
-    With `zero` the centroid nearest to zero becomes zero and stands first. The same weight and seed give the same centroids.
+    With `zero` the centroid nearest to zero becomes zero and stands first. The same weight and seed give the same
+    centroids.
     Raises: SchemeError for shapes and bits that do not fit (1 to 8 bits), and for weights that are not finite.
     Source: Wang & Song 2011 (scalars). Cost: 2**bits x distinct x log(distinct) per table.
     """
@@ -48,10 +50,11 @@ def with_zero(tables: Tensor) -> Tensor:
 
 
 def temperature(weight: Tensor, relative: float, *, dimension: int = 1, scale: Tensor | None = None) -> float:
-    """tau = relative x variance of what is clustered x dimension, the mean squared distance of a vector from the mean one.
+    """tau = relative x variance of what is clustered x dimension, the mean squared distance of a vector from the mean
+    one.
 
-    A constant tensor has no variance, and any temperature decodes it alike: `relative` itself is returned. Raises: SchemeError unless
-    `relative` is positive and the variance finite.
+    A constant tensor has no variance, and any temperature decodes it alike: `relative` itself is returned. Raises:
+    SchemeError unless `relative` is positive and the variance finite.
     """
     if not (math.isfinite(relative) and relative > 0):
         raise SchemeError(f"temperature: relative must be a positive number, got {relative}")
@@ -65,7 +68,9 @@ def temperature(weight: Tensor, relative: float, *, dimension: int = 1, scale: T
 
 
 def annealed(first: float, last: float, progress: float) -> float:
-    """The temperature at `progress` 0 to 1 of the training, falling (or rising) by equal factors: first (last / first)^progress."""
+    """The temperature at `progress` 0 to 1 of the training, falling (or rising) by equal factors: first
+    (last / first)^progress.
+    """
     if not (first > 0 and last > 0 and 0 <= progress <= 1):
         raise SchemeError(
             f"annealed: temperatures must be positive and progress from 0 to 1, got {first}, {last} and {progress}"
@@ -81,11 +86,13 @@ def harden(
     scale: Tensor | None = None,
     table_dtype: str = "float16",
 ) -> Codebook:
-    """The trained weight [out, in] (further dimensions are flattened into `in`) with every entry at its nearest centroid, as a weight to be stored.
+    """The trained weight [out, in] (further dimensions are flattened into `in`) with every entry at its nearest
+    centroid, as a weight to be stored.
 
-    `centroids`, `rows_per_table` and `scale` as in `dkm_decode`; `scale` is stored in bfloat16. A table of K centroids takes ceil(log2 K) bits;
-    spare codes repeat the last.
-    Raises: SchemeError when the shapes do not fit, and for numbers that are not finite. Cost: entries x log K, or entries x K for vectors.
+    `centroids`, `rows_per_table` and `scale` as in `dkm_decode`; `scale` is stored in bfloat16. A table of K centroids
+    takes ceil(log2 K) bits; spare codes repeat the last.
+    Raises: SchemeError when the shapes do not fit, and for numbers that are not finite. Cost: entries x log K, or
+    entries x K for vectors.
     """
     W = _matrix(weight)
     if not (bool(W.isfinite().all()) and bool(centroids.isfinite().all())):

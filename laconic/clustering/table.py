@@ -1,7 +1,8 @@
 """Scalars of 16 bits: all work is done once per distinct value, of which there are at most 65,536.
 
-The centroids depend on the weights through the counts n_u of the distinct values u only, and the decoded weight is f(u). So
-forward is one count and one look-up, and dL/dw_i = f'(u_i) g_i + h(u_i) (see `recursion`) is one sum of g by value and one look-up.
+The centroids depend on the weights through the counts n_u of the distinct values u only, and the decoded weight is
+f(u). So forward is one count and one look-up, and dL/dw_i = f'(u_i) g_i + h(u_i) (see `recursion`) is one sum of g by
+value and one look-up.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from laconic.clustering.recursion import (
+    Iteration,
     Points,
     Reduce,
-    Rule,
     decode_backward,
     decode_points,
     decode_slope,
@@ -27,8 +28,12 @@ _CODES = 1 << 16
 _AT_ONCE = 1 << 20  # entries whose codes are widened to index type at a time
 
 
-def forward(values: Tensor, start: Tensor, rule: Rule, reduce: Reduce, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Decoded values [tables, n, 1] in `dtype`, and the last centroids, from `values` [tables, n, 1] and `start` [tables, K, 1]."""
+def forward(
+    values: Tensor, start: Tensor, rule: Iteration, reduce: Reduce, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Decoded values [tables, n, 1] in `dtype`, and the last centroids, from `values` [tables, n, 1] and `start`
+    [tables, K, 1].
+    """
     decoded, last = torch.empty(values.shape, dtype=dtype, device=values.device), torch.empty_like(start)
     for t, entries in enumerate(values.flatten(1)):
         column = _Column.of(entries, start.dtype, reduce)
@@ -38,7 +43,7 @@ def forward(values: Tensor, start: Tensor, rule: Rule, reduce: Reduce, dtype: to
 
 
 def backward(
-    values: Tensor, start: Tensor, grad: Tensor, grad_last: Tensor, rule: Rule, reduce: Reduce, dtype: torch.dtype
+    values: Tensor, start: Tensor, grad: Tensor, grad_last: Tensor, rule: Iteration, reduce: Reduce, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Gradients of values, in `dtype`, and of starting centroids, given those of decoded values and last centroids."""
     into, first = torch.empty(values.shape, dtype=dtype, device=values.device), torch.empty_like(start)
@@ -56,7 +61,9 @@ def backward(
 
 @dataclass(frozen=True)
 class _Column:
-    """The entries of one table with their distinct values: `used` names those of the `size` codes that occur (None: all)."""
+    """The entries of one table with their distinct values: `used` names those of the `size` codes that occur
+    (None: all).
+    """
 
     codes: Callable[[slice], Tensor]
     entries: int

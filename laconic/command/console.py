@@ -1,4 +1,6 @@
-"""Progress on a terminal: the plan as a table, a bar with an honest estimate, a line per site. Everything goes to stderr."""
+"""Progress on a terminal: the plan as a table, a bar with an honest estimate, a line per site. Everything goes to
+stderr.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -23,7 +25,8 @@ def terminal_console(stderr: bool = False) -> Console:
 
 
 class _Messages:
-    """The present `sys.stderr`. What it cannot take (a log on a full disk) is dropped: hours of work do not end for want of a progress bar.
+    """The present `sys.stderr`. What it cannot take (a log on a full disk) is dropped: hours of work do not end for
+    want of a progress bar.
 
     A reader that has gone away still ends the command, as everywhere.
     """
@@ -52,7 +55,9 @@ def _dropped() -> Iterator[None]:
 
 
 def markup(text: object) -> str:
-    """Text from outside as a part of what a console draws: nothing in it is understood as style, nothing of it is hidden."""
+    """Text from outside as a part of what a console draws: nothing in it is understood as style, nothing of it is
+    hidden.
+    """
     return escape(shown(text))
 
 
@@ -104,7 +109,8 @@ class Terminal:
             self.say(note)
         before, after = preflight["original_bytes"], preflight["bytes"]
         self.console.print(
-            f"expected: {human_bytes(after)} from {human_bytes(before)}, peak memory {human_bytes(preflight['peak_memory'])}, "
+            f"expected: {human_bytes(after)} from {human_bytes(before)}, peak memory "
+            f"{human_bytes(preflight['peak_memory'])}, "
             f"about {duration(preflight['seconds'])}"
         )
         self.console.print(shown(coverage_line(preflight["coverage"]), 2000), markup=False)
@@ -121,7 +127,8 @@ class Terminal:
     def site(self, record: dict[str, Any]) -> None:
         if not self.quiet:
             self.console.print(
-                f"{markup(record['name']):<48} {record['bits_per_weight']:7.3f} bits   output error {record['error']:.3e}   {record['seconds']:.2f} s"
+                f"{markup(record['name']):<48} {record['bits_per_weight']:7.3f} bits   output error "
+                f"{record['error']:.3e}   {record['seconds']:.2f} s"
             )
         for note in record["notes"]:
             self.console.print(f"[yellow]note[/] {markup(note)}")

@@ -1,6 +1,8 @@
-"""How a command ends when it does not end well: one line and an exit code for all that a user, a file or a machine can cause.
+"""How a command ends when it does not end well: one line and an exit code for all that a user, a file or a machine can
+cause.
 
-`end_of` holds the list, and it is deliberate: an error that is not on it is laconic's own, and surfaces with its traceback.
+`end_of` holds the list, and it is deliberate: an error that is not on it is laconic's own, and surfaces with its
+traceback.
 """
 
 import errno
@@ -46,7 +48,9 @@ class Ended(Exception):  # noqa: N818 - the news of an error
 
 
 def end_of(error: BaseException, interrupted: str = "") -> End | None:
-    """The end that an error means, or None for one of laconic's own; `interrupted` says what is left after Ctrl-C, unless a note of it does."""
+    """The end that an error means, or None for one of laconic's own; `interrupted` says what is left after Ctrl-C,
+    unless a note of it does.
+    """
     kind = type(error).__name__
     interrupted = "".join(f"; {note}" for note in getattr(error, "__notes__", [])) or interrupted
     if isinstance(error, Ended):

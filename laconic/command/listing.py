@@ -23,9 +23,11 @@ class _Class:
 
 
 def list_methods() -> dict[str, dict[str, Any]]:
-    """Of every method, and of `Keep`, by name: `does`, the first line of its docstring, and `arguments`, as `name: type = default`.
+    """Of every method, and of `Keep`, by name: `does`, the first sentence of its docstring, and `arguments`, as
+    `name: type = default`.
 
-    The names are those of `scheme.text.vocabulary()`, the arguments those of the classes' signatures; aliases of types are resolved.
+    The names are those of `scheme.text.vocabulary()`, the arguments those of the classes' signatures; aliases of types
+    are resolved.
     """
     folder = resources.files("laconic") / "methods"
     modules = sorted(f"laconic.methods.{file.name[:-3]}" for file in folder.iterdir() if file.name.endswith(".py"))
@@ -36,10 +38,20 @@ def list_methods() -> dict[str, dict[str, Any]]:
                 made = _class(module, node)
                 if not made.abstract:
                     found[node.name] = {
-                        "does": (ast.get_docstring(node) or "").split("\n")[0],
+                        "does": first_sentence(ast.get_docstring(node) or ""),
                         "arguments": list(made.arguments.values()),
                     }
     return dict(sorted(found.items()))
+
+
+def first_sentence(text: str) -> str:
+    """The first lines of a docstring, up to one that ends with a full stop, as one line."""
+    lines: list[str] = []
+    for line in text.strip().splitlines():
+        lines.append(line.strip())
+        if line.endswith("."):
+            break
+    return " ".join(lines)
 
 
 def takers(argument: str) -> list[str]:
@@ -109,7 +121,9 @@ def _bases(module: str, node: ast.ClassDef) -> Iterator[_Class]:
 
 
 def _named(module: str, name: str) -> tuple[str, ast.stmt | None]:
-    """The statement that gives a module's name its meaning, and the module it stands in; None where that is outside of this package."""
+    """The statement that gives a module's name its meaning, and the module it stands in; None where that is outside of
+    this package.
+    """
     for item in _tree(module).body:
         if isinstance(item, ast.ClassDef) and item.name == name:
             return module, item

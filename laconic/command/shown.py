@@ -1,4 +1,6 @@
-"""Text from outside (names, paths, messages of other programs) as a person may be shown it: one line, nothing hidden, not too much of it."""
+"""Text from outside (names, paths, messages of other programs) as a person may be shown it: one line, nothing hidden,
+not too much of it.
+"""
 
 import re
 import unicodedata
@@ -16,7 +18,8 @@ _UNSEEN = (
 
 
 def shown(text: object, limit: int = LIMIT) -> str:
-    """The text on one line: line breaks as spaces, what is invisible or moves the cursor as an escape, at most `limit` characters.
+    """The text on one line: line breaks as spaces, what is invisible or moves the cursor as an escape, at most `limit`
+    characters.
 
     Colours, titles and clickable addresses of a terminal begin with a control character, so none of them gets through.
     """

@@ -1,25 +1,26 @@
 """The process of a command: what has to be settled before anything heavy is imported. Nothing heavy is imported here.
 
-Signals, so that Ctrl-C within the seconds that PyTorch takes to load is one line; how threads wait, which OpenMP reads once; streams that
-can print any name; and what a program error looks like.
+Signals, so that Ctrl-C within the seconds that PyTorch takes to load is one line; how threads wait, which OpenMP reads
+once; streams that can print any name; and what a program error looks like.
 """
 
 import os
 import signal
 import sys
 
+from laconic.command.signals import hold_signals, leave_at_once
+
 TYPE_CHECKING = False  # as typing has it; its import alone is a moment in which Ctrl-C is a traceback
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+    from types import TracebackType
     from typing import TextIO
 
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _REPORT = "this is an error of laconic's own; please report it with the lines above and the command"
 
 
 def main() -> None:
     """The entry point of `laconic` and `python -m laconic`."""
-    _hold_signals()
+    hold_signals()
     sys.excepthook, sys.unraisablehook = _own_error, _swallowed
     _check_place()
     _streams()
@@ -31,51 +32,10 @@ def main() -> None:
     app(prog_name="laconic")
 
 
-def leave_at_once(number: int, _: "FrameType | None") -> None:
-    """Ends the process while it starts: nothing is written yet, and an exception in the midst of an import can become anything.
-
-    PyTorch swallows one that is raised while it imports numpy, and half a numpy fails in other places.
-    """
-    os.write(2, b"interrupted; nothing was begun\n" if number == signal.SIGINT else b"told to end; nothing was begun\n")
-    os._exit(128 + number)
-
-
-def held_signals() -> bool:
-    """Whether the process is one that `main` began, and still starting."""
-    return any(signal.getsignal(number) is leave_at_once for number in (signal.SIGINT, *_SIGNALS))
-
-
-def release_signals() -> None:
-    """From here on signals are exceptions, so that what was begun is put in order."""
-    for number in (signal.SIGINT, *_SIGNALS):
-        if signal.getsignal(number) is leave_at_once:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _stop)
-
-
-def let_go() -> None:
-    """Nothing is left to put in order: another signal ends the process without a word."""
-    for number, handler in ((signal.SIGINT, signal.default_int_handler), *((number, _stop) for number in _SIGNALS)):
-        if signal.getsignal(number) is handler:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _hold_signals() -> None:
-    """Take over the signals that nobody has claimed: a shell lets background jobs ignore Ctrl-C, and nohup lets them ignore SIGHUP."""
-    for number in (signal.SIGINT, *_SIGNALS):
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, leave_at_once)
-    os.register_at_fork(after_in_child=let_go)  # a worker is ended, and spoken for, by the process that started it
-
-
-def _stop(number: int, _: "FrameType | None") -> None:
-    """The system's wish that the process ends, as an exception."""
-    from laconic.command.ends import Stopped
-
-    raise Stopped(number)
-
-
 def _check_place() -> None:
-    """A working directory that was deleted is no error of Python's, but libraries end the process without a word of ours."""
+    """A working directory that was deleted is no error of Python's, but libraries end the process without a word of
+    ours.
+    """
     try:
         os.getcwd()
     except OSError as error:
@@ -84,7 +44,9 @@ def _check_place() -> None:
 
 
 def _streams() -> None:
-    """Streams that print every name, whatever their encoding, and that are there: a closed one would hand its number to the next file."""
+    """Streams that print every name, whatever their encoding, and that are there: a closed one would hand its number to
+    the next file.
+    """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
@@ -97,7 +59,7 @@ def _streams() -> None:
 
 
 def _own_error(kind: type[BaseException], error: BaseException, trace: "TracebackType | None") -> None:
-    """An error that is not on the list of `laconic.command.ends`: its traceback, and what to do with it."""
+    """An error that is not on the list of `command.ends`: its traceback, and what to do with it."""
     if issubclass(kind, KeyboardInterrupt):
         leave_at_once(signal.SIGINT, None)
     sys.__excepthook__(kind, error, trace)
@@ -105,7 +67,9 @@ def _own_error(kind: type[BaseException], error: BaseException, trace: "Tracebac
 
 
 def _swallowed(lost: "sys.UnraisableHookArgs") -> None:
-    """An exception where Python cannot raise one (a callback of its garbage collection). Ctrl-C is not to be lost there: it comes again."""
+    """An exception where Python cannot raise one (a callback of its garbage collection). Ctrl-C is not to be lost
+    there: it comes again.
+    """
     if lost.exc_type is not None and issubclass(lost.exc_type, KeyboardInterrupt):
         import threading
 

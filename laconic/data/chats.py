@@ -3,18 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 
 from laconic.data.text import decoded, json_lines, start_tokens
 from laconic.errors import DataError
+from laconic.host.foreign import Foreign
 
 _KEYS = ("messages", "prompt")
 
 
 def conversations(source: str) -> list[tuple[int, dict[str, Any]]] | None:
-    """The rows of a JSONL file of conversations ("messages", or "prompt" and "completion") with their lines' numbers; None for other data.
+    """The rows of a JSONL file of conversations ("messages", or "prompt" and "completion") with their lines' numbers;
+    None for other data.
 
     Raises: DataError for a file whose rows are not all of that kind.
     """
@@ -30,7 +31,8 @@ def conversations(source: str) -> list[tuple[int, dict[str, Any]]] | None:
     for number, row in rows:
         if not any(key in row for key in _KEYS):
             raise DataError(
-                f"{path}: line {number}: the first line has 'messages' or 'prompt', this one {', '.join(sorted(row)) or 'nothing'}"
+                f"{path}: line {number}: the first line has 'messages' or 'prompt', this one "
+                f"{', '.join(sorted(row)) or 'nothing'}"
             )
     return rows
 
@@ -61,10 +63,9 @@ def _templated(where: str, messages: Any, tools: Any, tokenizer: Any) -> list[in
         raise DataError(f"{where}: expected 'messages' as a list of objects with 'role' and 'content'")
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            f"{where}: the tokenizer has no chat template to write messages with; give texts, or 'prompt' and 'completion' as strings"
+            f"{where}: the tokenizer has no chat template to write messages with; give texts, or 'prompt' and "
+            "'completion' as strings"
         )
-    try:
+    with Foreign(DataError, f"{where}: the tokenizer's chat template does not take it"):
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise DataError(f"{where}: the tokenizer's chat template does not take it: {error}") from error
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,4 +1,6 @@
-"""What a model directory is calibrated and measured with: read, checked against the model before any work, and written by the model itself."""
+"""What a model directory is calibrated and measured with: read, checked against the model before any work, and written
+by the model itself.
+"""
 
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,7 +20,7 @@ from laconic.disk.load import Checkpoint, load_tokenizer
 from laconic.disk.output import Run
 from laconic.errors import CheckpointError, DataError
 from laconic.host.progress import Progress
-from laconic.measure.quality import check_call
+from laconic.model.opened import check_call
 from laconic.model.residence import Residence
 
 OWN = "self"
@@ -48,7 +50,8 @@ class Request(Protocol):
 
 @dataclass(frozen=True)
 class Given:
-    """What was given to calibrate and to measure with, read and checked; where there is a `vocabulary`, the model writes what is missing.
+    """What was given to calibrate and to measure with, read and checked; where there is a `vocabulary`, the model
+    writes what is missing.
 
     `digest` is equal for equal data. `tokenizer` is the directory's, None where it has none and none was needed.
     """
@@ -117,7 +120,8 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> Any:
         return load_tokenizer(path, trust_remote_code)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; a text is read with one: add the tokenizer's files to the directory, or let the model write (self)"
+            f"{error}; a text is read with one: add the tokenizer's files to the directory, or let the model write "
+            "(self)"
         ) from error
 
 
@@ -130,7 +134,9 @@ def find_tokenizer(path: Path, trust_remote_code: bool) -> Any | None:
 
 
 def own_windows(request: Request, calibrated: bool) -> int:
-    """Windows that a language model writes itself: to calibrate, and for the report's figures, where no text is given."""
+    """Windows that a language model writes itself: to calibrate, and for the report's figures, where no text is
+    given.
+    """
     if not _own(request.data):
         return 0
     return request.samples * calibrated + _test_windows(request) * (request.evaluate and request.test is None)
@@ -149,7 +155,9 @@ def complete_inputs(
     device: torch.device,
     calibrated: bool,
 ) -> tuple[Material | None, Material | None]:
-    """The calibration and test windows; what the model wrote itself is kept in the run, so that a resumed one goes on with the same."""
+    """The calibration and test windows; what the model wrote itself is kept in the run, so that a resumed one goes on
+    with the same.
+    """
     windows, test = given.calibration, given.test
     if given.vocabulary is None:
         return windows, test

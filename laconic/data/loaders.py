@@ -1,4 +1,6 @@
-"""Batches as users bring them (loaders, data sets, lists, generators) in one form: what a model is called with, without padding."""
+"""Batches as users bring them (loaders, data sets, lists, generators) in one form: what a model is called with, without
+padding.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +17,7 @@ from laconic.data.modality import accepts, decoder_start, main_input
 from laconic.disk.tensors import bytes_of
 from laconic.errors import DataError
 from laconic.host.randomness import private_randomness
-from laconic.model.blocks import Batch, examples_in
+from laconic.model.batches import Batch, examples_in
 
 EXPECTED = "an iterable of batches (a list, a DataLoader, a data set), each a tensor, a dict of tensors or a tuple whose first entry is the input"
 _DIMENSIONS = {
@@ -28,7 +30,9 @@ _LENGTH = 256  # positions of an example that says nothing about them
 
 
 def checked_data(data: Any) -> Iterable[Any]:
-    """The data, if it is an iterable of something. Raises: DataError that says what came and, where it is one batch, what to do."""
+    """The data, if it is an iterable of something. Raises: DataError that says what came and, where it is one batch,
+    what to do.
+    """
     if isinstance(data, Tensor | np.ndarray):
         kind = "a tensor" if isinstance(data, Tensor) else "an array"
         raise DataError(
@@ -46,7 +50,8 @@ def checked_data(data: Any) -> Iterable[Any]:
 
 
 def taken(data: Any, examples: int, seed: int, form: Callable[[Batch], Batch] = lambda batch: batch) -> list[Batch]:
-    """Batches in one `form` until `examples` examples are reached; the global random state is left alone, a shuffling loader follows `seed`.
+    """Batches in one `form` until `examples` examples are reached; the global random state is left alone, a shuffling
+    loader follows `seed`.
 
     Raises: DataError naming the first batch that is none.
     """
@@ -85,7 +90,8 @@ def as_batch(item: Any, name: str) -> Batch:
             return tuple(item)
     shape = f" of shape {list(item.shape)}; torch.from_numpy makes it a tensor" if isinstance(item, np.ndarray) else ""
     raise DataError(
-        f"{name}: expected a tensor, a dict of tensors or a tuple whose first entry is the input, got a {type(item).__name__}{shape}"
+        f"{name}: expected a tensor, a dict of tensors or a tuple whose first entry is the input, got a "
+        f"{type(item).__name__}{shape}"
     )
 
 
@@ -110,10 +116,11 @@ def _value(value: Any, name: str) -> Any:
 
 
 def without_padding(batch: Batch) -> list[Batch]:
-    """The batch's examples without the positions that its masks leave out: a padded position is nothing that a model should be judged by.
+    """The batch's examples without the positions that its masks leave out: a padded position is nothing that a model
+    should be judged by.
 
-    For every mask [examples, positions] of zeros and ones named `*attention_mask`, the tensors that have its shape are cut alike. Examples
-    that are left equally long stay together. A batch without padding stays as it is.
+    For every mask [examples, positions] of zeros and ones named `*attention_mask`, the tensors that have its shape are
+    cut alike. Examples that are left equally long stay together. A batch without padding stays as it is.
     """
     if not isinstance(batch, dict):
         return [batch]
@@ -142,7 +149,9 @@ def _has_examples(value: Any, batch: dict[str, Any]) -> bool:
 
 
 def _belongs(name: str, side: str, value: Any, mask: Tensor) -> bool:
-    """Whether a tensor has the mask's positions: of its own side (the decoder's mask is no mask of the encoder's input)."""
+    """Whether a tensor has the mask's positions: of its own side (the decoder's mask is no mask of the encoder's
+    input).
+    """
     shaped = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == mask.shape[1]
     decoder = name.startswith("decoder_") or name == "labels"
     return shaped and (decoder == side.startswith("decoder_") or (name == "labels" and not side))
@@ -165,7 +174,9 @@ def joined(batches: Sequence[Batch], size: int) -> list[Batch]:
 
 
 def _signature(batch: Batch) -> Any:
-    """What has to be equal for two batches to be put together; None where they cannot be, since a tensor is not of examples alone."""
+    """What has to be equal for two batches to be put together; None where they cannot be, since a tensor is not of
+    examples alone.
+    """
     if isinstance(batch, Tensor):
         return (batch.dtype, batch.shape[1:])
     if not isinstance(batch, dict) or not all(
@@ -202,7 +213,9 @@ def divided(batch: Batch, size: int) -> list[Batch]:
 
 
 def for_model(batch: Batch, model: nn.Module) -> Batch:
-    """A batch as a model of transformers is called to be observed: no loss, no cache, an example alone as a batch of one."""
+    """A batch as a model of transformers is called to be observed: no loss, no cache, an example alone as a batch of
+    one.
+    """
     name = main_input(model)
     if isinstance(batch, tuple):
         batch = batch[0]
@@ -220,7 +233,9 @@ def for_model(batch: Batch, model: nn.Module) -> Batch:
 
 
 def _shifted(labels: Tensor, start: int) -> dict[str, Tensor]:
-    """What a decoder reads that is to write `labels` [examples, positions]: its start token and all but the last; -100 stands for padding."""
+    """What a decoder reads that is to write `labels` [examples, positions]: its start token and all but the last; -100
+    stands for padding.
+    """
     before = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], 1)
     padding = before == -100
     return {"decoder_input_ids": before.masked_fill(padding, start), "decoder_attention_mask": (~padding).long()}
@@ -278,7 +293,9 @@ class Examples:
         return replace(self, calls=self.split(count)[0]) if count < self.count else self
 
     def split(self, count: int) -> tuple[list[Batch], list[Batch]]:
-        """The calls of the first `count` examples, and those of the rest; a batch that cannot be divided goes with the first."""
+        """The calls of the first `count` examples, and those of the rest; a batch that cannot be divided goes with the
+        first.
+        """
         before: list[Batch] = []
         after: list[Batch] = []
         seen = 0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from laconic.data.modality import main_input
 from laconic.errors import CheckpointError, DataError
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 SOUND = (".wav",)
@@ -21,7 +21,9 @@ _SIDE = 224  # pixels, of a config that names none
 
 
 def files_below(source: str, suffixes: tuple[str, ...], why: str) -> list[Path]:
-    """The files of a kind in a folder and below it, by name, or the one file given. Raises: DataError saying why, where there is none."""
+    """The files of a kind in a folder and below it, by name, or the one file given. Raises: DataError saying why, where
+    there is none.
+    """
     path = Path(source).expanduser()
     try:
         found = (
@@ -41,9 +43,11 @@ def files_below(source: str, suffixes: tuple[str, ...], why: str) -> list[Path]:
 def image_calls(
     model: nn.Module, folder: Path, files: Iterable[Path], notes: list[str], trusted: bool = False
 ) -> Iterator[Batch]:
-    """Each image as the model is called with it: through the directory's image processor, else scaled to its config's size and to [-1, 1].
+    """Each image as the model is called with it: through the directory's image processor, else scaled to its config's
+    size and to [-1, 1].
 
-    Raises: DataError for a file that is no image, or without Pillow; CheckpointError for a processor that cannot be loaded.
+    Raises: DataError for a file that is no image, or without Pillow; CheckpointError for a processor that cannot be
+    loaded.
     """
     try:
         from PIL import Image, UnidentifiedImageError
@@ -78,7 +82,8 @@ def image_calls(
 def sound_calls(
     model: nn.Module, folder: Path, files: Iterable[Path], notes: list[str], trusted: bool = False
 ) -> Iterator[Batch]:
-    """Each recording as the model is called with it: through the directory's feature extractor; a waveform without one with mean 0, variance 1.
+    """Each recording as the model is called with it: through the directory's feature extractor; a waveform without one
+    with mean 0, variance 1.
 
     The decoder of a model that also writes is given its start token alone. Raises: DataError, CheckpointError.
     """
@@ -87,7 +92,8 @@ def sound_calls(
     )
     if extractor is None and main_input(model) != "input_values":
         raise CheckpointError(
-            f"{folder}: {main_input(model)} are made from sound by a feature extractor; the directory has no {_PREPARATION}"
+            f"{folder}: {main_input(model)} are made from sound by a feature extractor; the directory has no "
+            f"{_PREPARATION}"
         )
     if extractor is None:
         notes.append(f"recordings were scaled to mean 0 and variance 1: the directory has no {_PREPARATION}")

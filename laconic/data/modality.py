@@ -1,4 +1,6 @@
-"""What a model reads: text, images or sound, how many positions of it, and which token ids. Data is checked against that before any work."""
+"""What a model reads: text, images or sound, how many positions of it, and which token ids. Data is checked against
+that before any work.
+"""
 
 import inspect
 from typing import Any
@@ -72,7 +74,8 @@ def is_language_model(model: nn.Module) -> bool:
 def most_positions(model: nn.Module) -> int | None:
     """The longest text the model takes, in tokens; None where neither its config nor a table of positions says.
 
-    A learned table with a padding index numbers positions from the row after it on (RoBERTa), so it holds fewer than it has rows.
+    A learned table with a padding index numbers positions from the row after it on (RoBERTa), so it holds fewer than it
+    has rows.
     """
     config = text_config(model)
     told = [value for name in _POSITIONS if isinstance(value := getattr(config, name, None), int) and value > 0]
@@ -121,5 +124,6 @@ def check_ids(model: nn.Module, tokens: Tensor, source: str, tokenizer: Any) -> 
         else "it has"
     )
     raise DataError(
-        f"{source}: {who} the token id {largest:,}, but the model's embedding {name} has {rows:,} rows; the tokenizer belongs to another model"
+        f"{source}: {who} the token id {largest:,}, but the model's embedding {name} has {rows:,} rows; the tokenizer "
+        "belongs to another model"
     )

@@ -1,4 +1,6 @@
-"""Data of every kind read for a model: text, conversations, images, sound, and batches that a user brings; what measures never calibrates."""
+"""Data of every kind read for a model: text, conversations, images, sound, and batches that a user brings; what
+measures never calibrates.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from laconic.data.media import IMAGES, SOUND, files_below, image_calls, sound_ca
 from laconic.data.modality import check_ids, decoder_start, kind_of, main_input, most_positions, way_out
 from laconic.data.text import TEST_SHARE, Windows, calibration_windows, evaluation_windows, read_text, split_text
 from laconic.errors import DataError
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch
 
 _GIVEN = "batches given in Python"
 
@@ -40,9 +42,11 @@ class Material(Protocol):
 
 @dataclass
 class Reader:
-    """Reads data for one model: its skeleton, its directory, its tokenizer where text is read, tokens per window, and the seed of every draw.
+    """Reads data for one model: its skeleton, its directory, its tokenizer where text is read, tokens per window, and
+    the seed of every draw.
 
-    `notes` are what a user must hear of how it was read; `trusted`: code of the directory's own may prepare images and sound.
+    `notes` are what a user must hear of how it was read; `trusted`: code of the directory's own may prepare images and
+    sound.
     """
 
     model: nn.Module
@@ -56,7 +60,8 @@ class Reader:
     def both(
         self, data: Any, samples: int, test: Any, test_tokens: int, calibrated: bool, measured: bool
     ) -> tuple[Material | None, Material | None]:
-        """`samples` windows or examples to calibrate with, and what the report's figures are of: `test`, or the last tenth of `data`.
+        """`samples` windows or examples to calibrate with, and what the report's figures are of: `test`, or the last
+        tenth of `data`.
 
         Raises: DataError where there is too little, or what is no data for the model.
         """
@@ -103,7 +108,9 @@ class Reader:
         return evaluation_windows(text, self.tokenizer(), self.length, tokens, name)
 
     def _checked(self, material: Any) -> Any:
-        """The windows or sequences, after making sure that every id has a row; for an encoder-decoder, in two halves."""
+        """The windows or sequences, after making sure that every id has a row; for an encoder-decoder, in two
+        halves.
+        """
         if material is None:
             return None
         for ids in material.sequences() if isinstance(material, Examples) else [material.tokens]:
@@ -128,7 +135,8 @@ class Reader:
         before, after = whole.split(kept)
         if not after:  # one batch that cannot be divided
             self.notes.append(
-                f"no figures of quality: {name} holds one batch whose tensors differ in their number of examples; give another as test"
+                f"no figures of quality: {name} holds one batch whose tensors differ in their number of examples; give "
+                "another as test"
             )
             return (whole if calibrated else None), None
         return (replace(whole, calls=before).first(samples) if calibrated else None), Examples(
@@ -149,7 +157,9 @@ class Reader:
         return Examples([self._with_decoder(call) for call in calls], name)
 
     def _with_decoder(self, call: Batch) -> Batch:
-        """A call of an encoder-decoder that says nothing of what the decoder writes: it is given its start token alone."""
+        """A call of an encoder-decoder that says nothing of what the decoder writes: it is given its start token
+        alone.
+        """
         start = decoder_start(self.model)
         if (
             start is None
@@ -188,7 +198,8 @@ class Reader:
         cut = len(rows) - max(1, round(len(rows) * TEST_SHARE)) if len(rows) > 1 else 1
         if calibrated and cut < samples:
             raise DataError(
-                f"{name}: {samples} conversations are needed, there are {cut} to calibrate with; ask for --samples {cut}"
+                f"{name}: {samples} conversations are needed, there are {cut} to calibrate with; ask for --samples "
+                f"{cut}"
             )
         order = torch.randperm(cut, generator=torch.Generator().manual_seed(self.seed))[:samples].sort().values.tolist()
         drawn = self._checked(self._chats(name, [rows[i] for i in order])) if calibrated else None

@@ -1,6 +1,8 @@
-"""Token windows for calibration and evaluation, from files, directories, the hub, or the model itself; splits that share nothing.
+"""Token windows for calibration and evaluation, from files, directories, the hub, or the model itself; splits that
+share nothing.
 
-A window begins as the tokenizer begins a text: with the tokens it puts before one (`<bos>` of Gemma, Llama, Mistral), if any.
+A window begins as the tokenizer begins a text: with the tokens it puts before one (`<bos>` of Gemma, Llama, Mistral),
+if any.
 """
 
 import codecs
@@ -28,10 +30,11 @@ _CHARACTERS = 16  # read per token wanted, at first: even code in a small vocabu
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids [windows, length], where they come from, and the ids each window begins with because the tokenizer begins a text so.
+    """Token ids [windows, length], where they come from, and the ids each window begins with because the tokenizer
+    begins a text so.
 
-    The first position and those start tokens are never predicted. The hash changes with any token. An encoder-decoder's encoder reads the
-    first half of each window, its decoder, which begins with the id `decoder`, writes the second.
+    The first position and those start tokens are never predicted. The hash changes with any token. An encoder-decoder's
+    encoder reads the first half of each window, its decoder, which begins with the id `decoder`, writes the second.
     """
 
     tokens: Tensor
@@ -96,7 +99,8 @@ def read_text(source: str | Path) -> str:
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {error.strerror or error}") from error
     raise DataError(
-        f"{source}: no such file or directory; a hub data set is written 'hub:name:config:split', the model's own text 'self'"
+        f"{source}: no such file or directory; a hub data set is written 'hub:name:config:split', the model's own text "
+        "'self'"
     )
 
 
@@ -110,11 +114,14 @@ def _file_text(path: Path) -> str:
 
 
 def decoded(path: Path) -> str:
-    """A file's text: UTF-8 with or without a byte order mark, lines ended by "\\n", "\\r\\n" or "\\r". Raises: DataError, OSError."""
+    """A file's text: UTF-8 with or without a byte order mark, lines ended by "\\n", "\\r\\n" or "\\r". Raises:
+    DataError, OSError.
+    """
     raw = path.read_bytes()
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(
-            f"{path}: not UTF-8 text but UTF-16, by its first two bytes; write it anew, for example: iconv -f UTF-16 -t UTF-8"
+            f"{path}: not UTF-8 text but UTF-16, by its first two bytes; write it anew, for example: iconv -f UTF-16 "
+            "-t UTF-8"
         )
     try:
         text = raw.decode("utf-8-sig")
@@ -126,7 +133,9 @@ def decoded(path: Path) -> str:
 
 
 def json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSONL file with the numbers of their lines, which "\\n" alone ends. Raises: DataError naming a line that is none."""
+    """The objects of a JSONL file with the numbers of their lines, which "\\n" alone ends. Raises: DataError naming a
+    line that is none.
+    """
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -175,7 +184,8 @@ def split_text(text: str) -> tuple[str, str]:
 
 
 def start_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """The ids a tokenizer puts before a text of its own accord: `<bos>` for Gemma, Llama and Mistral, none for GPT-2 and Qwen.
+    """The ids a tokenizer puts before a text of its own accord: `<bos>` for Gemma, Llama and Mistral, none for GPT-2
+    and Qwen.
 
     What it puts behind one (the end of sequence of T5) is not among them.
     """
@@ -186,7 +196,8 @@ def start_tokens(tokenizer: Any) -> tuple[int, ...]:
 
 
 def calibration_windows(text: str, tokenizer: Any, samples: int, length: int, seed: int, source: str) -> Windows:
-    """`samples` windows of `length` tokens, start tokens included, from line starts drawn at random by a private generator.
+    """`samples` windows of `length` tokens, start tokens included, from line starts drawn at random by a private
+    generator.
 
     Raises: DataError saying how many tokens are needed when the text is too short for windows that do not overlap.
     """
@@ -202,7 +213,8 @@ def calibration_windows(text: str, tokenizer: Any, samples: int, length: int, se
             fits = len(ids) // each
             hint = f", or ask for --samples {fits}" if fits else ""
             raise DataError(
-                f"{source}: {samples * each:,} tokens are needed ({samples} windows of {length}), the text has {len(ids):,}{hint}"
+                f"{source}: {samples * each:,} tokens are needed ({samples} windows of {length}), the text has "
+                f"{len(ids):,}{hint}"
             )
         whole = torch.tensor(ids[: len(ids) // each * each]).view(-1, each)
         chosen = torch.randperm(len(whole), generator=_generator(seed))[:samples]
@@ -222,10 +234,12 @@ def calibration_windows(text: str, tokenizer: Any, samples: int, length: int, se
 
 
 def evaluation_windows(text: str, tokenizer: Any, length: int, tokens: int | None, source: str) -> Windows:
-    """The text tokenised once and cut into windows that do not overlap, each `length` tokens with the start tokens before it.
+    """The text tokenised once and cut into windows that do not overlap, each `length` tokens with the start tokens
+    before it.
 
-    With `tokens`, as many windows as that many tokens fill, start tokens included. With start tokens every token of a window's text is
-    predicted, the first one from them; without, all but the first. Of a text of one window that is lm-eval's rolling log-likelihood.
+    With `tokens`, as many windows as that many tokens fill, start tokens included. With start tokens every token of a
+    window's text is predicted, the first one from them; without, all but the first. Of a text of one window that is
+    lm-eval's rolling log-likelihood.
     Raises: DataError when there is not even one window.
     """
     start = start_tokens(tokenizer)
@@ -247,7 +261,8 @@ def _room(length: int, start: tuple[int, ...]) -> int:
     """How many tokens of a text a window holds beside the start tokens."""
     if length <= len(start):
         raise DataError(
-            f"windows of {length} tokens: the tokenizer begins a text with {len(start)} of its own; ask for a larger --length"
+            f"windows of {length} tokens: the tokenizer begins a text with {len(start)} of its own; ask for a larger "
+            "--length"
         )
     return length - len(start)
 
@@ -278,7 +293,8 @@ class Vocabulary:
 def vocabulary_of(model: Any, tokenizer: Any | None = None) -> Vocabulary:
     """The vocabulary of a model's own text; ids have a row in the embedding and, where there is a tokenizer, a token.
 
-    A text starts as the tokenizer starts one. Without a tokenizer nobody says so; the config's `bos_token_id` is taken where it has a row.
+    A text starts as the tokenizer starts one. Without a tokenizer nobody says so; the config's `bos_token_id` is taken
+    where it has a row.
     """
     config = text_config(model)
     table = input_table(model)
@@ -312,11 +328,13 @@ def sample_windows(
     model: Any, samples: int, length: int, seed: int, batch: int = 32, progress: Callable[[float], None] | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> Windows:  # fmt: skip
-    """Text the model writes itself: each window begins with the vocabulary's start tokens and goes on with tokens sampled from the model.
+    """Text the model writes itself: each window begins with the vocabulary's start tokens and goes on with tokens
+    sampled from the model.
 
-    Without start tokens it begins with a random token and goes on greedily for 4 tokens before it samples. `progress` is told of every batch
-    how many windows it was. Without a `vocabulary`, the embedding's rows without start tokens.
-    Source: LLM-QAT (Liu et al. 2023) section 3.1: data-free calibration by next-token generation, deterministic at first, then stochastic.
+    Without start tokens it begins with a random token and goes on greedily for 4 tokens before it samples. `progress`
+    is told of every batch how many windows it was. Without a `vocabulary`, the embedding's rows without start tokens.
+    Source: LLM-QAT (Liu et al. 2023) section 3.1: data-free calibration by next-token generation, deterministic at
+    first, then stochastic.
     """
     rows = []
     for ids in sampled_batches(model, samples, length, _generator(seed), batch, vocabulary):

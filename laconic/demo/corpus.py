@@ -1,7 +1,7 @@
 """The text every Python installation carries: the standard library's sources, docstrings and help topics.
 
-The reference model in `laconic/demo/model` is trained on it, and the demo calibrates and evaluates on it. Whole modules are held out:
-nothing of `HELD_OUT` is ever in the training or calibration text, whatever the Python version.
+The reference model in `laconic/demo/model` is trained on it, and the demo calibrates and evaluates on it. Whole modules
+are held out: nothing of `HELD_OUT` is ever in the training or calibration text, whatever the Python version.
 """
 
 import sysconfig

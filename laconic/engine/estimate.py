@@ -8,7 +8,7 @@ import torch
 from laconic.disk.load import Checkpoint
 from laconic.engine.plan import Plan
 from laconic.engine.walk import MANY, PART, units
-from laconic.measure.quality import COMPARED, LOGITS
+from laconic.model.calling import COMPARED, LOGITS
 from laconic.model.sites import NONE, Slot, Stats
 
 _FLOAT = 4  # bytes of the computing precision

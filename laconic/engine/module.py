@@ -43,10 +43,11 @@ from laconic.engine.solve import put_back, solve_stage
 from laconic.engine.unmeasured import naming_batches, unmeasured_notes
 from laconic.engine.walk import Loss, Shelf, default_loss, parameters_of
 from laconic.errors import CheckpointError, DataError, SchemeError, VerificationError
-from laconic.host.ambient import refuse_inference, undisturbed, usable
+from laconic.host.ambient import refuse_inference, undisturbed
 from laconic.host.progress import Log, Progress, peak_memory
-from laconic.model.blocks import Batch, InMemory, call, find_chain, in_evaluation, open_chain, to_device
-from laconic.model.calling import called_with
+from laconic.model.batches import Batch, to_device, usable
+from laconic.model.blocks import InMemory, find_chain, open_chain
+from laconic.model.calling import call, called_with, in_evaluation
 from laconic.model.sites import INPUTS, Slot, find_slots, stored_uses, uses_of, views_in
 from laconic.model.usage import Use, in_sight
 from laconic.scheme.text import Scheme, describe

@@ -34,7 +34,8 @@ from laconic.host.progress import Progress
 from laconic.methods.allocation import Allocation
 from laconic.methods.base import Method
 from laconic.methods.channels import MODULES_ONLY
-from laconic.model.blocks import Batch, BlockModel, Residency
+from laconic.model.batches import Batch
+from laconic.model.blocks import BlockModel, Residency
 from laconic.model.sites import NONE, Site, Slot, Stats
 from laconic.weights import Weight, unpack
 from laconic.weights.base import asks_its_layer
@@ -117,8 +118,8 @@ class Extras:
         values = {}
         if wanted & Stats.FISHER and site.fisher is not None:
             values["fisher"] = site.fisher
-        if wanted & Stats.OUTPUT and site.output is not None:
-            values["output"] = site.output
+        if wanted & Stats.OUTPUT_FISHER and site.output_fisher is not None:
+            values["output_fisher"] = site.output_fisher
         if not values:
             return
         if self.folder is None:

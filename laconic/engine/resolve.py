@@ -8,12 +8,13 @@ from typing import Any, Literal, TypeVar
 from laconic.engine.plan import Plan, numbered
 from laconic.errors import SchemeError
 from laconic.host.foreign import Foreign
+from laconic.methods.arguments import check_types
 from laconic.methods.base import Method, check_last
 from laconic.methods.fitting import difference, fitted, treats
 from laconic.methods.free import free_within
 from laconic.methods.rtn import RTN
 from laconic.model.sites import Slot
-from laconic.scheme.expressions import check_types, nearest
+from laconic.scheme.expressions import nearest
 from laconic.scheme.keep import Keep
 from laconic.scheme.text import Choice, Predicate, Rule, Scheme
 

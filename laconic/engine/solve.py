@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from laconic.disk.tensors import is_finite
-from laconic.engine.unmeasured import completed
 from laconic.engine.walk import Stage
 from laconic.errors import SchemeError
-from laconic.methods.base import Method, output_error
+from laconic.methods.base import Method
 from laconic.methods.fitting import fitted
 from laconic.model.sites import Site, Slot
+from laconic.model.unmeasured import completed
+from laconic.solvers.output_error import output_error
 from laconic.weights import Weight
 from laconic.weights.demands import Demands, check_demands, set_demands
 

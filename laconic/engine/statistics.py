@@ -207,10 +207,10 @@ class Statistics:
         x = self._inputs(slot, product, place) if needs & INPUTS or needs & Stats.FISHER else None
         if x is not None and needs & INPUTS:
             self._sum_inputs(slot, self._by_group(slot, x, place), place.group)
-        if needs & (Stats.FISHER | Stats.OUTPUT) and output.requires_grad and product.kind == "lookup":
+        if needs & (Stats.FISHER | Stats.OUTPUT_FISHER) and output.requires_grad and product.kind == "lookup":
             ids = product.inputs().flatten()
             output.register_hook(lambda g: self._sum_of_rows(slot, ids, product.outputs(g.detach())[0]))
-        elif needs & (Stats.FISHER | Stats.OUTPUT) and output.requires_grad:
+        elif needs & (Stats.FISHER | Stats.OUTPUT_FISHER) and output.requires_grad:
             output.register_hook(lambda g: self._sum_gradients(slot, x, place, product.outputs(g.detach())))
 
     def _inputs(self, slot: Slot, product: Product, place: Place) -> Tensor:
@@ -334,7 +334,7 @@ class Statistics:
         if slot in self.uses:
             site = site.having(uses=self.uses[slot])
         if slot in self.output:
-            site = site.having(output=self.output[slot] / max(self.tokens, 1))
+            site = site.having(output_fisher=self.output[slot] / max(self.tokens, 1))
         if slot in self.fisher:
             site = site.having(fisher=self.fisher[slot] / max(self.sequences, 1))
         return site

@@ -15,7 +15,9 @@ from laconic.disk.files import disk_errors, seal, write_tensors
 from laconic.disk.tensors import is_finite
 from laconic.engine.statistics import Statistics
 from laconic.errors import DataError
-from laconic.model.blocks import Batch, BlockModel, Calls, call, mapped, tensors_in, to_device
+from laconic.model.batches import Batch, mapped, tensors_in, to_device
+from laconic.model.blocks import BlockModel, Calls
+from laconic.model.calling import call
 from laconic.model.sites import GRADIENTS, INPUTS, NONE, Slot, Stats
 
 Needs = dict[Slot, Stats]

@@ -8,18 +8,24 @@ from laconic.host.progress import Progress
 from laconic.host.units import duration
 
 _TASKS = {
-    "sampling": "own text", "surveying": "survey", "compressing": "compression", "verifying": "verification", "evaluating": "evaluation",
+    "sampling": "own text",
+    "surveying": "survey",
+    "compressing": "compression",
+    "verifying": "verification",
+    "evaluating": "evaluation",
     "writing": "samples",
-}  # fmt: skip
+}
 _KNOWN = 0.02  # of a stage has to be done before its own pace says how long it takes
 _EARLY = 0.1  # of the compression: about a block
 
 
 class Clock:
-    """A progress that passes everything on to another one, and adds to every note how long the whole run will still take.
+    """A progress that passes everything on to another one, and adds to every note how long the whole run will still
+    take.
 
-    `expected`: seconds by stage. A stage that goes on is judged by its pace, one that is to come by how wrong the finished ones' expectations
-    were. `taken` are the seconds of finished stages; `early`: the whole run's seconds, as estimated when a tenth of the compression was done.
+    `expected`: seconds by stage. A stage that goes on is judged by its pace, one that is to come by how wrong the
+    finished ones' expectations were. `taken` are the seconds of finished stages; `early`: the whole run's seconds, as
+    estimated when a tenth of the compression was done.
     """
 
     def __init__(self, inner: Progress, expected: Mapping[str, float]) -> None:

@@ -1,6 +1,7 @@
 """What is not ours: a user's Python file, a JSON file from anywhere, a library's code on a user's model.
 
-Foreign code may raise anything. What it raises says something about the input, so it becomes the error that names the input, never a traceback.
+Foreign code may raise anything. What it raises says something about the input, so it becomes the error that names the
+input, never a traceback.
 """
 
 import json
@@ -17,8 +18,9 @@ from laconic.errors import LaconicError
 class Foreign:
     """A block of code in which only others' code runs: whatever it raises becomes an error of the class `kind`.
 
-    It says `what` failed, the last line of the user's own code that it came through, and the last line of its traceback. Errors of our own
-    keep their class. Interruptions and a lack of memory pass: they say nothing about the input.
+    It says `what` failed, the last line of the user's own code that it came through, and the last line of its
+    traceback. Errors of our own keep their class. Interruptions and a lack of memory pass: they say nothing about the
+    input.
     """
 
     def __init__(self, kind: type[LaconicError], what: object) -> None:
@@ -42,7 +44,8 @@ class Foreign:
 def run_file(file: Path, kind: type[LaconicError], what: str) -> dict[str, Any]:
     """The variables that a Python file of the user's defines; the file is run.
 
-    Raises: an error of the class `kind` when there is no such file, or with the line of the file and the last line of its traceback.
+    Raises: an error of the class `kind` when there is no such file, or with the line of the file and the last line of
+    its traceback.
     """
     if not file.is_file():
         raise kind(f"{file}: no such {what} file" + (", it is a folder" if file.is_dir() else ""))
@@ -69,7 +72,9 @@ def read_object(file: Path, kind: type[LaconicError], limit: int = 1 << 26) -> d
 
 
 def parse_object(text: bytes, kind: type[LaconicError], where: str) -> dict[str, Any]:
-    """The object that JSON text holds. Raises: an error of the class `kind`, which begins with `where`, as `read_object` does."""
+    """The object that JSON text holds. Raises: an error of the class `kind`, which begins with `where`, as
+    `read_object` does.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -88,7 +93,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an error's traceback: its type and message. Of one that a worker process sent, the last line of that one's."""
+    """The last line of an error's traceback: its type and message. Of one that a worker process sent, the last line of
+    that one's.
+    """
     if isinstance(error, SystemExit):
         return f"it ended the program: sys.exit({error.code!r})"
     message = str(error.msg if isinstance(error, SyntaxError) else error).strip()
@@ -98,7 +105,9 @@ def last_line(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str | None:
-    """The innermost line of the user's own code (a plan, a task, the code of a model) that an error came through, if it came through any."""
+    """The innermost line of the user's own code (a plan, a task, the code of a model) that an error came through, if it
+    came through any.
+    """
     if isinstance(error, SyntaxError) and error.filename is not None and _owner(error.filename) == "user":
         return f"{error.filename}, line {error.lineno}"
     users = [f"{name}, line {number}" for name, number in _frames(error) if _owner(name) == "user"]

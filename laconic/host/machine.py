@@ -18,7 +18,9 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device a name stands for; "auto" is a CUDA device if there is one. Raises: SchemeError for one that is not there."""
+    """The device a name stands for; "auto" is a CUDA device if there is one. Raises: SchemeError for one that is not
+    there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

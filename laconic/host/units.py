@@ -1,4 +1,4 @@
-"""Sizes and times as people say them."""
+"""Sizes, times and numbers in a row as people say them."""
 
 
 def human_bytes(n: float) -> str:
@@ -17,3 +17,15 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} minutes"
     return f"{seconds / 3600:.1f} hours"
+
+
+def ranges(numbers: list[int]) -> str:
+    """3, 7-12 for 3, 7, 8, ... 12."""
+    parts: list[str] = []
+    start = 0
+    for i, number in enumerate(numbers):
+        if i + 1 < len(numbers) and numbers[i + 1] == number + 1:
+            continue
+        parts.append(str(number) if i == start else f"{numbers[start]}-{number}")
+        start = i + 1
+    return ", ".join(parts)

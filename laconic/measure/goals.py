@@ -1,37 +1,22 @@
 """What a search asks for: a direction for an objective, and the score that may not be fallen below."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from laconic.errors import SearchError
-
-if TYPE_CHECKING:
-    from laconic.measure.objectives import Candidate
-
-
-class Goal(Protocol):
-    """A direction and a function: `Maximize` or `Minimize`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def direction(self) -> Literal["maximize", "minimize"]: ...
-
-    def __call__(self, candidate: "Candidate") -> float: ...
-
-    def beside(self, candidate: "Candidate", standard: float) -> float: ...
+from laconic.measure.candidate import Candidate, Objective
 
 
 @dataclass(frozen=True)
 class _Goal:
-    """`function` of a Candidate, any that returns a number; it is called `label` in messages and reports, by default by its own name."""
+    """`function` of a Candidate, any that returns a number; it is called `label` in messages and reports, by default by
+    its own name.
+    """
 
-    function: "Callable[[Candidate], float]"
+    function: Objective
     label: str | None = None
 
     def __post_init__(self) -> None:
@@ -44,15 +29,16 @@ class _Goal:
     def name(self) -> str:
         return self.label or str(getattr(self.function, "__name__", type(self.function).__name__))
 
-    def __call__(self, candidate: "Candidate") -> float:
+    def __call__(self, candidate: Candidate) -> float:
         """The objective's value. Raises: SearchError when it is not a finite number."""
         return self._number(self.function(candidate))
 
-    def beside(self, candidate: "Candidate", standard: float) -> float:
-        """The objective's value where the reference's is `standard`: values of one search, measured at different times, can be compared.
+    def beside(self, candidate: Candidate, standard: float) -> float:
+        """The objective's value where the reference's is `standard`: values of one search, measured at different times,
+        can be compared.
 
-        A function with a method `relative(candidate)`, the value as a multiple of the reference's, as `Latency` has it, is measured by that;
-        any other by itself. Raises: SearchError when it is not a finite number.
+        A function with a method `relative(candidate)`, the value as a multiple of the reference's, as `Latency` has it,
+        is measured by that; any other by itself. Raises: SearchError when it is not a finite number.
         """
         relative = getattr(self.function, "relative", None)
         return self(candidate) if relative is None else standard * self._number(relative(candidate))
@@ -70,7 +56,9 @@ class _Goal:
 
 @dataclass(frozen=True)
 class Maximize(_Goal):
-    """The search looks for the largest value of `function(candidate)`. Raises: SearchError (on a call) for NaN or an infinity."""
+    """The search looks for the largest value of `function(candidate)`. Raises: SearchError (on a call) for NaN or an
+    infinity.
+    """
 
     @property
     def direction(self) -> Literal["maximize"]:
@@ -79,11 +67,16 @@ class Maximize(_Goal):
 
 @dataclass(frozen=True)
 class Minimize(_Goal):
-    """The search looks for the smallest value of `function(candidate)`. Raises: SearchError (on a call) for NaN or an infinity."""
+    """The search looks for the smallest value of `function(candidate)`. Raises: SearchError (on a call) for NaN or an
+    infinity.
+    """
 
     @property
     def direction(self) -> Literal["minimize"]:
         return "minimize"
+
+
+Goal = Maximize | Minimize
 
 
 class Floor(Protocol):
@@ -121,7 +114,9 @@ class AtLeast:
 
 
 def within(margin: float) -> Within:
-    """Keep the score within `margin` of the reference's, in the score's own units. Raises: SearchError for a margin below 0 or not finite."""
+    """Keep the score within `margin` of the reference's, in the score's own units. Raises: SearchError for a margin
+    below 0 or not finite.
+    """
     return Within(margin)
 
 

@@ -16,8 +16,8 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Scores of lm-eval tasks (names of its registry, or YAML files) by task and metric. Needs the 'eval' extra.
 
-    Raises: SchemeError for a task that lm-eval does not know, a file that is none or runs code that is not trusted, or when lm-eval is not
-    installed.
+    Raises: SchemeError for a task that lm-eval does not know, a file that is none or runs code that is not trusted, or
+    when lm-eval is not installed.
     """
     files, names = _files_and_names(tasks)
     folders = sorted({str(file.parent) for file in files})
@@ -85,10 +85,11 @@ def _task_name(file: Path) -> str:
 
 
 def refuse_code(tasks: list[str]) -> None:
-    """Raises SchemeError if a task's file, one it includes, or one beside it that holds a task it names, would run code.
+    """Raises SchemeError if a task's file, one it includes, or one beside it that holds a task it names, would run
+    code.
 
-    Code is a tagged value (`!function`), a data set that runs its own (`trust_remote_code`), and a template that reaches for a Python
-    attribute with two underscores, since lm-eval's templates are not confined.
+    Code is a tagged value (`!function`), a data set that runs its own (`trust_remote_code`), and a template that
+    reaches for a Python attribute with two underscores, since lm-eval's templates are not confined.
     """
     files, names = _files_and_names(tasks)
     beside = {
@@ -122,7 +123,9 @@ def _yaml_files(folder: Path) -> list[Path]:
 
 
 def _names(file: Path) -> list[str]:
-    """What a file beside a task's is known by; one that cannot be read is known by nothing, and lm-eval does not load it."""
+    """What a file beside a task's is known by; one that cannot be read is known by nothing, and lm-eval does not load
+    it.
+    """
     try:
         found = _read(file)
     except SchemeError:

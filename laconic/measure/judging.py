@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from laconic.errors import DataError
 from laconic.host.foreign import Foreign
 from laconic.host.randomness import private_randomness
-from laconic.model.batches import size_of
-from laconic.model.blocks import Batch, call, in_evaluation, to_device
+from laconic.model.batches import Batch, size_of, to_device
+from laconic.model.calling import call, in_evaluation
 
 OutputLoss = Callable[[Any, Batch], Tensor]
 """The mean loss of a batch, a scalar, from the model's output and the batch."""

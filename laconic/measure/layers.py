@@ -1,4 +1,6 @@
-"""What each layer of a network holds, computes and takes: entries, multiply-accumulates with weights that are not zero, milliseconds."""
+"""What each layer of a network holds, computes and takes: entries, multiply-accumulates with weights that are not zero,
+milliseconds.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from laconic.errors import SearchError
 from laconic.measure.timing import device_of, evaluating, fixed_threads, spread
-from laconic.model.blocks import Batch, call, examples_in, to_device
+from laconic.model.batches import Batch, examples_in, to_device
+from laconic.model.calling import call
 from laconic.weights import baked, installed
 
 REST = "everything else"
@@ -20,14 +23,23 @@ REST = "everything else"
 
 _aten = torch.ops.aten
 _OPERANDS = {
-    _aten.mm: 0, _aten.bmm: 0, _aten.mv: 0, _aten.addmm: 1, _aten.baddbmm: 1, _aten.addmv: 1, _aten._scaled_mm: 0, _aten._int_mm: 0,
+    _aten.mm: 0,
+    _aten.bmm: 0,
+    _aten.mv: 0,
+    _aten.addmm: 1,
+    _aten.baddbmm: 1,
+    _aten.addmv: 1,
+    _aten._scaled_mm: 0,
+    _aten._int_mm: 0,
     _aten._grouped_mm: 0,
-}  # fmt: skip
+}
 """Products, and where among the arguments their two factors begin."""
 
 
 class _Modules:
-    """Calls `enter(name)` and `leave(name, module, arguments, output)` around every module of a network while it runs."""
+    """Calls `enter(name)` and `leave(name, module, arguments, output)` around every module of a network while it
+    runs.
+    """
 
     def __init__(
         self, network: nn.Module, enter: Callable[[str], None], leave: Callable[[str, nn.Module, Any, Any], None]
@@ -47,10 +59,12 @@ class _Modules:
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up multiply-accumulates per module: `total[name]`, those with weights that are not zero and all those between activations.
+    """Adds up multiply-accumulates per module: `total[name]`, those with weights that are not zero and all those
+    between activations.
 
-    Products are seen below the modules, so functional calls, einsum and attention are counted too. A factor is a weight if it lies in a
-    parameter's memory; recurrent layers, whose products are one operation, are counted by their weights, once per time step.
+    Products are seen below the modules, so functional calls, einsum and attention are counted too. A factor is a weight
+    if it lies in a parameter's memory; recurrent layers, whose products are one operation, are counted by their
+    weights, once per time step.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -115,7 +129,9 @@ class _Counter(TorchDispatchMode):
         return a.numel() * columns
 
     def _grouped(self, a: Tensor, b: Tensor, ends: Tensor) -> int:
-        """Of a [n, k] times b [groups, k, m], where the rows of a up to `ends` [groups] go to one group after the other."""
+        """Of a [n, k] times b [groups, k, m], where the rows of a up to `ends` [groups] go to one group after the
+        other.
+        """
         rows = ends.diff(prepend=ends.new_zeros(1))
         return int((rows * torch.count_nonzero(b, (1, 2))).sum()) if self._is_weight(b) else a.numel() * b.shape[-1]
 
@@ -160,11 +176,12 @@ def _counted(network: nn.Module, example: Batch) -> _Counter:
 
 
 def count_macs(network: nn.Module, example: Batch) -> dict[str, float]:
-    """Multiply-accumulates per example of every module that makes some, by its path; zero weights do not count, biases neither.
+    """Multiply-accumulates per example of every module that makes some, by its path; zero weights do not count, biases
+    neither.
 
-    A linear layer: tokens x non-zero weights. A convolution: output positions x non-zero weights (padding counted). A recurrent layer:
-    time steps x non-zero weights. Products of activations, as in attention: in full. A weight that is changed before it is used (cast,
-    copied) counts in full. Cost: one call.
+    A linear layer: tokens x non-zero weights. A convolution: output positions x non-zero weights (padding counted). A
+    recurrent layer: time steps x non-zero weights. Products of activations, as in attention: in full. A weight that is
+    changed before it is used (cast, copied) counts in full. Cost: one call.
     """
     counter, count = _counted(plain(network), example), examples_in(example)
     return {name: total / count for name, total in counter.total.items()}
@@ -173,10 +190,12 @@ def count_macs(network: nn.Module, example: Batch) -> dict[str, float]:
 def per_layer(
     network: nn.Module, example: Batch, *, repeats: int = 20, warmup: int = 3, threads: int | None = None
 ) -> list[dict[str, Any]]:
-    """A row per layer: name, kind, entries and non-zeros of its own matrices, MACs per example, milliseconds per call of the example.
+    """A row per layer: name, kind, entries and non-zeros of its own matrices, MACs per example, milliseconds per call
+    of the example.
 
-    Layers are modules that hold a matrix or multiply; their time is without that of modules inside them, the median over `repeats` calls.
-    The last row is the rest of the call. `products` marks a row whose MACs are (also) between activations, without weights.
+    Layers are modules that hold a matrix or multiply; their time is without that of modules inside them, the median
+    over `repeats` calls. The last row is the rest of the call. `products` marks a row whose MACs are (also) between
+    activations, without weights.
     Raises: SearchError for no repeats. Cost: warm-up + repeats calls, and one that counts.
     """
     if repeats < 1 or warmup < 0:
@@ -194,9 +213,16 @@ def per_layer(
             rest = [a + b for a, b in zip(rest, times, strict=True)]
             continue
         rows.append(
-            {"name": name, "kind": type(module).__name__, "entries": sum(p.numel() for p in matrices), "nonzero": sum(map(nonzeros, matrices)),
-             "macs": counter.total.get(name, 0) / count, "products": name in counter.products, "ms": 1000 * spread(times)[1]}
-        )  # fmt: skip
+            {
+                "name": name,
+                "kind": type(module).__name__,
+                "entries": sum(p.numel() for p in matrices),
+                "nonzero": sum(map(nonzeros, matrices)),
+                "macs": counter.total.get(name, 0) / count,
+                "products": name in counter.products,
+                "ms": 1000 * spread(times)[1],
+            }
+        )
     last = {
         "name": REST,
         "kind": "",
@@ -212,7 +238,7 @@ def per_layer(
 def _own_seconds(network: nn.Module, example: Batch) -> dict[str, float]:
     """The seconds each module takes in one call, without the modules inside it."""
     device = device_of(network)
-    clock = _CudaClock() if device.type == "cuda" else _Clock()
+    clock = _CudaClock() if device.type == "cuda" else _Stopwatch()
     calls: list[tuple[str, Any, Any, list[int]]] = []
     path: list[tuple[str, Any, list[int]]] = []
 
@@ -238,7 +264,7 @@ def _own_seconds(network: nn.Module, example: Batch) -> dict[str, float]:
     return own
 
 
-class _Clock:
+class _Stopwatch:
     """The processor's clock."""
 
     def now(self) -> Any:
@@ -248,7 +274,7 @@ class _Clock:
         return float(ended - started)
 
 
-class _CudaClock(_Clock):
+class _CudaClock(_Stopwatch):
     """Marks in the device's own queue of work."""
 
     def now(self) -> Any:
@@ -262,7 +288,9 @@ class _CudaClock(_Clock):
 
 
 def layers_table(reference: nn.Module, network: nn.Module, example: Batch, **options: Any) -> list[dict[str, Any]]:
-    """`per_layer` of two networks beside each other, by name, in the reference's order; a layer that is gone holds and takes nothing."""
+    """`per_layer` of two networks beside each other, by name, in the reference's order; a layer that is gone holds and
+    takes nothing.
+    """
     before, after = (
         per_layer(reference, example, **options),
         {row["name"]: row for row in per_layer(network, example, **options)},
@@ -272,8 +300,17 @@ def layers_table(reference: nn.Module, network: nn.Module, example: Batch, **opt
     for row in before:
         now = after.get(row["name"], gone)
         rows.append(
-            {"name": row["name"], "kind": row["kind"], "products": row["products"], "entries_before": row["entries"],
-             "entries_after": now["entries"], "nonzero": now["nonzero"], "macs_before": row["macs"], "macs_after": now["macs"],
-             "ms_before": row["ms"], "ms_after": now["ms"]}
-        )  # fmt: skip
+            {
+                "name": row["name"],
+                "kind": row["kind"],
+                "products": row["products"],
+                "entries_before": row["entries"],
+                "entries_after": now["entries"],
+                "nonzero": now["nonzero"],
+                "macs_before": row["macs"],
+                "macs_after": now["macs"],
+                "ms_before": row["ms"],
+                "ms_after": now["ms"],
+            }
+        )
     return rows

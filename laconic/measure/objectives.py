@@ -1,9 +1,7 @@
 """What a search can maximise or minimise: figures of a compressed model, counted or measured."""
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -11,31 +9,13 @@ from torch import nn
 from laconic.disk import store
 from laconic.engine.module import save
 from laconic.errors import SearchError
+from laconic.measure.candidate import Candidate, Objective
 from laconic.measure.goals import Maximize, Minimize, at_least, within  # noqa: F401 - the documented place of all four
 from laconic.measure.layers import count_macs, nonzeros
 from laconic.measure.timing import resized, seconds_per_call, side_by_side, spread
-from laconic.model.blocks import Batch, examples_in
+from laconic.model.batches import Batch, examples_in
 from laconic.scheme.expressions import nearest
 from laconic.weights import installed
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A compressed model to be judged. `model` holds installed Weights; `network` is the plain module that would run: decoded, and thinned
-    if it could be; `example` a batch it can be called with; `reference` the original; `fields` what `save` writes into the manifest.
-
-    `path` is the directory the model is stored in, if it is stored already.
-    """
-
-    model: nn.Module
-    network: nn.Module
-    example: Batch
-    reference: nn.Module
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    path: Path | None = None
-
-
-Objective = Callable[[Candidate], float]
 
 
 def stored_bytes(candidate: Candidate) -> float:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -20,15 +19,14 @@ from laconic.errors import DataError
 from laconic.host.ambient import undisturbed
 from laconic.host.machine import pick_device, pick_dtype
 from laconic.measure.harness import refuse_code, run_tasks
-from laconic.model.blocks import Batch, BlockModel, ChainError, call, find_chain, open_chain, to_device
-from laconic.model.calling import called_with
+from laconic.model.batches import Batch, to_device
+from laconic.model.calling import COMPARED, LOGITS, call
+from laconic.model.opened import check_call, open_blocks
 from laconic.model.residence import Residence
 
-Source = Checkpoint | CompressedCheckpoint
+Opened = Checkpoint | CompressedCheckpoint
 _RESAMPLES = 1000  # of the bootstrap over windows
 _TOKENS = 4096  # per forward pass
-LOGITS = 1 << 24  # per forward pass
-COMPARED = 1 << 22  # logits compared at a time
 
 
 @dataclass(frozen=True)
@@ -57,19 +55,7 @@ class Quality:
         return asdict(self)
 
 
-def open_blocks(
-    source: Source, dtype: torch.dtype | None, device: torch.device, batch: Batch | None = None
-) -> tuple[BlockModel | None, Residence, str]:  # fmt: skip
-    """The source as a chain of blocks that come into memory one at a time, or None and why it is none; what `batch` shows is looked at too."""
-    path = find_chain(source.skeleton)
-    residence = Residence(source.skeleton, source, path, dtype, device)
-    blocks, why = open_chain(residence, path, batch)
-    if blocks is None:
-        residence.chain = None
-    return blocks, residence, why
-
-
-def outputs(source: Source, batches: Sequence[Batch], dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
+def outputs(source: Opened, batches: Sequence[Batch], dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
     """The model's output for each batch; every block is read and decoded once, for all batches together. Take them all, in order."""
     blocks, residence, _ = open_blocks(source, dtype, device, batches[0] if batches else None)
     hidden: list[Tensor] = []
@@ -90,24 +76,6 @@ def outputs(source: Source, batches: Sequence[Batch], dtype: torch.dtype, device
             yield output
 
 
-def check_call(source: Source, batch: Batch, name: str) -> None:
-    """Call the model with one batch, of a chain only what comes before it and its first block.
-
-    Raises: DataError when it cannot be called so: an argument is missing, of another shape, or beyond what the model takes.
-    """
-    device = torch.device("cpu")
-    blocks, residence, _ = open_blocks(source, torch.float32, device)
-    with (
-        called_with(source.skeleton, batch, name),
-        suppress(ChainError),
-    ):  # no chain after all: whoever runs the blocks says so
-        if blocks is not None:
-            blocks.capture([batch])
-        else:
-            with residence.hold(""), torch.no_grad():
-                call(source.skeleton, to_device(batch, device))
-
-
 def predicts(model: nn.Module, material: Material) -> bool:
     """Whether the model predicts the material's next tokens, so that it has a likelihood."""
     return is_language_model(model) and next(material.sequences(), None) is not None
@@ -115,10 +83,10 @@ def predicts(model: nn.Module, material: Material) -> bool:
 
 @undisturbed(0)
 def perplexity(
-    source: Source,
+    source: Opened,
     windows: Material,
     *,
-    reference: Source | None = None,
+    reference: Opened | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Quality:
@@ -131,7 +99,7 @@ def perplexity(
     return compare(windows, own, (output.logits for output in outputs(reference, batches, dtype, device)))
 
 
-def windows_at_once(source: Source, windows: Material) -> int:
+def windows_at_once(source: Opened, windows: Material) -> int:
     """Windows per forward pass: at most 4096 tokens, and at most 2^24 logits, of which several copies are held."""
     vocabulary = getattr(source.config.get_text_config(), "vocab_size", 1) or 1
     return max(1, min(_TOKENS, LOGITS // vocabulary) // windows.length)
@@ -195,7 +163,7 @@ def _interval(values: Tensor) -> tuple[float, float]:
 
 @undisturbed(0)
 def similarity(
-    source: Source, reference: Source, windows: Material, dtype: torch.dtype, device: torch.device
+    source: Opened, reference: Opened, windows: Material, dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
     """For models that predict no text: mean cosine and relative squared error of the output against a reference's, over its last dimension."""
     batches = windows.batches(windows_at_once(source, windows))
@@ -283,7 +251,7 @@ def evaluate_source(
     return result
 
 
-def _material(source: Source, data: str, length: int, tokens: int | None, trust_remote_code: bool) -> Material:
+def _material(source: Opened, data: str, length: int, tokens: int | None, trust_remote_code: bool) -> Material:
     """Data that the model can be called with. Raises: DataError, CheckpointError."""
     if kind_of(source.skeleton) == "text" and conversations(data) is None:
         check_length(source.skeleton, length)

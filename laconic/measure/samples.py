@@ -24,7 +24,9 @@ def samples_fit(checkpoint: Checkpoint) -> bool:
 def generation_samples(
     checkpoint: Checkpoint, out: Path, tokens: torch.Tensor, device: torch.device
 ) -> list[dict[str, str]]:
-    """What the original and the stored model write after the same prompt, greedily, each as a whole in memory in its turn."""
+    """What the original and the stored model write after the same prompt, greedily, each as a whole in memory in its
+    turn.
+    """
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
     limit = most_positions(checkpoint.skeleton) or _PROMPT + _ANSWER
     prompt = tokens[:1, : min(_PROMPT, limit // 2)].to(device)
@@ -40,6 +42,10 @@ def generation_samples(
 @torch.no_grad()
 def _greedy(model: Any, tokenizer: Any, prompt: torch.Tensor, more: int) -> str:
     ids = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=more, pad_token_id=tokenizer.eos_token_id or 0
-    )  # fmt: skip
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=more,
+        pad_token_id=tokenizer.eos_token_id or 0,
+    )
     return str(tokenizer.decode(ids[0, prompt.shape[1] :]))

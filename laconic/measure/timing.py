@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import SearchError
-from laconic.model.blocks import Batch, call, examples_in, in_evaluation, to_device
+from laconic.model.batches import Batch, examples_in, to_device
+from laconic.model.calling import call, in_evaluation
 
 _LEAST = 0.005  # seconds per measurement, so that the clock and the call of a short network do not count
 
@@ -38,7 +39,9 @@ def fixed_threads(threads: int | None) -> Iterator[int]:
 
 
 def resized(batch: Batch, count: int) -> Batch:
-    """The batch with `count` examples: the first ones, or all of them over and over. Raises: SearchError for a count below 1."""
+    """The batch with `count` examples: the first ones, or all of them over and over. Raises: SearchError for a count
+    below 1.
+    """
     if count < 1:
         raise SearchError(f"a batch must hold 1 example or more, got {count}")
     size = examples_in(batch)
@@ -72,10 +75,13 @@ def seconds_per_call(
     compile: bool = False,
     channels_last: bool = False,
 ) -> dict[str, list[float]]:
-    """The seconds of one call of each network, measured `repeats` times, the networks in turn: what slows the machine slows them all.
+    """The seconds of one call of each network, measured `repeats` times, the networks in turn: what slows the machine
+    slows them all.
 
-    A measurement is as many calls as take 5 ms. `channels_last` and `compile` work on copies. The number of threads is put back.
-    Raises: SearchError for no repeats, or where torch.compile has no compiler. Cost: (warm-up + repeats) calls of each network.
+    A measurement is as many calls as take 5 ms. `channels_last` and `compile` work on copies. The number of threads is
+    put back.
+    Raises: SearchError for no repeats, or where torch.compile has no compiler. Cost: (warm-up + repeats) calls of each
+    network.
     """
     if repeats < 1 or warmup < 0:
         raise SearchError(f"repeats must be 1 or more and warmup 0 or more, got {repeats} and {warmup}")
@@ -97,7 +103,8 @@ def _timer(network: nn.Module, example: Batch, warmup: int, compile: bool, chann
         network, batch = copy.deepcopy(network).to(memory_format=torch.channels_last), _channels_last(batch)  # type: ignore[call-overload]
     runner = network
     if compile:
-        torch.compiler.reset()  # torch keeps what it compiled per line of code, and after 8 networks of one class would stop compiling
+        # torch keeps what it compiled per line of code, and after 8 networks of one class would stop compiling
+        torch.compiler.reset()
         runner = torch.compile(copy.deepcopy(network), dynamic=False)  # type: ignore[assignment]
 
     def seconds(calls: int) -> float:
@@ -146,10 +153,11 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 def side_by_side(
     networks: Mapping[str, nn.Module], example: Batch, *, batch: int | None = None, **options: Any
 ) -> list[dict[str, Any]]:
-    """A row per network: seconds per call, examples per second, and how many times as fast as the first one, medians with quartiles.
+    """A row per network: seconds per call, examples per second, and how many times as fast as the first one, medians
+    with quartiles.
 
-    Every round measures each network once, and the speed-up is that of the round: the ratio is surer than the two times it is made of.
-    `options` are those of `seconds_per_call`. Raises: SearchError for no network at all.
+    Every round measures each network once, and the speed-up is that of the round: the ratio is surer than the two times
+    it is made of. `options` are those of `seconds_per_call`. Raises: SearchError for no network at all.
     """
     if not networks:
         raise SearchError("side_by_side needs one network or more, got none")
@@ -161,8 +169,16 @@ def side_by_side(
         low, middle, high = spread(times)
         ratios = spread([a / b for a, b in zip(first, times, strict=True)])
         rows.append(
-            {"name": name, "seconds": middle, "seconds_quartiles": [low, high], "throughput": count / middle,
-             "throughput_quartiles": [count / high, count / low], "speedup": ratios[1], "speedup_quartiles": [ratios[0], ratios[2]],
-             "batch": count, "rounds": len(times)}
-        )  # fmt: skip
+            {
+                "name": name,
+                "seconds": middle,
+                "seconds_quartiles": [low, high],
+                "throughput": count / middle,
+                "throughput_quartiles": [count / high, count / low],
+                "speedup": ratios[1],
+                "speedup_quartiles": [ratios[0], ratios[2]],
+                "batch": count,
+                "rounds": len(times),
+            }
+        )
     return rows

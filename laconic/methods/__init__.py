@@ -1,1 +1,3 @@
-"""The open set of methods: one file per paper. Nothing is registered; `scheme.text.known_methods()` walks this folder."""
+"""The open set of methods: one file per paper. Nothing is registered; `laconic.scheme.text.known_methods()` walks this
+folder.
+"""

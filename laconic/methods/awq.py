@@ -8,27 +8,31 @@ import torch
 from torch import Tensor
 
 from laconic.errors import SchemeError
-from laconic.methods.base import Method, energy
+from laconic.methods.base import Method
 from laconic.model.sites import Site, Stats
+from laconic.solvers.output_error import energy
 from laconic.solvers.scaling import bounded, scaled, stored_scale
 from laconic.weights import Uniform, Weight
 from laconic.weights.uniform import Group, uniform_bits
 
-_ROWS = 1024  # at least as many rows of a site decide alpha, if it has them, evenly spaced: it is one number for all of them
+# at least as many rows of a site decide alpha, if it has them, evenly spaced: it is one number for all of them
+_ROWS = 1024
 _STEPS, _RANGES = 20, 10  # ranges searched: 1, 1 - 1/20, ... 1 - 9/20 of the full one, as the authors' code does
 _ENTRIES = 1 << 22  # of a matrix, whose ranges are searched at a time: bounds the working memory to about a hundred MB
 
 
 @dataclass(frozen=True, repr=False)
 class AWQ(Method):
-    """Rounds W diag(s) to a grid and divides by s when it is decoded: columns with large inputs are rounded more finely.
+    """Rounds W diag(s) to a grid and divides by s when it is decoded: columns with large inputs are rounded more
+    finely.
 
-    W_hat = Q(W diag(s)) diag(s)^-1, s = m^alpha / sqrt(max m^alpha min m^alpha), m_j the mean |x_j|. alpha is the one of 0, 1 / grid, ...
-    1 - 1 / grid with the least tr(E H E^T), E = W - W_hat, H = X^T X / n, summed over all sites that read the input and so share s. Then
-    (`clip`) the range of every group of every row is shrunk, to 0.55 of it at most, to where e H_gg e^T of that group alone is least.
-    Nothing is folded into the layer before: 1 / s is stored with each weight. Bits: those of RTN + 16 per column.
-    Raises: SchemeError when the group does not divide the columns. Source: Lin et al. 2023, section 3 and eq. 4-5; clipping as in the
-    authors' code. Cost: 2 grid min(rows, 2047) in^2 operations, and 20 rows in group for the ranges.
+    W_hat = Q(W diag(s)) diag(s)^-1, s = m^alpha / sqrt(max m^alpha min m^alpha), m_j the mean |x_j|. alpha is the one
+    of 0, 1 / grid, ... 1 - 1 / grid with the least tr(E H E^T), E = W - W_hat, H = X^T X / n, summed over all sites
+    that read the input and so share s. Then (`clip`) the range of every group of every row is shrunk, to 0.55 of it at
+    most, to where e H_gg e^T of that group alone is least. Nothing is folded into the layer before: 1 / s is stored
+    with each weight. Bits: those of RTN + 16 per column.
+    Raises: SchemeError when the group does not divide the columns. Source: Lin et al. 2023, section 3 and eq. 4-5;
+    clipping as in the authors' code. Cost: 2 grid min(rows, 2047) in^2 operations, and 20 rows in group for the ranges.
     """
 
     bits: int = 4

@@ -1,24 +1,20 @@
 """A method: frozen hyper-parameters and a call from a site to a weight; `>>` and `+` compose methods."""
 
 import functools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from laconic.errors import LaconicError, SchemeError
+from laconic.methods.allocation import Allocation, composed
+from laconic.methods.arguments import check_types
 from laconic.methods.free import free_within
 from laconic.model.sites import NONE, Site, Stats
-from laconic.scheme.expressions import check_types
 from laconic.weights import EntryWeight, Inputs, Sparse, Sum, Weight
 from laconic.weights.relax import Relaxation, StraightThrough
-
-if TYPE_CHECKING:
-    from laconic.methods.allocation import Allocation
 
 
 def _skipped(check: Callable[..., None]) -> Callable[..., None]:
@@ -129,7 +125,7 @@ class Method(ABC):
         """What stands in the place of W while it is trained towards a weight this method made of it: straight through, unless it is `soft`."""
         return StraightThrough(weight)
 
-    def allocation(self) -> "Allocation | None":
+    def allocation(self) -> Allocation | None:
         """How this method spreads one number (a global sparsity, a byte budget) over many sites, or None if each site stands alone."""
         return None
 
@@ -289,10 +285,8 @@ class Then(Method):
         head, bits = self._pruning(), self.second.expected_bits(shape)
         return bits if head is None else head.mask_bits(shape) + head.survivors(shape) * bits
 
-    def allocation(self) -> "Allocation | None":
-        from laconic.methods.allocation import composed
-
-        return composed(self, self.first, self.second)
+    def allocation(self) -> Allocation | None:
+        return composed(type(self), self.first, self.second)
 
     def __repr__(self) -> str:
         second = f"({self.second!r})" if isinstance(self.second, Then) else repr(self.second)
@@ -337,10 +331,8 @@ class Plus(Method):
             raise SchemeError(f"{self!r}: a clustering cannot be trained as a term of a sum; use KMeans there")
         return super().relax(weight, W)
 
-    def allocation(self) -> "Allocation | None":
-        from laconic.methods.allocation import composed
-
-        return composed(self, self.first, self.second)
+    def allocation(self) -> Allocation | None:
+        return composed(type(self), self.first, self.second)
 
     def expected_bits(self, shape: tuple[int, int]) -> float:
         return self.first.expected_bits(shape) + self.second.expected_bits(shape)
@@ -349,42 +341,3 @@ class Plus(Method):
         first = f"({self.first!r})" if isinstance(self.first, Then) else repr(self.first)
         second = f"({self.second!r})" if isinstance(self.second, Then | Plus) else repr(self.second)
         return f"{first} + {second}"
-
-
-def output_error(site: Site, weight: Weight) -> float:
-    """The relative squared output error tr(E H E^T) / tr(W H W^T), E = W - W_hat; with H = I when the site has no Hessian.
-
-    An output bias b counts where the mean input m is known: E |E x - b|^2 = tr(E H E^T) - 2 b^T E m + |b|^2.
-    Taken over at most 512 evenly spaced rows per group, so that reporting it costs little beside finding the weight.
-    Raises: SchemeError when it is not finite, which no figure may be.
-    """
-    rows = site.W.shape[0] // site.groups
-    left = total = 0.0
-    bias = weight.output_bias() if site.centre is not None and site.hessian is not None else None
-    for g in range(site.groups):
-        metric = site.hessian[g] if site.hessian is not None else site.squares[g] if site.squares is not None else None
-        for start in range(g * rows, (g + 1) * rows, max(1, rows // _PARTS)):
-            stop = min(start + max(1, min(_ROWS // _PARTS, rows // _PARTS)), (g + 1) * rows)
-            W = site.W[start:stop].float()
-            E = W - weight.rows(start, stop).to(W)
-            left += energy(E, metric)
-            if bias is not None and site.centre is not None:
-                b = bias[start:stop].to(W)
-                left += (b * (b - 2 * (E @ site.centre[g].to(W)))).sum(dtype=torch.float64).item()
-            total += energy(W, metric)
-    if not math.isfinite(left) or not math.isfinite(total):
-        raise SchemeError(
-            f"{site.name}: its output error is not finite ({left} of {total}): the statistics or the decoded values are not"
-        )
-    return max(left, 0.0) / total if total > 0 else 0.0
-
-
-_ROWS, _PARTS = 512, 8  # rows looked at, and the runs of neighbouring rows they come in
-
-
-def energy(E: Tensor, metric: Tensor | None) -> float:
-    """tr(E H E^T) for E [rows, in] and H [in, in], its diagonal [in], or None for the identity; products in float32, the sum in float64."""
-    if metric is None:
-        return E.square().sum(dtype=torch.float64).item()
-    image = E @ metric if metric.dim() == 2 else E * metric
-    return (image * E).sum(dtype=torch.float64).item()

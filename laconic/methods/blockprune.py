@@ -23,12 +23,15 @@ from laconic.weights.masks import Pattern
 
 @dataclass(frozen=True, repr=False)
 class BlockPrune(Pruning):
-    """Zeroes n-D blocks of weights, `sparsity` of all entries by one threshold over the network; needs no data by default.
+    """Zeroes n-D blocks of weights, `sparsity` of all entries by one threshold over the network; needs no data by
+    default.
 
-    `block`: b for b x b blocks of a matrix and of whole kernels of a convolution, (rows, columns) for the same with two sizes, or a size for
-    each of the parameter's own dimensions, such as (2, 2, 3, 3). Blocks at the far edges are what is left there. `scope="layer"`: each matrix
-    loses that share. `criterion` and `scale` are those of `Magnitude`. Survivors stay in float32; encode them with `>>`.
-    Bits: 32 x density + one per block. Raises: SchemeError for a block of more numbers than the parameter has dimensions.
+    `block`: b for b x b blocks of a matrix and of whole kernels of a convolution, (rows, columns) for the same with two
+    sizes, or a size for each of the parameter's own dimensions, such as (2, 2, 3, 3). Blocks at the far edges are what
+    is left there. `scope="layer"`: each matrix loses that share. `criterion` and `scale` are those of `Magnitude`.
+    Survivors stay in float32; encode them with `>>`.
+    Bits: 32 x density + one per block. Raises: SchemeError for a block of more numbers than the parameter has
+    dimensions.
     Source: Condensa section 3.1 and Table 1 (BlockPrune). Cost: O(entries), and a sort of the blocks.
     """
 
@@ -42,7 +45,7 @@ class BlockPrune(Pruning):
 
     def __post_init__(self) -> None:
         check_sparsity(self, self.sparsity)
-        check_criterion(self, self.criterion, self.scale)
+        check_criterion(type(self).__name__, self.criterion, self.scale)
         check_scope(self, self.scope)
         sizes = (self.block, self.block) if isinstance(self.block, int) else self.block
         if not isinstance(sizes, tuple) or len(sizes) < 2 or not all(type(n) is int and n > 0 for n in sizes):
@@ -58,7 +61,9 @@ class BlockPrune(Pruning):
         return 1 - self.sparsity
 
     def mask_bits(self, shape: tuple[int, int]) -> float:
-        """Exact for a matrix; of a convolution, whose kernel the shape does not tell, about what whole blocks would take."""
+        """Exact for a matrix; of a convolution, whose kernel the shape does not tell, about what whole blocks would
+        take.
+        """
         sizes = (self.block, self.block) if isinstance(self.block, int) else self.block
         blocks = Blocks(shape, sizes).count if len(sizes) == 2 else math.ceil(shape[0] * shape[1] / math.prod(sizes))
         return 8 * dense_bytes(blocks, 1)
@@ -71,7 +76,8 @@ class BlockPrune(Pruning):
             sizes = (*sizes, *dims[2:]) if is_convolution(site) else (1, *sizes)
         if len(sizes) != len(dims):
             raise SchemeError(
-                f"{site.name}: a block of {len(sizes)} sizes {sizes} does not fit a parameter of {len(dims)} dimensions {dims}"
+                f"{site.name}: a block of {len(sizes)} sizes {sizes} does not fit a parameter of {len(dims)} "
+                f"dimensions {dims}"
             )
         return Blocks(dims, sizes)
 

@@ -11,7 +11,8 @@ from laconic.weights import Dense, Weight
 class Cast(Method):
     """Every value rounded to a float type: "float16", "bfloat16" or "float32"; needs no data.
 
-    Bits: those of the type. Raises: SchemeError when a value does not fit it. Source: Condensa section 3.1 (quantize). Cost: O(entries).
+    Bits: those of the type. Raises: SchemeError when a value does not fit it. Source: Condensa section 3.1 (quantize).
+    Cost: O(entries).
     """
 
     dtype: str = "float16"

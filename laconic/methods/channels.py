@@ -20,7 +20,9 @@ Kind = Literal["neuron", "filter"]
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is kept of a site: its rows' joined terms [out], channels [out], entries per row, and whether its rows are filters."""
+    """What is kept of a site: its rows' joined terms [out], channels [out], entries per row, and whether its rows are
+    filters.
+    """
 
     totals: Tensor
     channels: Tensor
@@ -29,10 +31,11 @@ class _Rows:
 
 
 class Channels(Allocation):
-    """Cuts the channels that score lowest, so many that `sparsity` of the entries of all channels of the `kinds` are gone.
+    """Cuts the channels that score lowest, so many that `sparsity` of the entries of all channels of the `kinds` are
+    gone.
 
-    A channel is all rows with one number in `Site.channels`, over all sites; a layer is all channels that have rows in the same sites.
-    Resolves to `Cut` for sites that lose rows and to a float32 `Cast` for the others.
+    A channel is all rows with one number in `Site.channels`, over all sites; a layer is all channels that have rows in
+    the same sites. Resolves to `Cut` for sites that lose rows and to a float32 `Cast` for the others.
     """
 
     def __init__(
@@ -108,12 +111,16 @@ MODULES_ONLY = "structures need a module in memory with an example input (lc.sea
 
 
 def is_convolution(site: Site) -> bool:
-    """Whether a row of W is a filter: W [out, in x kernel] of a parameter [out, in, ...]; packed experts [experts, ...] have more rows."""
+    """Whether a row of W is a filter: W [out, in x kernel] of a parameter [out, in, ...]; packed experts [experts, ...]
+    have more rows.
+    """
     return len(site.dims) > 2 and site.dims[0] == site.W.shape[0]
 
 
 def _layers(sites: list[_Rows], count: int, index: Tensor) -> Tensor:
-    """The layer of every channel: channels with rows in exactly the same sites share one, so every site keeps some rows of its own."""
+    """The layer of every channel: channels with rows in exactly the same sites share one, so every site keeps some rows
+    of its own.
+    """
     layer, fresh = torch.zeros(count, dtype=torch.int64), 1
     for here in index.split([len(rows.channels) for rows in sites]):
         members = here.unique()
@@ -124,10 +131,12 @@ def _layers(sites: list[_Rows], count: int, index: Tensor) -> Tensor:
 
 
 def lowest_aligned(scores: Tensor, sizes: Tensor, layers: Tensor, sparsity: float, align: int) -> Tensor:
-    """Which structures [n] are cut, so that what stays of every layer is a multiple of `align` (or the layer whole), at least `align`.
+    """Which structures [n] are cut, so that what stays of every layer is a multiple of `align` (or the layer whole), at
+    least `align`.
 
-    Of each layer, structures in ascending order are joined to steps that lead from one such number to the next; a step scores as its last
-    structure, for only below a threshold above it would all of it go. Then the lowest steps are cut whose entries come nearest to the share.
+    Of each layer, structures in ascending order are joined to steps that lead from one such number to the next; a step
+    scores as its last structure, for only below a threshold above it would all of it go. Then the lowest steps are cut
+    whose entries come nearest to the share.
     """
     order = scores.argsort(stable=True)
     order = order[layers[order].argsort(stable=True)]  # by layer, ascending within it

@@ -19,8 +19,10 @@ from laconic.weights.masks import Pattern
 class Cut(Pruning):
     """Sets the named rows and columns of a matrix to zero and keeps the others as `dtype` values; needs no data.
 
-    Rows are outputs (neurons, filters), columns are inputs (times the kernel, for a convolution). Encode the survivors with `>>`.
-    Bits: those of the survivors + one per row if rows are cut only, one per column if columns are, one for each of both otherwise.
+    Rows are outputs (neurons, filters), columns are inputs (times the kernel, for a convolution). Encode the survivors
+    with `>>`.
+    Bits: those of the survivors + one per row if rows are cut only, one per column if columns are, one for each of both
+    otherwise.
     Raises: SchemeError for an index that is repeated or outside the matrix.
     Source: Condensa section 3.1 (structure pruning); `FilterPrune` and its kin resolve to this. Cost: O(entries).
     """
@@ -57,7 +59,9 @@ class Cut(Pruning):
         return 8 * DTYPES[self.dtype].itemsize * self.survivors(shape) * shape[0] * shape[1] + self.mask_bits(shape)
 
     def _pattern(self, shape: tuple[int, int]) -> Pattern:
-        """Blocks of a row or a column each; where both are cut, single entries, whose mask is then stored as rows and columns."""
+        """Blocks of a row or a column each; where both are cut, single entries, whose mask is then stored as rows and
+        columns.
+        """
         return "unstructured" if self.rows and self.columns else (shape[0], 1) if self.columns else (1, shape[1])
 
     def __call__(self, site: Site) -> Weight:

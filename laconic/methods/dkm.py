@@ -10,8 +10,9 @@ from laconic.clustering.relax import SoftClusters, Softness
 from laconic.clustering.start import with_zero
 from laconic.errors import SchemeError
 from laconic.methods.base import Method
-from laconic.methods.kmeans import WEIGHTS, check_weights, fit_tables, table_weights
+from laconic.methods.kmeans import WEIGHTS, check_weights, table_weights
 from laconic.model.sites import Site, Stats
+from laconic.solvers.tables import fit_tables
 from laconic.weights import Codebook, Sparse, Weight
 from laconic.weights.codebook import codebook_bits
 from laconic.weights.relax import Relaxation
@@ -23,18 +24,20 @@ _HALVES = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True, repr=False)
 class DKM(Method):
-    """Shares 2**bits values (or vectors of `dimension` neighbours) that move with the weights while the model is trained.
+    """Shares 2**bits values (or vectors of `dimension` neighbours) that move with the weights while the model is
+    trained.
 
-    A = softmax(-|w - c|^2 / tau), c <- A^T w / sum A (`iterations` times a step), the network computes with A c; in the end every entry takes its
-    nearest centroid. tau falls by equal factors from `tau` to `tau_end`, both times the variance of what is clustered; None: 4^(1 - bits /
-    dimension), which shrinks as the squared distance of neighbouring centroids does, and a fortieth of the beginning.
-    Without training this is `KMeans`: exact k-means of each matrix, or per `rows` rows, which is also where training starts; `weights` as there.
-    `row_scale` divides every row by its root mean square before, and stores that (16 bits a row). `zero` keeps one centroid at exactly 0.
-    float32 weights are clustered as `rounded` has them, which makes the step a count and a look-up; None clusters them as they are, at the
+    A = softmax(-|w - c|^2 / tau), c <- A^T w / sum A (`iterations` times a step), the network computes with A c; in the
+    end every entry takes its nearest centroid. tau falls by equal factors from `tau` to `tau_end`, both times the
+    variance of what is clustered; None: 4^(1 - bits / dimension), which shrinks as the squared distance of neighbouring
+    centroids does, and a fortieth of the beginning. Without training this is `KMeans`: exact k-means of each matrix, or
+    per `rows` rows, which is also where training starts; `weights` as there. `row_scale` divides every row by its root
+    mean square before, and stores that (16 bits a row). `zero` keeps one centroid at exactly 0. float32 weights are
+    clustered as `rounded` has them, which makes the step a count and a look-up; None clusters them as they are, at the
     cost of every entry times 2**bits.
     Bits: bits / dimension per weight + 16 x dimension x 2**bits per table. Raises: SchemeError.
-    Source: Cho et al. 2022 (DKM) section 3; Cho et al. 2023 (eDKM) section 2. The public code of coremltools uses one tau for all layers;
-    here it is relative to each layer's variance. Cost: see docs/edkm.md.
+    Source: Cho et al. 2022 (DKM) section 3; Cho et al. 2023 (eDKM) section 2. The public code of coremltools uses one
+    tau for all layers; here it is relative to each layer's variance. Cost: see docs/edkm.md.
     """
 
     bits: int = 3
@@ -63,7 +66,8 @@ class DKM(Method):
             raise SchemeError(f"DKM: bits must be 1 to 8, got {self.bits!r}")
         if not all(tau is None or tau > 0 for tau in (self.tau, self.tau_end)):
             raise SchemeError(
-                f"DKM: tau must be positive, got {self.tau!r} and {self.tau_end!r}; towards 0 the nearest centroid is taken"
+                f"DKM: tau must be positive, got {self.tau!r} and {self.tau_end!r}; towards 0 the nearest centroid is "
+                "taken"
             )
         if self.iterations < 1:
             raise SchemeError(f"DKM: expected at least 1 iteration a step, got {self.iterations!r}")
@@ -75,12 +79,17 @@ class DKM(Method):
 
     def __call__(self, site: Site) -> Weight:
         book = Codebook(
-            (site.W.shape[0], site.W.shape[1]), bits=self.bits, dimension=self.dimension, rows_per_table=self.rows, row_scale=self.row_scale,
+            (site.W.shape[0], site.W.shape[1]),
+            bits=self.bits,
+            dimension=self.dimension,
+            rows_per_table=self.rows,
+            row_scale=self.row_scale,
             codec=self.codec,
-        )  # fmt: skip
+        )
         if site.W.numel() // (self.dimension * len(book.tables())) < 2**self.bits:
             raise SchemeError(
-                f"{site.name}: {2**self.bits} centroids for {site.W.numel() // len(book.tables())} weights a table; use fewer bits"
+                f"{site.name}: {2**self.bits} centroids for {site.W.numel() // len(book.tables())} weights a table; "
+                "use fewer bits"
             )
         f, clustered, scale = table_weights(site, self.weights, "DKM"), site, None
         if self.row_scale:

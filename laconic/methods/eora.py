@@ -10,10 +10,12 @@ from laconic.weights import Weight
 
 @dataclass(frozen=True, repr=False)
 class EoRA(Method):
-    """Encodes a residual as A B of the given rank, so that `GPTQ(bits=3) + EoRA(rank=16)` has the least output error tr(E C E^T).
+    """Encodes a residual as A B of the given rank, so that `GPTQ(bits=3) + EoRA(rank=16)` has the least output error
+    tr(E C E^T).
 
-    C = X^T X / n is the true mean over the calibration inputs (the public code's running update is a decaying average, which forgets the
-    first samples), its eigenvalues floored relative to the largest. Bits: 16 rank (out + in), or what `factors` makes of them.
+    C = X^T X / n is the true mean over the calibration inputs (the public code's running update is a decaying average,
+    which forgets the first samples), its eigenvalues floored relative to the largest. Bits: 16 rank (out + in), or what
+    `factors` makes of them.
     Source: Liu et al. 2024, section 3, by `lowrank.weighted_lowrank`. Cost: one eigendecomposition and one SVD.
     """
 

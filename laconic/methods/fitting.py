@@ -1,4 +1,6 @@
-"""Tiles that do not divide a matrix: the nearest configuration of a method that can treat its shape, and how it differs in words."""
+"""Tiles that do not divide a matrix: the nearest configuration of a method that can treat its shape, and how it differs
+in words.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,18 +11,22 @@ from laconic.errors import SchemeError
 from laconic.methods.base import Method
 
 SMALLEST = 8
-"""The smallest group a fallback leaves: a 16-bit scale and a zero point over 8 codes are as many bits again as the codes themselves."""
+"""The smallest group a fallback leaves: a 16-bit scale and a zero point over 8 codes are as many bits again as the
+codes themselves.
+"""
 
 Shape = tuple[int, int]
 
 
 def fitted(method: Method, *shapes: Shape) -> Method:
-    """The method itself where it can treat matrices [out, in] of the shapes; else with tiles that divide them, also in the methods within it.
+    """The method itself where it can treat matrices [out, in] of the shapes; else with tiles that divide them, also in
+    the methods within it.
 
-    A `group` of columns becomes the largest divisor of it that divides the columns, or "channel" when that is below 8; `rows` that share a
-    table the largest such divisor of the rows, or the whole matrix when that is below 8. A vector `dimension` becomes its largest divisor
-    that divides the columns, with as many bits per weight, rounded up to whole bits a code; "n:m" the largest common divisor of it that does,
-    at the same density (every 1:2 is a 2:4 too). What cannot be mended so is returned as it is: `expected_bits` then says why.
+    A `group` of columns becomes the largest divisor of it that divides the columns, or "channel" when that is below 8;
+    `rows` that share a table the largest such divisor of the rows, or the whole matrix when that is below 8. A vector
+    `dimension` becomes its largest divisor that divides the columns, with as many bits per weight, rounded up to whole
+    bits a code; "n:m" the largest common divisor of it that does, at the same density (every 1:2 is a 2:4 too). What
+    cannot be mended so is returned as it is: `expected_bits` then says why.
     """
     if treats(method, shapes):
         return method
@@ -82,7 +88,9 @@ def _size(method: Any, name: str) -> int | None:
 
 
 def _divisor(size: int, lengths: list[int]) -> int | None:
-    """The size, if it divides all lengths; else its largest divisor that does, or None for one that is too small to pay."""
+    """The size, if it divides all lengths; else its largest divisor that does, or None for one that is too small to
+    pay.
+    """
     common = math.gcd(size, *lengths)
     return common if common == size or common >= SMALLEST else None
 

@@ -19,16 +19,19 @@ from laconic.weights.uniform import Group, uniform_bits
 class GPTQ(Method):
     """Rounds column after column, each time moving the columns still to come so that they make up for the error so far.
 
-    Minimises tr((W - W_hat) H (W - W_hat)^T), H = X^T X / n, by the sweep of `methods.column`. With `bits` (default 4): grids per `group`,
-    (16 + bits) / group bits per weight on top. With `rate` (bits per weight, any real number): one unbounded uniform grid per matrix,
-    entropy-coded, its step found so that the STORED bytes meet the rate, for each matrix (`over="matrix"`) or on average over all of them
-    with one slope (`over="model"`: reverse water-filling under the Hessian and the sensitivity of the loss to each output, which costs one
-    backward pass; matrices so small that side information would take half of their bits have 8 bits each then). Decoding costs one ANS pass,
-    60-75 million weights per second and core; see `docs/methods/gptq.md`.
+    Minimises tr((W - W_hat) H (W - W_hat)^T), H = X^T X / n, by the sweep of `solvers.column`. With `bits` (default 4):
+    grids per `group`, (16 + bits) / group bits per weight on top. With `rate` (bits per weight, any real number): one
+    unbounded uniform grid per matrix, entropy-coded, its step found so that the STORED bytes meet the rate, for each
+    matrix (`over="matrix"`) or on average over all of them with one slope (`over="model"`: reverse water-filling under
+    the Hessian and the sensitivity of the loss to each output, which costs one backward pass; matrices so small that
+    side information would take half of their bits have 8 bits each then). Decoding costs one ANS pass, 60-75 million
+    weights per second and core; see `docs/methods/gptq.md`.
 
-    Differs from the public code: grids of groups are fitted to the live weights also where the group is smaller than the block; columns
-    that no calibration input used are rounded, not zeroed; with act_order groups are always static, so no index per column is stored.
-    Raises: SchemeError when the group does not divide the columns, or the rate cannot be met. Source: Frantar et al. 2022, algorithm 1.
+    Differs from the public code: grids of groups are fitted to the live weights also where the group is smaller than
+    the block; columns that no calibration input used are rounded, not zeroed; with act_order groups are always static,
+    so no index per column is stored.
+    Raises: SchemeError when the group does not divide the columns, or the rate cannot be met. Source: Frantar et al.
+    2022, algorithm 1.
     Cost: n^3 / 3 + rows n^2 operations.
     """
 
@@ -46,7 +49,8 @@ class GPTQ(Method):
     def __post_init__(self) -> None:
         if self.rate is not None and self.bits is not None:
             raise SchemeError(
-                f"GPTQ: give bits (a fixed width) or rate (entropy-coded), not both; got bits={self.bits}, rate={self.rate}"
+                f"GPTQ: give bits (a fixed width) or rate (entropy-coded), not both; got bits={self.bits}, "
+                f"rate={self.rate}"
             )
         if self.rate is not None and not 0 < self.rate <= 16:
             raise SchemeError(f"GPTQ: rate is in bits per weight, above 0 and up to 16, got {self.rate}")

@@ -8,22 +8,25 @@ from torch import Tensor
 
 from laconic.errors import SchemeError
 from laconic.methods.base import Method
-from laconic.methods.kmeans import fit_tables
 from laconic.model.sites import Site, Stats
 from laconic.solvers.column import Sweep, solve
+from laconic.solvers.tables import fit_tables
 from laconic.weights import Codebook, Weight
 from laconic.weights.codebook import codebook_bits
 
 
 @dataclass(frozen=True, repr=False)
 class GPTVQ(Method):
-    """Assigns `dimension` neighbouring columns at a time to a table of 2**bits vectors, feeding the error forward; then refits the table.
+    """Assigns `dimension` neighbouring columns at a time to a table of 2**bits vectors, feeding the error forward; then
+    refits the table.
 
-    Tables (one per matrix, or per `rows` rows) start from k-means weighted by diag(H). The sweep of `methods.column` assigns each unit
-    by |(v - c) L_uu|. With the codes fixed, the tables that minimise tr((W - W_hat) H (W - W_hat)^T) solve a linear system: `refit` steps of
-    conjugate gradients. dimension=1 is GPTQ onto a table of scalars. Bits: bits / dimension per weight + 16 x dimension x 2**bits per table.
-    Raises: SchemeError when dimension does not divide the columns. Source: van Baalen et al. 2024, sections 3.2-3.3 (their tables also
-    vary along the columns and are updated by gradient descent; ours have a closed quadratic). Cost: k-means + GPTQ + refit x rows x n^2.
+    Tables (one per matrix, or per `rows` rows) start from k-means weighted by diag(H). The sweep of `solvers.column`
+    assigns each unit by |(v - c) L_uu|. With the codes fixed, the tables that minimise tr((W - W_hat) H (W - W_hat)^T)
+    solve a linear system: `refit` steps of conjugate gradients. dimension=1 is GPTQ onto a table of scalars. Bits:
+    bits / dimension per weight + 16 x dimension x 2**bits per table.
+    Raises: SchemeError when dimension does not divide the columns. Source: van Baalen et al. 2024, sections 3.2-3.3
+    (their tables also vary along the columns and are updated by gradient descent; ours have a closed quadratic). Cost:
+    k-means + GPTQ + refit x rows x n^2.
     """
 
     bits: int = 8
@@ -42,11 +45,16 @@ class GPTVQ(Method):
     def __call__(self, site: Site) -> Weight:
         if site.mask is not None and self.dimension > 1:
             raise SchemeError(
-                f"{site.name}: vectors of {self.dimension} columns cannot encode single surviving entries; use dimension=1"
+                f"{site.name}: vectors of {self.dimension} columns cannot encode single surviving entries; use "
+                "dimension=1"
             )
         weight = Codebook(
-            (site.W.shape[0], site.W.shape[1]), bits=self.bits, dimension=self.dimension, rows_per_table=self.rows, codec=self.codec
-        )  # fmt: skip
+            (site.W.shape[0], site.W.shape[1]),
+            bits=self.bits,
+            dimension=self.dimension,
+            rows_per_table=self.rows,
+            codec=self.codec,
+        )
         weight.set_tables(fit_tables(site, weight, site.importance, 25))
         weight.to(site.W.device)
         solve(weight, site, Sweep(self.act_order, self.damping))
@@ -56,7 +64,8 @@ class GPTVQ(Method):
 
 
 def refit_tables(weight: Codebook, site: Site, steps: int) -> None:
-    """Move the tables towards the least output error for the present codes, by `steps` conjugate gradients; never worse than before.
+    """Move the tables towards the least output error for the present codes, by `steps` conjugate gradients; never worse
+    than before.
 
     With Q = S(t) linear in the table entries t, the gradient of tr((W - Q) H (W - Q)^T) / 2 is -S^T((W - Q) H).
     """

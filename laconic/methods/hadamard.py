@@ -14,10 +14,12 @@ from laconic.weights.rotated import hadamard, random_signs, rotate_columns
 
 @dataclass(frozen=True, repr=False)
 class Hadamard(Method):
-    """Runs `method` on S_o H W H S_i, whose entries look Gaussian whatever W's outliers, and turns the result back when it is decoded.
+    """Runs `method` on S_o H W H S_i, whose entries look Gaussian whatever W's outliers, and turns the result back when
+    it is decoded.
 
-    H is the orthonormal Hadamard matrix (times a Hartley transform for the odd part of a size), S random signs; the Hessian turns along:
-    H S_i C S_i H. `inputs` and `outputs` choose the sides. Bits: those of the method + one per row and column. Decoding costs O(log n) more.
+    H is the orthonormal Hadamard matrix (times a Hartley transform for the odd part of a size), S random signs; the
+    Hessian turns along: H S_i C S_i H. `inputs` and `outputs` choose the sides. Bits: those of the method + one per row
+    and column. Decoding costs O(log n) more.
     Source: Tseng et al. 2024 (QuIP#) section 3; Ashkboos et al. 2024 (QuaRot). Cost: O(entries log n).
     """
 
@@ -30,7 +32,8 @@ class Hadamard(Method):
             Stats.SQUARES | Stats.MEAN | Stats.MAX | Stats.CENTRE | Stats.USES | Stats.FISHER | Stats.CHANNELS
         ):
             raise SchemeError(
-                f"Hadamard: {self.method!r} weighs single entries, rows or columns, and their weights are not known in a rotated basis"
+                f"Hadamard: {self.method!r} weighs single entries, rows or columns, and their weights are not known in "
+                "a rotated basis"
             )
         if self.method.rounds is not None:
             raise SchemeError(f"Hadamard: {self.method!r} rounds inputs, which are not turned; it has to come last")
@@ -59,8 +62,12 @@ class Hadamard(Method):
         W = rotate_columns(site.W.float(), column_signs)
         if row_signs is not None:
             W = rotate_columns(W.t(), row_signs).t().contiguous()
-        output = site.output.mean().expand(out) if site.output is not None and row_signs is not None else site.output
-        turned = site.having(W=W, squares=None, fisher=None, mask=None, output=output)
+        output = (
+            site.output_fisher.mean().expand(out)
+            if site.output_fisher is not None and row_signs is not None
+            else site.output_fisher
+        )
+        turned = site.having(W=W, squares=None, fisher=None, mask=None, output_fisher=output)
         if site.hessian is not None and column_signs is not None:
             signs = column_signs.to(site.hessian)
             left = hadamard(site.hessian * signs)

@@ -1,5 +1,6 @@
-"""Low rank: the best product of thin factors, plain or under the second moments of the input. One operator serves LoRD and EoRA, and with
-centred moments AFM."""
+"""Low rank: the best product of thin factors, plain or under the second moments of the input. One operator serves LoRD
+and EoRA, and with centred moments AFM.
+"""
 
 from dataclasses import dataclass
 
@@ -12,16 +13,19 @@ from laconic.model.sites import NONE, Site, Stats
 from laconic.weights import LowRank as Factors
 from laconic.weights import Weight
 
-_FLOOR = 1e-6  # smallest eigenvalue of C, relative to the largest: below it, directions carry no signal and 1 / sqrt would blow up noise
+# smallest eigenvalue of C, relative to the largest: below it, directions carry no signal and 1 / sqrt would blow up
+# noise
+_FLOOR = 1e-6
 
 
 def weighted_lowrank(M: Tensor, C: Tensor | None, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """The rank-r product A B that minimises tr((M - A B) C (M - A B)^T), and all singular values of M C^(1/2).
 
-    With C = Q diag(l) Q^T and S = Q diag(l)^(1/2): svd(M S) = U diag(s) V^T gives A = U_r diag(s_r)^(1/2), B = diag(s_r)^(1/2) V_r^T S^-1.
-    The remaining error is exactly the sum of the squared singular values dropped. M [out, in], C [in, in] or None for the identity,
-    A [out, r], B [r, in]. Computed in float64.
-    Source: EoRA (Liu et al. 2024) section 3; equal to PCA of the outputs M x about zero (LoRD). Cost: O(in^3 + out in min(out, in)).
+    With C = Q diag(l) Q^T and S = Q diag(l)^(1/2): svd(M S) = U diag(s) V^T gives A = U_r diag(s_r)^(1/2), B =
+    diag(s_r)^(1/2) V_r^T S^-1. The remaining error is exactly the sum of the squared singular values dropped. M
+    [out, in], C [in, in] or None for the identity, A [out, r], B [r, in]. Computed in float64.
+    Source: EoRA (Liu et al. 2024) section 3; equal to PCA of the outputs M x about zero (LoRD). Cost: O(in^3 + out in
+    min(out, in)).
     """
     M64 = M.double()
     if C is None:
@@ -37,9 +41,11 @@ def weighted_lowrank(M: Tensor, C: Tensor | None, r: int) -> tuple[Tensor, Tenso
 
 
 def principal_directions(M: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigenvectors U [out, min(out, in)] of M C M^T, in the order of their eigenvalues e [min(out, in)], largest first.
+    """The eigenvectors U [out, min(out, in)] of M C M^T, in the order of their eigenvalues e [min(out, in)], largest
+    first.
 
-    By the SVD of M C^(1/2), so that out may be large. M [out, in], C [in, in], both float64; the span of all of U is that of M's columns.
+    By the SVD of M C^(1/2), so that out may be large. M [out, in], C [in, in], both float64; the span of all of U is
+    that of M's columns.
     """
     Q, root = _root(C)
     U, s, _ = torch.linalg.svd(M @ (Q * root), full_matrices=False)
@@ -54,11 +60,14 @@ def _root(C: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, repr=False)
 class LowRank(Method):
-    """W ~ A B with A [out, rank], B [rank, in]. `weighted=True` minimises the output error under the calibration inputs (LoRD).
+    """W ~ A B with A [out, rank], B [rank, in]. `weighted=True` minimises the output error under the calibration inputs
+    (LoRD).
 
-    `rank` is a number of columns, or below 1 the share of the break-even rank out x in / (out + in). Factors are bfloat16, or what the
-    method `factors` makes of them. Bits: 16 rank (out + in) with bfloat16 factors; a note where that is no less than the matrix takes at 16.
-    Raises: SchemeError when the rank exceeds the matrix's. Source: Eckart-Young; Kaushal et al. 2023 (LoRD). Cost: one SVD.
+    `rank` is a number of columns, or below 1 the share of the break-even rank out x in / (out + in). Factors are
+    bfloat16, or what the method `factors` makes of them. Bits: 16 rank (out + in) with bfloat16 factors; a note where
+    that is no less than the matrix takes at 16.
+    Raises: SchemeError when the rank exceeds the matrix's. Source: Eckart-Young; Kaushal et al. 2023 (LoRD). Cost: one
+    SVD.
     """
 
     rank: int | float = 0.5
@@ -111,7 +120,8 @@ class LowRank(Method):
         out, columns = site.W.shape
         if weight.bits() >= 16 * out * columns:
             site.notes.append(
-                f"{site.name}: rank {weight.rank} takes {weight.bits() / (out * columns):.3g} bits per weight, no less than the matrix itself; "
+                f"{site.name}: rank {weight.rank} takes {weight.bits() / (out * columns):.3g} bits per weight, no less "
+                "than the matrix itself; "
                 f"below {out * columns / (out + columns):.0f} it saves"
             )
         return weight

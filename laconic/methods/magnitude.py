@@ -27,12 +27,14 @@ from laconic.weights.masks import blocks_of, check_pattern, choose, n_of_m
 
 @dataclass(frozen=True, repr=False)
 class Magnitude(Patterned):
-    """Sets the weights that matter least to zero: the share `sparsity` of them, n:m groups, or whole blocks; needs no data by default.
+    """Sets the weights that matter least to zero: the share `sparsity` of them, n:m groups, or whole blocks; needs no
+    data by default.
 
-    `scope="layer"`: each matrix loses that share. `scope="model"`: one threshold over all matrices, so each loses what lies below it.
-    `criterion`: "l1", "l2", "linf" and "mean" are |w| for single weights and differ for blocks; "taylor" and "hessian" weigh by gradients.
-    `scale="layer"` divides a matrix's scores by their root mean square, so that layers compete on equal terms.
-    Survivors keep bfloat16 values; encode them with `>>`, as in `Magnitude(0.5) >> KMeans(bits=4)`.
+    `scope="layer"`: each matrix loses that share. `scope="model"`: one threshold over all matrices, so each loses what
+    lies below it. `criterion`: "l1", "l2", "linf" and "mean" are |w| for single weights and differ for blocks; "taylor"
+    and "hessian" weigh by gradients. `scale="layer"` divides a matrix's scores by their root mean square, so that
+    layers compete on equal terms. Survivors keep bfloat16 values; encode them with `>>`, as in
+    `Magnitude(0.5) >> KMeans(bits=4)`.
     Bits: 16 x density + the mask. Raises: SchemeError when the pattern does not tile the matrix.
     Source: Han et al. 2015; the single threshold is Condensa section 3.1's. Cost: one sort of the matrix.
     """
@@ -44,10 +46,11 @@ class Magnitude(Patterned):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_scope(self, self.scope)
-        check_criterion(self, self.criterion, self.scale)
+        check_criterion(type(self).__name__, self.criterion, self.scale)
         if self.scope == "model" and n_of_m(self.pattern):
             raise SchemeError(
-                f"Magnitude: pattern {self.pattern!r} says how much every group keeps, so one threshold needs scope='layer'"
+                f"Magnitude: pattern {self.pattern!r} says how much every group keeps, so one threshold needs "
+                "scope='layer'"
             )
 
     @property

@@ -1,18 +1,21 @@
-"""GPTQ at a rate: error feedback onto an unbounded grid whose step is found so that the entropy-coded bytes meet a real number of bits.
+"""GPTQ at a rate: error feedback onto an unbounded grid whose step is found so that the entropy-coded bytes meet a real
+number of bits.
 
-High-resolution theory says what is optimal. With H = L L^T, a step s_k in column k and output sensitivity g (the mean of E[(dL/dy_r)^2]),
-the loss grows by g s_k^2 L_kk^2 / 12 per entry at a rate of h - log2 s_k bits, so
+High-resolution theory says what is optimal. With H = L L^T, a step s_k in column k and output sensitivity g (the mean
+of E[(dL/dy_r)^2]), the loss grows by g s_k^2 L_kk^2 / 12 per entry at a rate of h - log2 s_k bits, so
 
-- within a matrix the best steps are s_k ~ 1 / L_kk (reverse water-filling); half of that exponent is used, s_k ~ L_kk^-1/2, because L
-  is estimated from a sample: on held-out text of another kind the full exponent loses what it wins on the calibration text;
-- over the model, one slope for all: every matrix gets a mean square step proportional to 1 / (g D), D = mean of (s_k / s)^2 L_kk^2. Three
-  quarters of that exponent are used: at 2.3 bits 1/2 and 1 both have more KL divergence on books-llama-7m than 3/4 (a tenth on a novel), since the
-  theory holds for small errors only and g and D are estimates.
+- within a matrix the best steps are s_k ~ 1 / L_kk (reverse water-filling); half of that exponent is used, s_k ~
+  L_kk^-1/2, because L is estimated from a sample: on held-out text of another kind the full exponent loses what it wins
+  on the calibration text;
+- over the model, one slope for all: every matrix gets a mean square step proportional to 1 / (g D), D = mean of
+  (s_k / s)^2 L_kk^2. Three quarters of that exponent are used: at 2.3 bits 1/2 and 1 both have more KL divergence on
+  books-llama-7m than 3/4 (a tenth on a novel), since the theory holds for small errors only and g and D are estimates.
 
 Both exponents were fitted on books-llama-7m, the benchmarks' own model.
 
-Sources: Gersho & Gray 1992, section 9.9 (entropy-coded uniform quantization, 1.53 dB or 0.25 bit from the Gaussian rate-distortion bound at
-high rate); Cover & Thomas, theorem 10.3.3 (reverse water-filling); Lifar et al. 2026 (WaterSIC) for the steps per column.
+Sources: Gersho & Gray 1992, section 9.9 (entropy-coded uniform quantization, 1.53 dB or 0.25 bit from the Gaussian
+rate-distortion bound at high rate); Cover & Thomas, theorem 10.3.3 (reverse water-filling); Lifar et al. 2026
+(WaterSIC) for the steps per column.
 """
 
 import math
@@ -21,11 +24,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from laconic.engine.unmeasured import completed
 from laconic.errors import SchemeError
 from laconic.methods.allocation import Allocation
 from laconic.methods.base import Method
 from laconic.model.sites import Site, Stats
+from laconic.model.unmeasured import completed
 from laconic.solvers.column import Sweep, factor, layout, solve
 from laconic.weights import Codebook, ColumnWeight, Scaled, Uniform, entropy
 
@@ -44,7 +47,7 @@ _WIDEST = 200.0  # log2 of the widest range of steps: float32 holds 2**-149 to 2
 
 
 @dataclass(frozen=True)
-class _Problem:
+class _Matrix:
     """One matrix, its factor, and the relative column steps (None for one step)."""
 
     site: Site
@@ -72,19 +75,23 @@ def least_bits(shape: tuple[int, int]) -> int:
 
 
 def is_small(shape: tuple[int, int], rate: float) -> bool:
-    """Whether half of an [out, in] matrix's bits at a rate would go into side information: step, head, and a table of its codes.
+    """Whether half of an [out, in] matrix's bits at a rate would go into side information: step, head, and a table of
+    its codes.
 
-    The table has a byte for each of the codes between -4 and 4 standard deviations, about 2 * 2**rate of them per deviation.
+    The table has a byte for each of the codes between -4 and 4 standard deviations, about 2 * 2**rate of them per
+    deviation.
     """
     overhead = least_bits(shape) + 8 * 2 * 2**rate
     return 2 * overhead > rate * shape[0] * shape[1]
 
 
 def solve_rate(site: Site, rate: float, sweep: Sweep) -> ColumnWeight:
-    """The weight whose stored bits are at most `rate` per entry and, where the matrix is large enough to say so, within 0.4 % of it.
+    """The weight whose stored bits are at most `rate` per entry and, where the matrix is large enough to say so, within
+    0.4 % of it.
 
-    The step is found on 256 rows by secants of the logarithm of the step, then corrected on the whole matrix. Cost: 3 to 5 sweeps of 256 rows
-    and 1 to 3 of the whole. Raises: SchemeError when no step meets the rate (side information alone exceeds it).
+    The step is found on 256 rows by secants of the logarithm of the step, then corrected on the whole matrix. Cost: 3
+    to 5 sweeps of 256 rows and 1 to 3 of the whole. Raises: SchemeError when no step meets the rate (side information
+    alone exceeds it).
     """
     W = site.W
     shape, target = (W.shape[0], W.shape[1]), math.floor(rate * W.numel())
@@ -96,7 +103,7 @@ def solve_rate(site: Site, rate: float, sweep: Sweep) -> ColumnWeight:
     steps = column_steps(diagonal, W.shape[0])
     if steps is not None and least_bits(shape) + steps.bits() > _SIDE * target:
         steps = None
-    problem = _Problem(site, sweep, L, steps)
+    problem = _Matrix(site, sweep, L, steps)
     step = _first_guess(W, rate)
     if W.shape[0] > 2 * _SAMPLE_ROWS and len(L) == 1:
         rows = torch.linspace(0, W.shape[0] - 1, _SAMPLE_ROWS).long().to(W.device)
@@ -105,11 +112,14 @@ def solve_rate(site: Site, rate: float, sweep: Sweep) -> ColumnWeight:
 
 
 def check_rate(shape: tuple[int, int], rate: float, name: str = "a matrix") -> None:
-    """Raises SchemeError when what says how codes are read takes more than `rate` bits for each entry of an [out, in] matrix."""
+    """Raises SchemeError when what says how codes are read takes more than `rate` bits for each entry of an [out, in]
+    matrix.
+    """
     least = least_bits(shape)
     if least > math.floor(rate * shape[0] * shape[1]):
         raise SchemeError(
-            f"{name}: {shape[0]} x {shape[1]} entries cannot be stored in {rate} bits each; the least is {least / (shape[0] * shape[1]):.3f}. "
+            f"{name}: {shape[0]} x {shape[1]} entries cannot be stored in {rate} bits each; the least is "
+            f"{least / (shape[0] * shape[1]):.3f}. "
             "Give such matrices a fixed width in a plan: (entries < 1000, GPTQ(bits=8, group='channel'))"
         )
 
@@ -127,8 +137,10 @@ def _spread(sample: Tensor) -> float:
     return float(sample.std(correction=0)) or 1.0
 
 
-def _search(problem: _Problem, step: float, target: float, rows: Tensor | None) -> tuple[float, ColumnWeight]:
-    """The step whose stored bits come closest to `target` from below, and its weight; the smallest found if all lie above."""
+def _search(problem: _Matrix, step: float, target: float, rows: Tensor | None) -> tuple[float, ColumnWeight]:
+    """The step whose stored bits come closest to `target` from below, and its weight; the smallest found if all lie
+    above.
+    """
     entries = (problem.site.W.shape[0] if rows is None else len(rows)) * problem.site.W.shape[1]
     known: list[tuple[float, float]] = []
     best, best_rank = (step, problem.solved(step, rows)), (False, -math.inf)
@@ -156,7 +168,9 @@ def _search(problem: _Problem, step: float, target: float, rows: Tensor | None) 
 
 
 def _next(known: list[tuple[float, float]], target: float, entries: int) -> float:
-    """The step at which the bits, taken as piecewise linear in log2(step), meet the target; at first, a bit per octave."""
+    """The step at which the bits, taken as piecewise linear in log2(step), meet the target; at first, a bit per
+    octave.
+    """
     x, bits = known[-1]
     below = max((point for point in known if point[1] <= target), key=lambda point: point[1], default=None)
     above = min((point for point in known if point[1] > target), key=lambda point: point[1], default=None)
@@ -170,10 +184,12 @@ def _next(known: list[tuple[float, float]], target: float, entries: int) -> floa
 
 
 def column_steps(diagonal: Tensor, rows: int) -> Codebook | None:
-    """Relative steps L_kk^-1/2 on a geometric table, from the factor's diagonal [groups, in]; None where they cost more than they win.
+    """Relative steps L_kk^-1/2 on a geometric table, from the factor's diagonal [groups, in]; None where they cost more
+    than they win.
 
-    What they win in theory is half the binary logarithm of the ratio of distortions at equal rate; they are used where that is 8 times the
-    bits of the table and of 4 bits a column, since about half of it shows in practice and the coder wants column classes on top.
+    What they win in theory is half the binary logarithm of the ratio of distortions at equal rate; they are used where
+    that is 8 times the bits of the table and of 4 bits a column, since about half of it shows in practice and the coder
+    wants column classes on top.
     """
     d = diagonal.float().square().mean(0).sqrt()
     gain = 0.5 * math.log2(float(_distortion(d, 0.0) / _distortion(d, _EXPONENT)))
@@ -195,8 +211,10 @@ def _distortion(d: Tensor, exponent: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What one matrix says of its rate: entries, g D, tabulated entropies, standard deviation, and the least bits per entry."""
+class _Observed:
+    """What one matrix says of its rate: entries, g D, tabulated entropies, standard deviation, and the least bits per
+    entry.
+    """
 
     entries: int
     weight: float
@@ -210,16 +228,18 @@ class _Seen:
 
 
 class WaterFilling(Allocation):
-    """One slope for all matrices: rates whose mean over the entries is `rate`, each matrix's step proportional to 1 / sqrt(g D).
+    """One slope for all matrices: rates whose mean over the entries is `rate`, each matrix's step proportional to 1 /
+    sqrt(g D).
 
-    Matrices so small that side information would take half of their bits are stored with 8 bits each, which the others make up for.
+    Matrices so small that side information would take half of their bits are stored with 8 bits each, which the others
+    make up for.
     """
 
-    wants = Stats.HESSIAN | Stats.OUTPUT
+    wants = Stats.HESSIAN | Stats.OUTPUT_FISHER
 
     def __init__(self, method: Method, rate: float, sweep: Sweep) -> None:
         self.method, self.rate, self.sweep = method, rate, sweep
-        self.seen: dict[str, _Seen] = {}
+        self.seen: dict[str, _Observed] = {}
         self.small: dict[str, tuple[int, Method]] = {}
         self.small_bits = 0.0
         self.notes: list[str] = []
@@ -228,7 +248,7 @@ class WaterFilling(Allocation):
         site = completed(site.having(notes=[]), self.wants)  # whoever solves the site says what is missing
         shape, H = (site.W.shape[0], site.W.shape[1]), site.hessian
         assert H is not None
-        assert site.output is not None
+        assert site.output_fisher is not None
         if is_small(shape, self.rate):
             width = fixed_width(self.method, shape)
             self.small[site.name] = site.W.numel(), width
@@ -240,12 +260,12 @@ class WaterFilling(Allocation):
         steps = column_steps(diagonal, shape[0])
         relative = steps.forward() if steps is not None else torch.ones(1, H.shape[1], device=H.device)
         distortion = float((relative * diagonal).double().square().mean())
-        g = float(site.output.double().mean())
+        g = float(site.output_fisher.double().mean())
         rows = torch.linspace(0, shape[0] - 1, min(_SAMPLE_ROWS, shape[0])).long().to(site.W.device)
         sample = (site.W[rows].float() / relative).reshape(-1)
         spread = _spread(sample)
         floor = least_bits(shape) / site.W.numel()
-        self.seen[site.name] = _Seen(site.W.numel(), g * distortion, _entropies(sample / spread), spread, floor)
+        self.seen[site.name] = _Observed(site.W.numel(), g * distortion, _entropies(sample / spread), spread, floor)
 
     def resolve(self) -> dict[str, Method]:
         entries = sum(site.entries for site in self.seen.values())
@@ -282,8 +302,9 @@ class WaterFilling(Allocation):
         for _ in range(60):
             middle = (low + high) / 2
             rates = {
-                name: site.rate(middle - 0.5 * _SLOPE * math.log2(max(site.weight, least))) for name, site in self.seen.items()
-            }  # fmt: skip
+                name: site.rate(middle - 0.5 * _SLOPE * math.log2(max(site.weight, least)))
+                for name, site in self.seen.items()
+            }
             total = sum(rates[name] * site.entries for name, site in self.seen.items()) / entries
             low, high = (middle, high) if total > mean else (low, middle)
         # rounded to be read, but never below what the format needs
@@ -294,7 +315,9 @@ class WaterFilling(Allocation):
 
 
 def fixed_width(method: Method, shape: tuple[int, int]) -> Method:
-    """A rate's method with 8 bits for each entry instead, a step per row, or one in all where rows are too short to pay for their own."""
+    """A rate's method with 8 bits for each entry instead, a step per row, or one in all where rows are too short to pay
+    for their own.
+    """
     group = "channel" if shape[1] >= _LONG_ROW else "tensor"
     return replace(method, rate=None, bits=8, group=group, over="model")  # type: ignore[type-var]
 
@@ -322,7 +345,9 @@ def _entropies(sample: Tensor) -> Tensor:
 
 
 def _read(curve: Tensor, exponent: float) -> float:
-    """Linear interpolation of a tabulated entropy at log2(step / standard deviation); a bit per octave beyond the fine end."""
+    """Linear interpolation of a tabulated entropy at log2(step / standard deviation); a bit per octave beyond the fine
+    end.
+    """
     x = (exponent - float(_CURVE[0])) / float(_CURVE[1] - _CURVE[0])
     if x < 0:
         return float(curve[0]) - x * float(_CURVE[1] - _CURVE[0])

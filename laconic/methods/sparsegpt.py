@@ -12,9 +12,10 @@ from laconic.weights import Weight
 class SparseGPT(Patterned):
     """Prunes column after column, the weights still to come making up for what was lost.
 
-    The mask of every 128 columns (or of every n:m group, or block) is chosen when the sweep reaches them, by w^2 / [H^-1]_jj of the live
-    values (L_jj^2 w^2 in `methods.column`), across all rows. Survivors are updated and keep bfloat16 values; encode them with `>>`, which
-    feeds the rounding error forward too. Bits: 16 x density + the mask. Raises: SchemeError when the pattern does not tile the matrix.
+    The mask of every 128 columns (or of every n:m group, or block) is chosen when the sweep reaches them, by w^2 /
+    [H^-1]_jj of the live values (L_jj^2 w^2 in `solvers.column`), across all rows. Survivors are updated and keep
+    bfloat16 values; encode them with `>>`, which feeds the rounding error forward too. Bits: 16 x density + the mask.
+    Raises: SchemeError when the pattern does not tile the matrix.
     Source: Frantar & Alistarh 2023, algorithm 1. Cost: that of GPTQ.
     """
 

@@ -15,13 +15,16 @@ from laconic.weights.uniform import Group, uniform_bits
 
 @dataclass(frozen=True, repr=False)
 class SpQR(Method):
-    """Small groups with quantized scales and zeros, and the weights that hurt most kept in 16 bits, all inside one error-feedback sweep.
+    """Small groups with quantized scales and zeros, and the weights that hurt most kept in 16 bits, all inside one
+    error-feedback sweep.
 
-    tau = outliers x mean_j(var_rows(W_j) L_jj^2). When the sweep reaches a group, entries whose removal lowers the group's weighted error by
-    more than tau are left out of the fit of its grid; an entry is kept as an outlier when its own error (w - q)^2 L_jj^2 exceeds tau.
-    Scales and zeros (real numbers) are quantized to `second_bits` in groups of `second_group` rows.
-    Bits: bits + 2 second_bits / group + 64 / (group second_group) + about 32 per outlier. A higher `outliers` keeps FEWER of them (the
-    public code's help says the reverse). Raises: SchemeError when the group does not divide the columns.
+    tau = outliers x mean_j(var_rows(W_j) L_jj^2). When the sweep reaches a group, entries whose removal lowers the
+    group's weighted error by more than tau are left out of the fit of its grid; an entry is kept as an outlier when its
+    own error (w - q)^2 L_jj^2 exceeds tau. Scales and zeros (real numbers) are quantized to `second_bits` in groups of
+    `second_group` rows.
+    Bits: bits + 2 second_bits / group + 64 / (group second_group) + about 32 per outlier. A higher `outliers` keeps
+    FEWER of them (the public code's help says the reverse). Raises: SchemeError when the group does not divide the
+    columns.
     Source: Dettmers et al. 2023, algorithm 1. Cost: that of GPTQ with groups, x group for the leave-one-out test.
     """
 

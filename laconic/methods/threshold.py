@@ -20,11 +20,13 @@ Units = Callable[[Site], tuple[Tensor, Tensor | None]]
 
 
 class Threshold(Allocation):
-    """The share of each matrix that lies below one threshold on the scores of all structures, chosen so that `sparsity` of all entries go.
+    """The share of each matrix that lies below one threshold on the scores of all structures, chosen so that `sparsity`
+    of all entries go.
 
-    Every matrix gets the method with `scope="layer"` and its own exact share, so the entries cut are the lowest of the whole network (ties:
-    sites in order). With more than 67 million single entries the scores are kept as histograms, 256 bins an octave: the count stays exact,
-    but the entries in the threshold's own bin are taken from the sites in proportion. Cost: a selection over all scores.
+    Every matrix gets the method with `scope="layer"` and its own exact share, so the entries cut are the lowest of the
+    whole network (ties: sites in order). With more than 67 million single entries the scores are kept as histograms,
+    256 bins an octave: the count stays exact, but the entries in the threshold's own bin are taken from the sites in
+    proportion. Cost: a selection over all scores.
     """
 
     def __init__(self, method: Method, sparsity: float, units: Units) -> None:

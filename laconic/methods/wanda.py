@@ -16,7 +16,8 @@ class Wanda(Patterned):
     """Sets weights with the smallest |w_rj| |x_j| to zero, compared within each row; the others stay as they are.
 
     `pattern`: "unstructured" (the share `sparsity` of every row), "n:m", or a block. Bits: 16 x density + the mask.
-    Raises: SchemeError when the pattern does not tile the matrix. Source: Sun et al. 2024, eq. 1 and section 3. Cost: one sort of the rows.
+    Raises: SchemeError when the pattern does not tile the matrix. Source: Sun et al. 2024, eq. 1 and section 3. Cost:
+    one sort of the rows.
     """
 
     needs = Stats.SQUARES

@@ -1,7 +1,7 @@
 """A model as a chain of blocks, found by structure, so that one block at a time has to be in memory."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,70 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import CheckpointError
+from laconic.model.batches import Batch, tensors_in, to_device
+from laconic.model.calling import call
 from laconic.model.roles import head_modules
-
-Batch = Any
-"""What a model is called with: a tensor, a dict of keyword arguments, or a tuple whose first entry is the input (the rest are targets)."""
-
-
-def call(model: nn.Module, batch: Batch) -> Any:
-    """The model's output for one batch."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, list | tuple) else batch)
-
-
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Tensors anywhere inside mappings (which become dicts), lists and tuples, changed; everything else as it is."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: mapped(item, change) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [mapped(item, change) for item in value]
-        return (
-            type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        )  # a named tuple takes its fields one by one
-    return value
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor anywhere inside mappings, lists and tuples, in order."""
-    found: list[Tensor] = []
-    mapped(value, lambda tensor: (found.append(tensor), tensor)[1])  # type: ignore[func-returns-value]
-    return found
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors anywhere inside dicts, lists and tuples, moved."""
-    return mapped(value, lambda tensor: tensor.to(device))
-
-
-def examples_in(batch: Batch) -> int:
-    """The number of examples in a batch: the length of its first tensor."""
-    return len(next(iter(tensors_in(batch)), batch))
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without caches of its own, in which one call would leave what the next one sees; all is put back."""
-    training, modes = model.training, {module: module.training for module in model.modules()}
-    every: dict[int, Any] = {
-        id(config): config for module in modes if (config := getattr(module, "config", None)) is not None
-    }
-    configs = [config for config in every.values() if getattr(config, "use_cache", None) is True]
-    model.eval()
-    for config in configs:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in configs:
-            config.use_cache = True
-        for module in model.modules():
-            module.training = modes.get(
-                module, training
-            )  # a module that came inside (an installed weight) takes the model's
 
 
 class Residency(Protocol):
@@ -86,7 +25,9 @@ class Residency(Protocol):
     """Whether all of the model is in memory anyway."""
 
     def hold(self, path: str, *, head: bool = True) -> Any:
-        """A context in which the module at `path` is in memory ("" is everything outside the chain, with or without the output head)."""
+        """A context in which the module at `path` is in memory ("" is everything outside the chain, with or without the
+        output head).
+        """
 
 
 class InMemory:
@@ -103,10 +44,11 @@ class InMemory:
 
 
 def find_chain(model: nn.Module) -> str | None:
-    """The path of the ModuleList whose elements hold most of the model's matrix entries, or None when no list holds half of them.
+    """The path of the ModuleList whose elements hold most of the model's matrix entries, or None when no list holds
+    half of them.
 
-    Embeddings and output heads do not count: they can be most of a small model. Lists inside a list (experts in a block) belong to their
-    block. Whether the blocks do form a chain only a run shows (`open_chain`).
+    Embeddings and output heads do not count: they can be most of a small model. Lists inside a list
+    (experts in a block) belong to their block. Whether the blocks do form a chain only a run shows (`open_chain`).
     """
     matrices = {id(p): p.numel() for p in model.parameters() if p.dim() >= 2}
     ends = _ends(model)
@@ -121,7 +63,9 @@ def find_chain(model: nn.Module) -> str | None:
 
 
 def _ends(model: nn.Module) -> set[int]:
-    """The identities of embedding tables and output heads outside lists: what is named so, and linear layers of a table's shape."""
+    """The identities of embedding tables and output heads outside lists: what is named so, and linear layers of a
+    table's shape.
+    """
     tables = {id(m.weight): tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Embedding)}
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     inside = {m for blocks in lists for m in blocks.modules()}
@@ -133,12 +77,16 @@ def _ends(model: nn.Module) -> set[int]:
 
 
 class ChainError(CheckpointError):
-    """A list of blocks that is wired in another way than each feeding the next; whoever meets it runs the whole model instead."""
+    """A list of blocks that is wired in another way than each feeding the next; whoever meets it runs the whole model
+    instead.
+    """
 
 
 @dataclass
 class Calls:
-    """What the model handed to its blocks for one batch: the first block's hidden state, and every block's other arguments."""
+    """What the model handed to its blocks for one batch: the first block's hidden state, and every block's other
+    arguments.
+    """
 
     hidden: Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -149,8 +97,10 @@ class _Reached(Exception):  # noqa: N818 - not an error: the last block has been
 
 
 @dataclass
-class _Seen:
-    """One call of a block: its number, the key its hidden state came under (None for the first positional argument), that state, and the rest."""
+class _BlockCall:
+    """One call of a block: its number, the key its hidden state came under (None for the first positional argument),
+    that state, and the rest.
+    """
 
     number: int
     key: str | None
@@ -160,8 +110,10 @@ class _Seen:
     version: int  # of the hidden state: a tensor that is changed in place counts up
 
 
-def _split(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
-    """The hidden state among a block's arguments: the first positional one, or the first float tensor among the named ones."""
+def _split(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _BlockCall:
+    """The hidden state among a block's arguments: the first positional one, or the first float tensor among the named
+    ones.
+    """
     if args:
         key, hidden, rest = None, args[0], args[1:]
     else:
@@ -173,11 +125,15 @@ def _split(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen:
             f"a block was called without a hidden state; it got {[type(a).__name__ for a in args] + sorted(kwargs)}"
         )
     version = 0 if hidden.is_inference() else hidden._version
-    return _Seen(number, key, hidden, rest, {name: value for name, value in kwargs.items() if name != key}, version)
+    return _BlockCall(
+        number, key, hidden, rest, {name: value for name, value in kwargs.items() if name != key}, version
+    )
 
 
 def _fresh(value: Any) -> Any:
-    """An argument of a block as the model gave it: what can be written to (a cache, a dict) is copied, so that every run finds the same."""
+    """An argument of a block as the model gave it: what can be written to (a cache, a dict) is copied, so that every
+    run finds the same.
+    """
     if type(value) is dict:
         return {key: _fresh(item) for key, item in value.items()}
     if type(value) in (list, tuple):
@@ -192,7 +148,9 @@ def _fresh(value: Any) -> Any:
 
 
 def _sizes(value: Any) -> list[int]:
-    """The lengths of all dicts and lists among a block's arguments: what a block adds to them, later blocks may read."""
+    """The lengths of all dicts and lists among a block's arguments: what a block adds to them, later blocks may
+    read.
+    """
     inner = list(value.values()) if type(value) is dict else list(value) if type(value) in (list, tuple) else []
     own = [len(inner)] if type(value) in (dict, list) else []
     return own + [size for item in inner for size in _sizes(item)]
@@ -201,8 +159,9 @@ def _sizes(value: Any) -> list[int]:
 class BlockModel:
     """Runs a model block by block: `capture` the inputs, `run` each block on the hidden states, `tail` for the output.
 
-    Equals the model's own forward when every block maps a hidden state to a hidden state; `capture` checks that the model passes each
-    block's answer on to the next one, `check` that nothing else passes between them. Both raise ChainError otherwise.
+    Equals the model's own forward when every block maps a hidden state to a hidden state; `capture` checks that the
+    model passes each block's answer on to the next one, `check` that nothing else passes between them. Both raise
+    ChainError otherwise.
     """
 
     def __init__(self, residency: Residency, path: str) -> None:
@@ -223,11 +182,11 @@ class BlockModel:
         )
 
     @contextmanager
-    def _stands(self, notes: list[_Seen], answer: Callable[[Tensor], Any]) -> Iterator[None]:
+    def _stands(self, notes: list[_BlockCall], answer: Callable[[Tensor], Any]) -> Iterator[None]:
         """Inside, a block notes how it is called and gives `answer(hidden)` instead of computing.
 
-        Only its `forward` is another: a model may know its blocks by their type, read flags off them, or hang hooks on them when it is first
-        called (as transformers does for models that read hidden states on the way).
+        Only its `forward` is another: a model may know its blocks by their type, read flags off them, or hang hooks on
+        them when it is first called (as transformers does for models that read hidden states on the way).
         """
 
         def stand(number: int, *args: Any, **kwargs: Any) -> Any:
@@ -245,9 +204,11 @@ class BlockModel:
                 if forward is not None:
                     vars(block)["forward"] = forward
 
-    def _watch(self, batch: Batch, until: int, answers: list[Tensor] | None = None) -> list[_Seen]:
-        """How the first `until` blocks are called for a batch, each answering with a copy of its hidden state, which goes to `answers`."""
-        notes: list[_Seen] = []
+    def _watch(self, batch: Batch, until: int, answers: list[Tensor] | None = None) -> list[_BlockCall]:
+        """How the first `until` blocks are called for a batch, each answering with a copy of its hidden state, which
+        goes to `answers`.
+        """
+        notes: list[_BlockCall] = []
         given = answers if answers is not None else []
 
         def answer(hidden: Tensor) -> Any:
@@ -261,8 +222,10 @@ class BlockModel:
         self._follow(notes, given, until)
         return notes
 
-    def _follow(self, notes: list[_Seen], given: list[Tensor], expected: int) -> None:
-        """Raises ChainError unless each of the noted calls got the answer before it, unchanged, and nothing else that a block gave."""
+    def _follow(self, notes: list[_BlockCall], given: list[Tensor], expected: int) -> None:
+        """Raises ChainError unless each of the noted calls got the answer before it, unchanged, and nothing else that a
+        block gave.
+        """
         order = [note.number for note in notes]
         if order != list(range(expected)):
             raise self._refused(f"they are called in the order {order[:8]}")
@@ -274,7 +237,9 @@ class BlockModel:
                 raise self._refused("more than the hidden state passes from one to the next")
 
     def capture(self, batches: Iterable[Batch]) -> list[Calls]:
-        """How the model calls its blocks for each batch. Only what lies before the chain is computed, and block 0 once for its form."""
+        """How the model calls its blocks for each batch. Only what lies before the chain is computed, and block 0 once
+        for its form.
+        """
         batches = list(batches)
         captured: list[Calls] = []
         if batches:
@@ -293,7 +258,9 @@ class BlockModel:
 
     @torch.no_grad()
     def _form(self, batch: Batch) -> None:
-        """Note how block 0 takes its hidden state and what it returns beside it: None for a bare tensor, else the rest of its tuple."""
+        """Note how block 0 takes its hidden state and what it returns beside it: None for a bare tensor, else the rest
+        of its tuple.
+        """
         self._rest = None
         with self.residency.hold("", head=False):
             note = self._watch(batch, 1)[0]
@@ -312,11 +279,13 @@ class BlockModel:
             raise self._refused(f"a block turns {list(note.hidden.shape)} into {list(after.shape)}")
 
     def check(self, batch: Batch, *, compare: bool = False) -> None:
-        """Raises ChainError unless the hidden state is all that carries what depends on weights from block to block and to the output.
+        """Raises ChainError unless the hidden state is all that carries what depends on weights from block to block and
+        to the output.
 
-        The model runs once with stand-ins for its blocks, whose answers ask for gradients, as every weight outside the chain does: an argument
-        of a block that asks for one depends on an earlier block, on an encoder or on a table; an output that depends on another answer than
-        the last reads hidden states on the way. Memory: what lies outside the chain, and block 0; to `compare` the output too, all of it.
+        The model runs once with stand-ins for its blocks, whose answers ask for gradients, as every weight outside the
+        chain does: an argument of a block that asks for one depends on an earlier block, on an encoder or on a table;
+        an output that depends on another answer than the last reads hidden states on the way. Memory: what lies outside
+        the chain, and block 0; to `compare` the output too, all of it.
         """
         try:
             self._check(batch)
@@ -331,7 +300,7 @@ class BlockModel:
 
     def _check(self, batch: Batch) -> None:
         self._form(batch)
-        notes: list[_Seen] = []
+        notes: list[_BlockCall] = []
         given: list[Tensor] = []
 
         def answer(hidden: Tensor) -> Any:
@@ -382,7 +351,9 @@ class BlockModel:
         return output if isinstance(output, Tensor) else output[0]
 
     def _compare(self, batch: Batch) -> None:
-        """Raises ChainError unless block by block the model's output is what its own forward gives; all of it has to be in memory."""
+        """Raises ChainError unless block by block the model's output is what its own forward gives; all of it has to be
+        in memory.
+        """
         calls = self.capture([batch])[0]
         with torch.no_grad():
             hidden = calls.hidden
@@ -394,8 +365,10 @@ class BlockModel:
             raise self._refused("block by block its output is another than its own")
 
     def front(self, batch: Batch) -> Tensor:
-        """The first block's hidden state, with the graph of what lies before the chain; that must be held. Nothing behind it is computed."""
-        notes: list[_Seen] = []
+        """The first block's hidden state, with the graph of what lies before the chain; that must be held. Nothing
+        behind it is computed.
+        """
+        notes: list[_BlockCall] = []
 
         def reached(_: Tensor) -> Any:
             raise _Reached
@@ -421,7 +394,8 @@ def _close(y: Tensor, z: Tensor) -> bool:
 
 
 def open_chain(residency: Residency, path: str | None, batch: Batch | None) -> tuple[BlockModel | None, str]:
-    """The model's chain of blocks, or None where it has no list of blocks, or (with the reason) a run on `batch` shows that they form no chain.
+    """The model's chain of blocks, or None where it has no list of blocks, or (with the reason) a run on `batch` shows
+    that they form no chain.
 
     Of a model in memory the output is compared as well: a forward pass of the model, and one of its blocks.
     """

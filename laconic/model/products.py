@@ -1,4 +1,6 @@
-"""Every call that multiplies by what may be a weight: which operand that is, which of its dimensions are summed, and what it is fed."""
+"""Every call that multiplies by what may be a weight: which operand that is, which of its dimensions are summed, and
+what it is fed.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,9 +17,9 @@ Dims = tuple[int, ...]
 class Product:
     """One product W x, with the operand `w` that may be a weight as the call was given it.
 
-    `batch`, `rows` and `columns` are the dimensions of w that number matrices, that the output has, and that are summed over. `inputs()` is
-    X [batch or 1, tokens, in], of a look-up the rows [1, tokens, 1] as integers; `outputs(y)` brings the call's result, or its gradient, to
-    [batch or 1, tokens, out].
+    `batch`, `rows` and `columns` are the dimensions of w that number matrices, that the output has, and that are summed
+    over. `inputs()` is X [batch or 1, tokens, in], of a look-up the rows [1, tokens, 1] as integers; `outputs(y)`
+    brings the call's result, or its gradient, to [batch or 1, tokens, out].
     """
 
     w: Tensor
@@ -133,8 +135,15 @@ def _grouped_mm(mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, *_: An
 
 
 def _conv(
-    input: Tensor, weight: Tensor, _: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, **__: Any
-) -> list[Product]:  # fmt: skip
+    input: Tensor,
+    weight: Tensor,
+    _: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    **__: Any,
+) -> list[Product]:
     def inputs() -> Tensor:
         return _patches(input.detach(), weight, (stride, padding, dilation), groups)
 
@@ -205,7 +214,9 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def _matrices(w: Tensor) -> Dims:
-    """How many matrices w [..., a, b] holds along each of its first dimensions; one that is only expanded counts once."""
+    """How many matrices w [..., a, b] holds along each of its first dimensions; one that is only expanded counts
+    once.
+    """
     return tuple(1 if w.stride(i) == 0 else w.shape[i] for i in range(w.dim() - 2))
 
 
@@ -214,7 +225,9 @@ def _numbering(w: Tensor) -> Dims:
 
 
 def _grouped(t: Tensor, matrices: Dims) -> Tensor:
-    """t [..., tokens, n] for matrices numbered by its last dimensions but two: [matrices, tokens, n], all else counting as tokens."""
+    """t [..., tokens, n] for matrices numbered by its last dimensions but two: [matrices, tokens, n], all else counting
+    as tokens.
+    """
     shape = torch.broadcast_shapes(t.shape[:-2], matrices)
     t = t.expand(*shape, *t.shape[-2:])
     numbers = [len(shape) - len(matrices) + i for i, n in enumerate(matrices) if n > 1]
@@ -256,13 +269,35 @@ def _each(value: Any, dimensions: int) -> tuple[int, ...]:
 
 
 _READERS: dict[Any, Callable[..., list[Product]]] = {
-    F.linear: _linear, torch.matmul: _matmul, Tensor.matmul: _matmul, Tensor.__matmul__: _matmul, Tensor.__rmatmul__: _reversed_matmul,
-    torch.mm: _matmul, Tensor.mm: _matmul, torch.bmm: _matmul, Tensor.bmm: _matmul, torch.mv: _matmul, Tensor.mv: _matmul,
-    torch.addmm: _addmm, Tensor.addmm: _addmm, torch.baddbmm: _addmm, Tensor.baddbmm: _addmm, torch.addmv: _addmm,
-    torch.inner: _inner, torch.einsum: _einsum, torch._grouped_mm: _grouped_mm, F.grouped_mm: _grouped_mm,
-    F.conv1d: _conv, F.conv2d: _conv, F.conv3d: _conv, torch.conv1d: _conv, torch.conv2d: _conv, torch.conv3d: _conv, F.embedding: _lookup,
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.__rmatmul__: _reversed_matmul,
+    torch.mm: _matmul,
+    Tensor.mm: _matmul,
+    torch.bmm: _matmul,
+    Tensor.bmm: _matmul,
+    torch.mv: _matmul,
+    Tensor.mv: _matmul,
+    torch.addmm: _addmm,
+    Tensor.addmm: _addmm,
+    torch.baddbmm: _addmm,
+    Tensor.baddbmm: _addmm,
+    torch.addmv: _addmm,
+    torch.inner: _inner,
+    torch.einsum: _einsum,
+    torch._grouped_mm: _grouped_mm,
+    F.grouped_mm: _grouped_mm,
+    F.conv1d: _conv,
+    F.conv2d: _conv,
+    F.conv3d: _conv,
+    torch.conv1d: _conv,
+    torch.conv2d: _conv,
+    torch.conv3d: _conv,
+    F.embedding: _lookup,
     F.embedding_bag: _lookup,
-}  # fmt: skip
+}
 
 
 def _one_linear(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Any]:
@@ -291,8 +326,19 @@ def _one_lookup(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tens
 
 
 PRODUCTS: dict[Any, Callable[..., tuple[Tensor, Tensor, Any]]] = {
-    F.linear: _one_linear, torch.addmm: _one_addmm, torch.matmul: _one_linear, Tensor.matmul: _one_linear, Tensor.__matmul__: _one_linear,
-    torch.bmm: _one_linear, torch.mm: _one_linear, F.conv1d: _one_conv, F.conv2d: _one_conv, torch.conv1d: _one_conv, torch.conv2d: _one_conv,
+    F.linear: _one_linear,
+    torch.addmm: _one_addmm,
+    torch.matmul: _one_linear,
+    Tensor.matmul: _one_linear,
+    Tensor.__matmul__: _one_linear,
+    torch.bmm: _one_linear,
+    torch.mm: _one_linear,
+    F.conv1d: _one_conv,
+    F.conv2d: _one_conv,
+    torch.conv1d: _one_conv,
+    torch.conv2d: _one_conv,
     F.embedding: _one_lookup,
-}  # fmt: skip
-"""The calls that surgery follows: input, weight, and how (None, a convolution's stride, padding and dilation, or "lookup")."""
+}
+"""The calls that surgery follows: input, weight, and how (None, a convolution's stride, padding and dilation, or
+"lookup").
+"""

@@ -1,4 +1,6 @@
-"""One part of a model in memory at a time: the tensors of a block come from a provider when it is held and go when it is let go."""
+"""One part of a model in memory at a time: the tensors of a block come from a provider when it is held and go when it
+is let go.
+"""
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -67,7 +69,8 @@ class Residence:
     def hold(self, path: str, *, head: bool = True) -> Iterator[None]:
         """The parameters below `path` ("" for all outside the chain) are in memory inside this context; it nests.
 
-        `head=False` leaves out the output head, unless it is tied: it can be the largest tensor, and nothing before the chain reads it.
+        `head=False` leaves out the output head, unless it is tied: it can be the largest tensor, and nothing before the
+        chain reads it.
         """
         if not self._held.get(path):
             self._brought[path] = self._load(path, () if head else self._untied_head())
@@ -126,7 +129,9 @@ class Residence:
         return brought
 
     def _bring(self, users: list[tuple[nn.Module, str, str]], names: list[str]) -> None:
-        """One tensor from the provider: a decoded one and its copy in the computing type need not stand beside all others."""
+        """One tensor from the provider: a decoded one and its copy in the computing type need not stand beside all
+        others.
+        """
         found = self.provider.read(names)
         name = next((name for name in names if name in found), None)
         if name is None:

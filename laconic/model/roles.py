@@ -6,16 +6,20 @@ from typing import Any, Literal
 from torch import nn
 
 Role = Literal["embedding", "head", "router", "body"]
-"""What a site is for: "embedding" (a table that is looked up in), "head" (makes a transformers model's logits), "router" (scores experts), "body"."""
+"""What a site is for: "embedding" (a table that is looked up in), "head" (makes a transformers model's logits),
+"router" (scores experts), "body".
+"""
 
-_LEVELS = 3  # modules above the experts in which their router is looked for: DBRX has its experts' tensors two below the layer both are in
+# modules above the experts in which their router is looked for: DBRX has its experts' tensors two below the layer both
+# are in
+_LEVELS = 3
 
 
 def head_modules(model: nn.Module) -> set[nn.Module]:
     """The layers whose outputs are a transformers model's answer: `get_output_embeddings`, and classifiers.
 
-    A classifier is a linear layer or convolution outside the base model with a row per label (one more for "no object", as detectors have
-    it) or per word. A plain module's last layer is none: nothing marks it.
+    A classifier is a linear layer or convolution outside the base model with a row per label (one more for "no object",
+    as detectors have it) or per word. A plain module's last layer is none: nothing marks it.
     """
     find = getattr(model, "get_output_embeddings", None)
     found = find() if callable(find) else None
@@ -44,11 +48,12 @@ def _answers(config: Any) -> set[int]:
 
 
 def router_parameters(model: nn.Module) -> set[tuple[str, str]]:
-    """The (module path, parameter name) of every matrix that scores experts: it has a row per expert, and lies beside them.
+    """The (module path, parameter name) of every matrix that scores experts: it has a row per expert, and lies beside
+    them.
 
-    Experts are a module with three-dimensional parameters that agree in their first size, or with a number of experts as an attribute, or a
-    ModuleList under a name with "expert"; the router is the matrix nearest to them: a layer inside that is none of them, or up to three
-    modules above.
+    Experts are a module with three-dimensional parameters that agree in their first size, or with a number of experts
+    as an attribute, or a ModuleList under a name with "expert"; the router is the matrix nearest to them: a layer
+    inside that is none of them, or up to three modules above.
     """
     modules = dict(model.named_modules())
     routers: set[tuple[str, str]] = set()
@@ -64,7 +69,9 @@ def router_parameters(model: nn.Module) -> set[tuple[str, str]]:
 
 
 def _experts(modules: dict[str, nn.Module]) -> Iterator[tuple[str, set[int], bool]]:
-    """The path of everything that holds experts, how many they may be, and whether they are its own packed parameters."""
+    """The path of everything that holds experts, how many they may be, and whether they are its own packed
+    parameters.
+    """
     for path, module in modules.items():
         named = "expert" in path.rpartition(".")[2].lower()
         packed = [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1]
@@ -84,7 +91,9 @@ def _experts(modules: dict[str, nn.Module]) -> Iterator[tuple[str, set[int], boo
 def _matrices_below(
     modules: dict[str, nn.Module], parent: str, experts: str, *, raw: bool
 ) -> Iterator[tuple[tuple[str, str], int]]:
-    """Linear weights (and `raw` two-dimensional parameters) below `parent`, and their rows; above the experts, none of theirs."""
+    """Linear weights (and `raw` two-dimensional parameters) below `parent`, and their rows; above the experts, none of
+    theirs.
+    """
     for path, module in modules.items():
         if not lies_below(path, parent) or (parent != experts and lies_below(path, experts)):
             continue

@@ -32,7 +32,7 @@ class Stats(enum.Flag):
     """The largest |x| of every input column."""
     FISHER = enum.auto()
     """E[(dL / dW)^2] over sequences, entry by entry."""
-    OUTPUT = enum.auto()
+    OUTPUT_FISHER = enum.auto()
     """E[(dL / dy)^2] over tokens, per row of W: how much the loss minds an error of that output."""
     CENTRE = enum.auto()
     """The mean x of every input column, with its sign."""
@@ -48,7 +48,7 @@ class Stats(enum.Flag):
 
 NONE = Stats(0)
 INPUTS = Stats.HESSIAN | Stats.SQUARES | Stats.MEAN | Stats.MAX | Stats.CENTRE | Stats.RANGE | Stats.SAMPLE | Stats.USES
-GRADIENTS = Stats.FISHER | Stats.OUTPUT
+GRADIENTS = Stats.FISHER | Stats.OUTPUT_FISHER
 MEASURED = INPUTS | GRADIENTS  # what a model has to be run for
 
 
@@ -111,7 +111,7 @@ class Site:
     """What a method sees: W [out, in] and the statistics it asked for. Methods may not change W; `notes` collects what the user must hear.
 
     `hessian` [groups, in, in], `squares`, `magnitude` (mean |x|), `peak` (largest |x|), `centre` (mean x), `low` and `high` (smallest and
-    largest x, 0 included) [groups, in], `sample` [rows, in] of the inputs of all groups, `tokens` [groups], `fisher` [out, in], `output` and
+    largest x, 0 included) [groups, in], `sample` [rows, in] of the inputs of all groups, `tokens` [groups], `fisher` [out, in], `output_fisher` and
     `uses` (look-ups) [out]; None where not asked for. `input`: sites that read one tensor have the
     same number; None where no input was summed.
     `mask` [out, in] says which entries an earlier method kept; `values_dtype` is the type pruning keeps values in (float32 when another method
@@ -135,7 +135,7 @@ class Site:
     uses: Tensor | None = None
     tokens: Tensor | None = None
     fisher: Tensor | None = None
-    output: Tensor | None = None
+    output_fisher: Tensor | None = None
     input: int | None = None
     mask: Tensor | None = None
     values_dtype: str = "bfloat16"

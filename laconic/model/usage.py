@@ -20,7 +20,9 @@ T = TypeVar("T")
 
 
 class Owners(dict[int, list[tuple[T, Tensor]]]):
-    """Parameters by their storage: which of them the operand of a product is a part of. Several may share one storage (flattened ones)."""
+    """Parameters by their storage: which of them the operand of a product is a part of. Several may share one storage
+    (flattened ones).
+    """
 
     def __init__(self, parameters: Iterable[tuple[T, Tensor]]) -> None:
         super().__init__()
@@ -45,7 +47,9 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the operand of a product lies in a site: as W x (`forward`) or as x W; its row group (None: all of them), first row and column."""
+    """Where the operand of a product lies in a site: as W x (`forward`) or as x W; its row group (None: all of them),
+    first row and column.
+    """
 
     forward: bool
     group: int | None = None
@@ -107,7 +111,9 @@ class Use:
 
 
 def use_of(product: Product, parameter: Tensor) -> Use | None:
-    """The matrix of which a product's operand is all, or whole matrices out of several; None where it is something else."""
+    """The matrix of which a product's operand is all, or whole matrices out of several; None where it is something
+    else.
+    """
     shape, w = tuple(parameter.shape), product.w
     if product.kind != "product":
         whole = w.numel() == parameter.numel() and w.shape == parameter.shape
@@ -131,7 +137,8 @@ def use_of(product: Product, parameter: Tensor) -> Use | None:
 
 
 class Uses(TorchFunctionMode):
-    """Watches a run for products with some parameters, found by their storage; on the meta device too, where data decides nothing.
+    """Watches a run for products with some parameters, found by their storage; on the meta device too, where data
+    decides nothing.
 
     There the first of everything is taken: of experts that tokens go to, of rows a condition holds for.
     """
@@ -185,11 +192,16 @@ def _first(condition: Tensor) -> Tensor:
 
 
 _DECISIONS: dict[Any, Callable[[Tensor], Any]] = {
-    torch.nonzero: _first, Tensor.nonzero: _first,
+    torch.nonzero: _first,
+    Tensor.nonzero: _first,
     torch.where: lambda condition: tuple(torch.zeros(condition.dim(), 1, dtype=torch.int64, device="meta")),
-    Tensor.item: lambda _: 0, Tensor.__bool__: lambda _: False, Tensor.__int__: lambda _: 0, Tensor.__index__: lambda _: 0,
-    Tensor.__float__: lambda _: 0.0, Tensor.tolist: lambda t: torch.zeros(t.shape, dtype=torch.int64, device="cpu").tolist(),
-}  # fmt: skip
+    Tensor.item: lambda _: 0,
+    Tensor.__bool__: lambda _: False,
+    Tensor.__int__: lambda _: 0,
+    Tensor.__index__: lambda _: 0,
+    Tensor.__float__: lambda _: 0.0,
+    Tensor.tolist: lambda t: torch.zeros(t.shape, dtype=torch.int64, device="cpu").tolist(),
+}
 
 FAILURES = (
     RuntimeError,
@@ -205,10 +217,11 @@ FAILURES = (
 
 
 def uses_on_meta(model: nn.Module, names: Iterable[str]) -> Uses:
-    """What products of a transformers model show of some parameters: a copy on the meta device is run on inputs of the kind it reads.
+    """What products of a transformers model show of some parameters: a copy on the meta device is run on inputs of the
+    kind it reads.
 
-    Experts of which the class says how they multiply are not run. What the run shows before it fails counts. Cost: the modules' own, with no
-    tensor of any size; nothing of the model is changed or copied.
+    Experts of which the class says how they multiply are not run. What the run shows before it fails counts. Cost: the
+    modules' own, with no tensor of any size; nothing of the model is changed or copied.
     """
     twin = _on_meta(model)
     parameters = dict(twin.named_parameters(remove_duplicate=False))
@@ -238,7 +251,9 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def in_sight(model: nn.Module) -> Iterator[None]:
-    """A transformers model whose products can be seen inside this context: packed experts run as one product per expert."""
+    """A transformers model whose products can be seen inside this context: packed experts run as one product per
+    expert.
+    """
     configs = {
         id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
     }
@@ -262,7 +277,9 @@ def is_marked(module: nn.Module) -> bool:
 
 
 def _example_inputs(model: nn.Module) -> list[dict[str, Tensor]]:
-    """What a transformers model may be called with: its main input, or everything its signature names of which the kind is known."""
+    """What a transformers model may be called with: its main input, or everything its signature names of which the kind
+    is known.
+    """
     known = inspect.signature(model.forward).parameters
     made = {name: tensor for name, tensor in _inputs_by_name(model.config).items() if name in known}
     main = getattr(model, "main_input_name", "input_ids")

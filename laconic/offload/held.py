@@ -1,4 +1,6 @@
-"""What stands for a saved tensor: a reference, a stretch of bytes, or a table with an index list; and how each becomes the tensor again."""
+"""What stands for a saved tensor: a reference, a stretch of bytes, or a table with an index list; and how each becomes
+the tensor again.
+"""
 
 import weakref
 from dataclasses import dataclass
@@ -8,13 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ALIGN = 64  # bytes; a rebuilt tensor starts where the original did, modulo this, so that vectorised kernels add in the same order
+# bytes; a rebuilt tensor starts where the original did, modulo this, so that vectorised kernels add in the same order
+ALIGN = 64
 CHUNK = 1 << 22  # elements converted at a time
 
 
 @dataclass
 class Saved:
-    """What autograd saved inside `offload_saved`, and what is held for it. Bytes, exact; `alive_bytes` falls when a graph is freed."""
+    """What autograd saved inside `offload_saved`, and what is held for it. Bytes, exact; `alive_bytes` falls when a
+    graph is freed.
+    """
 
     saves: int = 0  # tensors saved
     hits: int = 0  # of these, found in a storage that was held already
@@ -38,7 +43,7 @@ class Saved:
         self.alive_bytes -= count
 
 
-class View(NamedTuple):
+class Layout(NamedTuple):
     """How a tensor lies in its storage: bytes [start, stop), and what as_strided needs."""
 
     dtype: torch.dtype
@@ -48,7 +53,7 @@ class View(NamedTuple):
     stop: int
 
     @classmethod
-    def of(cls, t: Tensor) -> "View":
+    def of(cls, t: Tensor) -> "Layout":
         stride = tuple(int(step) for step in t.stride())
         start = int(t.storage_offset()) * t.element_size()
         reach = sum((size - 1) * step for size, step in zip(t.size(), stride, strict=True)) + 1
@@ -79,7 +84,8 @@ class Alias:
         if self.tensor._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{self.tensor.dtype} {list(self.tensor.shape)} is at version {self.tensor._version}; expected version {self.version} instead"
+                f"{self.tensor.dtype} {list(self.tensor.shape)} is at version {self.tensor._version}; expected version "
+                f"{self.version} instead"
             )
         return self.tensor
 
@@ -115,11 +121,11 @@ class Bytes:
 
 
 @dataclass(eq=False)
-class Dense:
+class Whole:
     """A stretch of a storage, byte for byte; or the entries of a tensor with gaps, in order."""
 
     content: Bytes
-    gapped: View | None = None
+    gapped: Layout | None = None
 
     def restore(self, lead: int) -> Tensor:
         """The stretch, `lead` bytes behind an aligned address."""
@@ -145,7 +151,7 @@ class Map:
         a, n, b = self.shape
         index, table = self.index.whole().view(torch.uint16), self.table.whole().view(self.dtype).view(a, -1, b)
         flat = _room(lead, a * n * b * self.dtype.itemsize, table.device)
-        rows = View(self.dtype, torch.Size(self.shape), (n * b, b, 1), 0, flat.numel()).on(flat, 0)
+        rows = Layout(self.dtype, torch.Size(self.shape), (n * b, b, 1), 0, flat.numel()).on(flat, 0)
         for begin in range(0, n, CHUNK):
             rows[:, begin : begin + CHUNK] = table.index_select(1, index[begin : begin + CHUNK].to(torch.int32))
         return flat
@@ -157,22 +163,24 @@ def _room(lead: int, length: int, device: torch.device) -> Tensor:
 
 
 class Piece:
-    """A stretch of a storage that is held, at one version of it. While what was rebuilt of it is in use, it is rebuilt `once`."""
+    """A stretch of a storage that is held, at one version of it. While what was rebuilt of it is in use, it is rebuilt
+    `once`.
+    """
 
-    def __init__(self, start: int, stop: int, content: Dense | Map, *, once: bool) -> None:
+    def __init__(self, start: int, stop: int, content: Whole | Map, *, once: bool) -> None:
         self.start, self.stop, self.content, self.once = start, stop, content, once
         self.rebuilt: weakref.ref[Any] | None = None
         self.offset = 0
 
-    def covers(self, view: View) -> bool:
+    def covers(self, view: Layout) -> bool:
         """Whether a tensor that lies so can be read off this piece."""
-        if isinstance(self.content, Dense) and self.content.gapped is not None:
+        if isinstance(self.content, Whole) and self.content.gapped is not None:
             return view == self.content.gapped
         return (
             self.start <= view.start and view.stop <= self.stop and (view.start - self.start) % view.dtype.itemsize == 0
         )
 
-    def restore(self, view: View) -> Tensor:
+    def restore(self, view: Layout) -> Tensor:
         storage = self.rebuilt() if self.rebuilt is not None else None
         if storage is None:
             flat = self.content.restore(self.start % ALIGN)
@@ -190,7 +198,7 @@ class Held(NamedTuple):
     """A saved tensor whose values are in a piece."""
 
     piece: Piece
-    view: View
+    view: Layout
 
     def restore(self) -> Tensor:
         return self.piece.restore(self.view)

@@ -12,7 +12,9 @@ from laconic.offload.held import CHUNK
 def agree(
     group: "dist.ProcessGroup | None", device: torch.device, about: Sequence[int] = (), part: Tensor | None = None
 ) -> bool:
-    """Whether every learner of the group has such a part, and with the same bytes. Collective; with no group there is nobody to agree with."""
+    """Whether every learner of the group has such a part, and with the same bytes. Collective; with no group there is
+    nobody to agree with.
+    """
     if group is None:
         return False
     digest = 0 if part is None else hash((*about, checksum(part))) >> 1

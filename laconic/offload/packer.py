@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from laconic.offload.held import ALIGN, Alias, Bytes, Dense, Held, Map, Owner, Piece, Saved, View
+from laconic.offload.held import ALIGN, Alias, Bytes, Held, Layout, Map, Owner, Piece, Saved, Whole
 from laconic.offload.learners import agree
 from laconic.offload.rows import Rows
 
@@ -94,7 +94,7 @@ class Packer:
             self.saved.kept += bool(size)
             self.saved.kept_bytes += size
             return Alias(t, t._version)
-        view = View.of(t)
+        view = Layout.of(t)
         for piece in self.storages.held(storage, t._version) if self.marshal else ():
             if isinstance(piece, Piece) and piece.covers(view):
                 self.saved.hits += 1
@@ -120,19 +120,21 @@ class Packer:
             self.saved.hits += 1
         return Alias(t, t._version, owner)
 
-    def _copied(self, t: Tensor, view: View, group: "dist.ProcessGroup | None" = None) -> Piece:
+    def _copied(self, t: Tensor, view: Layout, group: "dist.ProcessGroup | None" = None) -> Piece:
         """The stretch of the storage that the tensor spans, or its entries where that is less."""
         if view.entries > t.numel():
-            content = Dense(self._bytes(t, 0, group), view)
+            content = Whole(self._bytes(t, 0, group), view)
         else:
-            content = Dense(self._bytes(t.as_strided((view.entries,), (1,)), view.start % ALIGN, group))
+            content = Whole(self._bytes(t.as_strided((view.entries,), (1,)), view.start % ALIGN, group))
         return Piece(view.start, view.stop, content, once=group is None)
 
     def _bytes(self, t: Tensor, lead: int, group: "dist.ProcessGroup | None") -> Bytes:
         return Bytes(_flat(t), lead, group, self.saved, pinned=self.pinned)
 
-    def _mapped(self, t: Tensor, view: View) -> Piece | None:
-        """A row map of a weight, as table and index list, in shares, or both; None if it is not one or would take no fewer bytes."""
+    def _mapped(self, t: Tensor, view: Layout) -> Piece | None:
+        """A row map of a weight, as table and index list, in shares, or both; None if it is not one or would take no
+        fewer bytes.
+        """
         candidates = self.rows.candidates(t, view)
         if not candidates:
             return None

@@ -1,4 +1,6 @@
-"""Row maps: tensors that say the same wherever a 16-bit weight has the same value. Found by comparing all rows, never assumed."""
+"""Row maps: tensors that say the same wherever a 16-bit weight has the same value. Found by comparing all rows, never
+assumed.
+"""
 
 import weakref
 from collections.abc import Iterator, Sequence
@@ -9,23 +11,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from laconic.offload.held import CHUNK, Bytes, View
+from laconic.offload.held import CHUNK, Bytes, Layout
 from laconic.offload.learners import checksum
 
 _CODES = 1 << 16
-_PAIRS = 4096  # entries of a weight that are looked at before all are: rows of equal ones among them tell most tensors that are no row maps
+# entries of a weight that are looked at before all are: rows of equal ones among them tell most tensors that are no row
+# maps
+_PAIRS = 4096
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Ranks(NamedTuple):
-    """Which entries of a weight are equal: `codes` [n] int32, each entry's distinct value; `standing` [distinct], where an entry of each value is."""
+    """Which entries of a weight are equal: `codes` [n] int32, each entry's distinct value; `standing` [distinct], where
+    an entry of each value is.
+    """
 
     codes: Tensor
     standing: Tensor
     mark: int  # a checksum of the codes
 
 
-class Weight:
+class Followed:
     """A 16-bit weight, pairs of equal entries in it, and its index list while a row map holds it."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -57,9 +63,11 @@ class Weight:
 
 
 class RowMap(NamedTuple):
-    """A tensor's memory as rows [a, n, b] of integers, equal where the weight is, and one row per distinct value, table [a, distinct, b]."""
+    """A tensor's memory as rows [a, n, b] of integers, equal where the weight is, and one row per distinct value, table
+    [a, distinct, b].
+    """
 
-    weight: Weight
+    weight: Followed
     ranks: Ranks
     rows: Tensor
     table: Tensor
@@ -67,34 +75,38 @@ class RowMap(NamedTuple):
 
 @dataclass(eq=False)
 class Rows:
-    """The weights whose row maps are looked for, in a ring that begins at the one found last. The ranks of one of them are kept at a time."""
+    """The weights whose row maps are looked for, in a ring that begins at the one found last. The ranks of one of them
+    are kept at a time.
+    """
 
-    weights: list[Weight]
-    ranked: tuple[Weight, int, Ranks] | None = None  # a weight, its version, and its ranks
+    weights: list[Followed]
+    ranked: tuple[Followed, int, Ranks] | None = None  # a weight, its version, and its ranks
 
     @classmethod
     def of(cls, weights: Sequence[Tensor]) -> "Rows":
-        return cls([Weight(w.detach()) for w in weights if w.numel()])
+        return cls([Followed(w.detach()) for w in weights if w.numel()])
 
     def close(self) -> None:
         """Forget everything."""
         self.weights, self.ranked = [], None
 
-    def candidates(self, t: Tensor, view: View) -> list[Weight]:
+    def candidates(self, t: Tensor, view: Layout) -> list[Followed]:
         """The weights of which a tensor could be a row map, by its size alone, so that all learners find the same."""
         if t.element_size() not in _INTEGERS or view.entries != t.numel():
             return []
         return [w for w in self.weights if t.numel() % w.n == 0 and w.weight.device == t.device]
 
-    def find(self, t: Tensor, candidates: list[Weight]) -> RowMap | None:
-        """The tensor as a row map of one of the candidates. Cost: a few thousand rows per candidate, and two passes over a tensor that is one."""
+    def find(self, t: Tensor, candidates: list[Followed]) -> RowMap | None:
+        """The tensor as a row map of one of the candidates. Cost: a few thousand rows per candidate, and two passes
+        over a tensor that is one.
+        """
         found = next((hit for w in candidates if (hit := self._row_map(w, t)) is not None), None)
         if found is not None:  # what is saved next is likely of this weight or of the one after it
             at = self.weights.index(found.weight)
             self.weights = self.weights[at:] + self.weights[:at]
         return found
 
-    def _row_map(self, weight: Weight, t: Tensor) -> RowMap | None:
+    def _row_map(self, weight: Followed, t: Tensor) -> RowMap | None:
         one, other = self._pairs(weight)
         if not len(one):  # hardly a value occurs twice: a table would be no smaller
             return None
@@ -113,8 +125,10 @@ class Rows:
                 return RowMap(weight, ranks, rows, table)
         return None
 
-    def _pairs(self, weight: Weight) -> tuple[Tensor, Tensor]:
-        """Positions of equal entries; kept for every weight, so that one that a tensor is no row map of need not be ranked again."""
+    def _pairs(self, weight: Followed) -> tuple[Tensor, Tensor]:
+        """Positions of equal entries; kept for every weight, so that one that a tensor is no row map of need not be
+        ranked again.
+        """
         version = weight.weight._version
         if weight.pairs is None or weight.pairs[0] != version:
             codes, standing, _ = self._ranks(weight)
@@ -123,7 +137,7 @@ class Rows:
             weight.pairs = (version, one[one != other], other[one != other])
         return weight.pairs[1:]
 
-    def _ranks(self, weight: Weight) -> Ranks:
+    def _ranks(self, weight: Followed) -> Ranks:
         ranked, version = self.ranked, weight.weight._version
         if ranked is None or ranked[0] is not weight or ranked[1] != version:
             self.ranked = None  # before the next ones are made: only one at a time takes memory
@@ -132,7 +146,9 @@ class Rows:
 
 
 def _splits(sizes: list[int], n: int) -> Iterator[tuple[int, int]]:
-    """(a, b) such that adjacent sizes multiply to n, with the product of the sizes before them a and of those after them b."""
+    """(a, b) such that adjacent sizes multiply to n, with the product of the sizes before them a and of those after
+    them b.
+    """
     for i in range(len(sizes)):
         for j in range(i + 1, len(sizes) + 1):
             if prod(sizes[i:j]) == n:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Self
 
 from torch import nn
 
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch
 from laconic.model.sites import Slot
 from laconic.recover.steps import Steps
 from laconic.recover.written import written

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator
 from laconic.disk.tensors import bytes_of
 from laconic.errors import DataError
 from laconic.host.randomness import private_randomness
-from laconic.model.batches import inputs_in
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch, inputs_in
 
 
 def length_of(data: Iterable[Batch]) -> int | None:

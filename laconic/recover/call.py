@@ -18,8 +18,7 @@ from laconic.host.ambient import undisturbed
 from laconic.host.progress import Log, Progress
 from laconic.host.randomness import private_randomness
 from laconic.measure.judging import OutputLoss, OutputScore
-from laconic.methods.free import methods_of
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch
 from laconic.model.sites import find_slots
 from laconic.recover.base import Recovery
 from laconic.recover.batches import length_of, stream
@@ -31,6 +30,7 @@ from laconic.recover.parsing import parse_recovery
 from laconic.recover.projection import Projection, compressed_slots, project_onto, reads_data
 from laconic.recover.recipes import dkm
 from laconic.recover.task import Task
+from laconic.scheme.filling import methods_of
 from laconic.scheme.text import Scheme, parse
 
 _STATISTICS = 32  # minibatches of training data that statistics are gathered from

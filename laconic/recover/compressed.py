@@ -12,7 +12,8 @@ from laconic.disk.state import guard
 from laconic.errors import RecoveryError
 from laconic.host.randomness import private_randomness
 from laconic.measure.judging import Judgement
-from laconic.model.blocks import call, in_evaluation, to_device
+from laconic.model.batches import to_device
+from laconic.model.calling import call, in_evaluation
 from laconic.model.sites import Slot
 from laconic.recover.batches import stream
 from laconic.recover.projection import Projection

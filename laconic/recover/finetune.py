@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 from torch import nn
 
 from laconic.errors import SchemeError
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch
 from laconic.model.sites import Slot
 from laconic.recover.base import Recovery
 from laconic.recover.batches import length_of

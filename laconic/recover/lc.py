@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import CheckpointError, SchemeError
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch
 from laconic.model.sites import Slot
 from laconic.recover.base import Recovery
 from laconic.recover.checks import check_counts, check_steps

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laconic.errors import SchemeError
-from laconic.model.blocks import Batch, call, find_chain, tensors_in
+from laconic.model.batches import Batch, tensors_in
+from laconic.model.blocks import find_chain
+from laconic.model.calling import call
 
 if TYPE_CHECKING:
     from laconic.recover.task import Task

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from laconic.disk.state import guard
 from laconic.engine.walk import Loss, parameters_of
 from laconic.errors import SchemeError
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch
 from laconic.recover.projection import project_onto, reads_data
 from laconic.scheme.text import Scheme, parse
 from laconic.weights import View, Weight, install

@@ -12,14 +12,15 @@ from laconic.engine.plan import Plan
 from laconic.engine.resolve import resolve
 from laconic.engine.solve import fed_alike, solve_sites
 from laconic.engine.statistics import Statistics
-from laconic.engine.unmeasured import completed
 from laconic.engine.walk import Loss, default_loss, parameters_of, survey_whole
 from laconic.errors import CheckpointError, DataError
 from laconic.host.ambient import undisturbed
 from laconic.methods.base import Method
 from laconic.methods.fitting import fitted
-from laconic.model.blocks import Batch, call, in_evaluation, to_device
+from laconic.model.batches import Batch, to_device
+from laconic.model.calling import call, in_evaluation
 from laconic.model.sites import GRADIENTS, MEASURED, Site, Slot, Stats, find_slots
+from laconic.model.unmeasured import completed
 from laconic.model.usage import in_sight
 from laconic.scheme.text import Scheme, describe
 from laconic.weights import Weight

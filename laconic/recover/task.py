@@ -12,8 +12,7 @@ from laconic.errors import DataError
 from laconic.host.foreign import Foreign, run_file
 from laconic.host.randomness import private_randomness
 from laconic.measure.judging import Judgement, OutputLoss, OutputScore, check_function, judge, loss_of
-from laconic.model.batches import unlabelled
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch, unlabelled
 from laconic.recover.batches import digests
 
 _HASHED = 100_000  # examples per split that are compared with the other splits

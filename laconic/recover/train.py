@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from laconic.disk.tensors import is_finite
 from laconic.errors import RecoveryError, SchemeError
 from laconic.host.randomness import private_randomness
-from laconic.model.blocks import Batch, to_device
+from laconic.model.batches import Batch, to_device
 from laconic.recover.batches import stream
 from laconic.recover.losses import answer_of
 from laconic.recover.steps import Steps

@@ -19,13 +19,16 @@ _SHOWN = 101  # points of a posterior that is kept for a picture
 def level_ucb(mean: Array, deviation: Array, level: float, gamma: float = 0.95) -> Array:
     """(1 - gamma) sigma(s) - gamma |mu(s) - L|: high where the curve may cross the level.
 
-    Source: ILS-UCB (Garg et al. 2016), and over a restricted domain DR-UCB (Condensa, equation 1; gamma from section 4).
+    Source: ILS-UCB (Garg et al. 2016), and over a restricted domain DR-UCB (Condensa, equation 1; gamma from section
+    4).
     """
     return (1 - gamma) * deviation - gamma * np.abs(mean - level)
 
 
 def ucb(mean: Array, deviation: Array, kappa: float = 2.576) -> Array:
-    """mu + kappa sigma, to maximise. Source: Srinivas et al. 2009; kappa is the default of the package that Condensa used (99 %)."""
+    """mu + kappa sigma, to maximise. Source: Srinivas et al. 2009; kappa is the default of the package that Condensa
+    used (99 %).
+    """
     return mean + kappa * deviation
 
 
@@ -38,9 +41,9 @@ def lcb(mean: Array, deviation: Array, kappa: float = 2.576) -> Array:
 class Proposal:
     """Where to sample next, and why.
 
-    `domain`: the open interval that may hold the answer. `x`, `mean`, `deviation`, `acquisition`: the process over the whole bounds, in the units
-    of what was measured, for a picture; the acquisition is None outside the domain. `exhausted`: a further sample promises nothing. `wait`: none
-    should be taken before a pending one is known.
+    `domain`: the open interval that may hold the answer. `x`, `mean`, `deviation`, `acquisition`: the process over the
+    whole bounds, in the units of what was measured, for a picture; the acquisition is None outside the domain.
+    `exhausted`: a further sample promises nothing. `wait`: none should be taken before a pending one is known.
     """
 
     s: float
@@ -55,9 +58,11 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Axis:
-    """Bounds (low, high) as the unit interval, on which the length scale of the paper is meant; on the logarithm if `log`.
+    """Bounds (low, high) as the unit interval, on which the length scale of the paper is meant; on the logarithm if
+    `log`.
 
-    Raises: SearchError for bounds that are reversed, equal or not finite, and for a logarithm of bounds that are not above 0.
+    Raises: SearchError for bounds that are reversed, equal or not finite, and for a logarithm of bounds that are not
+    above 0.
     """
 
     low: float

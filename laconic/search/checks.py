@@ -12,16 +12,17 @@ from laconic.disk.lock import check_place
 from laconic.disk.output import earlier_files
 from laconic.engine.resolve import resolve
 from laconic.errors import OutputError, SchemeError, SearchError
-from laconic.measure.goals import Floor
-from laconic.methods.free import Free, fix, free_of
+from laconic.measure.goals import Floor, Goal
+from laconic.methods.free import Free
 from laconic.model.sites import Slot, find_slots
 from laconic.recover import Recovery, Task
 from laconic.recover.own_text import is_own_text
+from laconic.scheme.filling import fix, free_of
 from laconic.scheme.text import Scheme, describe
-from laconic.search.trial import Goal, Trials
+from laconic.search.options import SearchOptions
+from laconic.search.trial import Trials
 
 if TYPE_CHECKING:
-    from laconic.search.run import SearchOptions
     from laconic.search.study import Search
 
 
@@ -65,7 +66,7 @@ def some_value(free: Free) -> Any:
 
 
 def check_first(
-    model: nn.Module, scheme: Scheme, goals: Sequence[Goal], keep: Floor, how: Recovery, out: Path, options: "SearchOptions"
+    model: nn.Module, scheme: Scheme, goals: Sequence[Goal], keep: Floor, how: Recovery, out: Path, options: SearchOptions
 ) -> dict[str, Free]:  # fmt: skip
     """What costs nothing to check, before anything that takes time; returns the scheme's variables. Raises: SearchError, SchemeError, OutputError."""
     _need_optuna()

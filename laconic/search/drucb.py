@@ -24,21 +24,24 @@ class Rule:
     """How stage 1 seeks s_acc, the largest s with y >= L.
 
     `name`:
-    - "two-sided", beyond the paper: monotonicity closes the domain from both sides, D = (largest s with y >= L, smallest with y < L). The
-      process, the same as the paper's, sees the logarithm of the loss in units of the loss that is allowed, log((A - y) / (A - L)) with A the
-      reference's score, kept between a tenth and ten times. What is lost grows about exponentially in s before a network breaks, and a
-      process in y itself takes every cliff for a slope. The lower bound stands for a tenth; the upper one for ten times, until a sample is
-      below the level. The maximum of equation 1 is moved half a tolerance to the side that keeps the level, and kept so near to the middle of D
-      that at most one sample more is taken than by bisection.
+    - "two-sided", beyond the paper: monotonicity closes the domain from both sides, D = (largest s with y >= L,
+      smallest with y < L). The process, the same as the paper's, sees the logarithm of the loss in units of the loss
+      that is allowed, log((A - y) / (A - L)) with A the reference's score, kept between a tenth and ten times. What is
+      lost grows about exponentially in s before a network breaks, and a process in y itself takes every cliff for a
+      slope. The lower bound stands for a tenth; the upper one for ten times, until a sample is below the level. The
+      maximum of equation 1 is moved half a tolerance to the side that keeps the level, and kept so near to the middle
+      of D that at most one sample more is taken than by bisection.
     - "dr-ucb": Algorithm 1 and equation 1 as published; the domain closes only from below.
     - "ils-ucb": equation 1 over the whole domain (Garg et al. 2016).
 
-    `tolerance`: the share of the bounds' width below which s need not be known. `gamma`, `prior`: equation 1. `reading`: when line 7 of
-    Algorithm 1 moves the domain; "listing": s_t is above the sample before it; "equation": above all earlier samples; "feasible": above all
-    that moved it. `margin`: a sample less than this below the level (in the score's units) is doubted by "two-sided": it does not close the
-    domain before another one above it is below the level too, which is asked for next. 0 trusts every sample. One that keeps the level is
-    always believed, since it comes with a model that keeps it; it overrules those below it that did not.
-    Raises: SearchError for an unknown name or reading, a gamma outside 0 ... 1, a tolerance outside 0 ... 0.5, a negative margin.
+    `tolerance`: the share of the bounds' width below which s need not be known. `gamma`, `prior`: equation 1.
+    `reading`: when line 7 of Algorithm 1 moves the domain; "listing": s_t is above the sample before it; "equation":
+    above all earlier samples; "feasible": above all that moved it. `margin`: a sample less than this below the level
+    (in the score's units) is doubted by "two-sided": it does not close the domain before another one above it is below
+    the level too, which is asked for next. 0 trusts every sample. One that keeps the level is always believed, since it
+    comes with a model that keeps it; it overrules those below it that did not.
+    Raises: SearchError for an unknown name or reading, a gamma outside 0 ... 1, a tolerance outside 0 ... 0.5, a
+    negative margin.
     """
 
     name: Literal["two-sided", "dr-ucb", "ils-ucb"] = "two-sided"
@@ -59,14 +62,17 @@ class Rule:
             )
         if not (0 <= self.gamma <= 1 and 0 < self.tolerance <= 0.5 and self.margin >= 0):
             raise SearchError(
-                f"expected gamma in 0 ... 1, tolerance in 0 ... 0.5 and a margin from 0, got {self.gamma}, {self.tolerance} and {self.margin}"
+                f"expected gamma in 0 ... 1, tolerance in 0 ... 0.5 and a margin from 0, got {self.gamma}, "
+                f"{self.tolerance} and {self.margin}"
             )
 
 
 def domain(
     history: Sequence[Sample], level: float, bounds: tuple[float, float], rule: Rule | None = None
 ) -> tuple[float, float]:
-    """The open interval that may still hold s_acc. Source: Condensa, Algorithm 1, lines 3 and 7 to 9; see `Rule` for what goes beyond it."""
+    """The open interval that may still hold s_acc. Source: Condensa, Algorithm 1, lines 3 and 7 to 9; see `Rule` for
+    what goes beyond it.
+    """
     rule = rule or Rule()
     low, high = bounds
     if rule.name == "ils-ucb":
@@ -104,11 +110,13 @@ def propose(
 ) -> Proposal:
     """Where to measure the score next, so that the largest s that keeps the level is found. Deterministic.
 
-    `history` in the order of sampling. `reference`: the uncompressed model's score, which costs no sample and stands in the process at the
-    lower bound; without it the best score seen is taken for the allowed loss. The first sample is the middle of the bounds (the paper's flat prior
-    prefers none); ties go to the point nearest to the middle. `pending`: points that other workers are measuring; they count as if the process's
-    mean had been measured there (kriging believer). `log`: the bounds are searched on the logarithm. A score of -inf is a run that diverged.
-    Raises: SearchError for reversed bounds and values that are no numbers. Source: Condensa section 3.2, Algorithm 1, line 5. Cost: O(n^3).
+    `history` in the order of sampling. `reference`: the uncompressed model's score, which costs no sample and stands in
+    the process at the lower bound; without it the best score seen is taken for the allowed loss. The first sample is
+    the middle of the bounds (the paper's flat prior prefers none); ties go to the point nearest to the middle.
+    `pending`: points that other workers are measuring; they count as if the process's mean had been measured there
+    (kriging believer). `log`: the bounds are searched on the logarithm. A score of -inf is a run that diverged.
+    Raises: SearchError for reversed bounds and values that are no numbers. Source: Condensa section 3.2, Algorithm 1,
+    line 5. Cost: O(n^3).
     """
     rule, axis = rule or Rule(), Axis(*bounds, log)
     if not math.isfinite(level) or any(math.isnan(y) or not math.isfinite(s) for s, y in history):
@@ -142,7 +150,9 @@ def propose(
 
 @dataclass(frozen=True)
 class _Process:
-    """The Gaussian process of the samples, at points of the unit interval: of scores as they are, or of the logarithm of what was lost."""
+    """The Gaussian process of the samples, at points of the unit interval: of scores as they are, or of the logarithm
+    of what was lost.
+    """
 
     told: Sequence[Sample]
     level: float
@@ -188,7 +198,9 @@ class _Process:
 def _is_exhausted(
     told: Sequence[Sample], s: float, level: float, bounds: tuple[float, float], rule: Rule, axis: Axis
 ) -> bool:
-    """Whether the domain is narrower than the tolerance or, for rules that do not close it, the proposal is a sample already taken."""
+    """Whether the domain is narrower than the tolerance or, for rules that do not close it, the proposal is a sample
+    already taken.
+    """
     if rule.name == "two-sided":
         low, high = domain(told, level, bounds, rule)
         return axis.unit(high) - axis.unit(low) <= rule.tolerance * _SLACK
@@ -196,10 +208,12 @@ def _is_exhausted(
 
 
 def _safe(chosen: float, low: float, high: float, samples: int, tolerance: float) -> float:
-    """The maximum moved half a tolerance to the side that keeps the level, and near enough to the middle to keep up with bisection.
+    """The maximum moved half a tolerance to the side that keeps the level, and near enough to the middle to keep up
+    with bisection.
 
-    Bisection takes n = ceil(log2(1 / tolerance)) samples. After k samples the next may be r from the middle of the domain,
-    r = tolerance / 2 * 2^(n + n_0 - k) - (high - low) / 2. Source: the projection of ITP (Oliveira and Takahashi 2020, section 2).
+    Bisection takes n = ceil(log2(1 / tolerance)) samples. After k samples the next may be r from the middle of the
+    domain, r = tolerance / 2 * 2^(n + n_0 - k) - (high - low) / 2. Source: the projection of ITP (Oliveira and
+    Takahashi 2020, section 2).
     """
     edge = 0.3 * min(tolerance, high - low)
     chosen = min(max(chosen - tolerance / 2, low + edge), high - edge)

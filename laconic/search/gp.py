@@ -14,16 +14,18 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Prior:
-    """What is believed of a curve before it is seen: k(x, x') = variance * Matern(|x - x'| / length; nu = 2.5), targets normalised.
+    """What is believed of a curve before it is seen: k(x, x') = variance * Matern(|x - x'| / length; nu = 2.5), targets
+    normalised.
 
-    `noise` is the variance on the kernel's diagonal; all variances are in units of the targets' own. The length scale is in units of x, which
-    callers put on the unit interval. `optimize` fits the length scale to the samples by maximum likelihood, with `restarts` private random
-    starts from `seed`; otherwise nothing is random.
-    Source: Condensa section 4, "Bayesian Optimizer Settings": Matern, nu 2.5, length scale 1.0, "alpha value of 0.1", normalised predictions,
-    noise level 1e-6. What alpha is the paper leaves open. Measured on 60 synthetic profiles (Algorithm 1 as published, samples until the
-    best one is within 0.01 of s*, at most 30): alpha ignored 9 (median), alpha as the kernel's variance 11.5, alpha as noise on the diagonal
-    none (the mean no longer passes near the samples); with a fitted length scale 10, as in the package the authors used. Only the first keeps to
-    the paper's ten, so the default is a fixed length of 1, variance 1 and noise 1e-6.
+    `noise` is the variance on the kernel's diagonal; all variances are in units of the targets' own. The length scale
+    is in units of x, which callers put on the unit interval. `optimize` fits the length scale to the samples by maximum
+    likelihood, with `restarts` private random starts from `seed`; otherwise nothing is random.
+    Source: Condensa section 4, "Bayesian Optimizer Settings": Matern, nu 2.5, length scale 1.0, "alpha value of 0.1",
+    normalised predictions, noise level 1e-6. What alpha is the paper leaves open. Measured on 60 synthetic profiles
+    (Algorithm 1 as published, samples until the best one is within 0.01 of s*, at most 30): alpha ignored 9 (median),
+    alpha as the kernel's variance 11.5, alpha as noise on the diagonal none (the mean no longer passes near the
+    samples); with a fitted length scale 10, as in the package the authors used. Only the first keeps to the paper's
+    ten, so the default is a fixed length of 1, variance 1 and noise 1e-6.
     """
 
     length: float = 1.0
@@ -37,9 +39,11 @@ class Prior:
 def posterior(
     x: Sequence[float] | Array, y: Sequence[float] | Array, at: Array, prior: Prior | None = None
 ) -> tuple[Array, Array]:
-    """Mean and standard deviation of the process at the points `at`, given y at x; all one-dimensional, results in y's units.
+    """Mean and standard deviation of the process at the points `at`, given y at x; all one-dimensional, results in y's
+    units.
 
-    No samples give mean 0 and the prior's deviation. Raises: SearchError when scikit-learn is missing, or a value is not finite.
+    No samples give mean 0 and the prior's deviation. Raises: SearchError when scikit-learn is missing, or a value is
+    not finite.
     Source: Rasmussen and Williams 2006, equations 2.25 and 2.26. Cost: O(n^3 + n points), n samples.
     """
     prior = prior or Prior()

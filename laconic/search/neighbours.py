@@ -10,7 +10,9 @@ _SLACK = 0.25  # more than the largest share of the gap that a finished run clos
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A finished trial that another can start from: its values, and where its state is (None for the original model)."""
+    """A finished trial that another can start from: its values, and where its state is (None for the original
+    model).
+    """
 
     number: int | None
     values: dict[str, Any]
@@ -20,7 +22,8 @@ class Neighbour:
 def nearest(values: Mapping[str, Any], finished: Sequence[Neighbour]) -> Neighbour | None:
     """The finished trial whose values are nearest, by relative distance summed over numbers; of equal ones the first.
 
-    Values that differ and are no numbers make a trial no neighbour. The original model counts as a trial with every number at zero.
+    Values that differ and are no numbers make a trial no neighbour. The original model counts as a trial with every
+    number at zero.
     """
     best: tuple[float, Neighbour] | None = None
     for other in finished:
@@ -37,14 +40,18 @@ def nearest(values: Mapping[str, Any], finished: Sequence[Neighbour]) -> Neighbo
 
 
 def hopeless(
-    curve: Sequence[dict[str, Any]], total: int, finished: Sequence[Sequence[dict[str, Any]]], reference: float, floor: float
-) -> bool:  # fmt: skip
-    """Whether a run cannot reach the floor any more: not even if, from here on, it closed of its gap to the reference score the largest
-    share that a finished run closed, and a bit more.
+    curve: Sequence[dict[str, Any]],
+    total: int,
+    finished: Sequence[Sequence[dict[str, Any]]],
+    reference: float,
+    floor: float,
+) -> bool:
+    """Whether a run cannot reach the floor any more: not even if, from here on, it closed of its gap to the reference
+    score the largest share that a finished run closed, and a bit more.
 
-    Runs are compared at equal shares of their minibatches; `finished` holds the curves of runs that went to their end. Only those that were
-    behind the floor there say anything; two are needed, and half of this run has to be done. An estimate: a trial can be given up wrongly,
-    which costs sparsity and never accuracy.
+    Runs are compared at equal shares of their minibatches; `finished` holds the curves of runs that went to their end.
+    Only those that were behind the floor there say anything; two are needed, and half of this run has to be done. An
+    estimate: a trial can be given up wrongly, which costs sparsity and never accuracy.
     """
     done = curve[-1]["minibatches"] / max(total, 1)
     if not 0.5 <= done < 1:

@@ -23,13 +23,16 @@ def propose_objective(
     prior: Prior | None = None,
     log: bool = False,
 ) -> Proposal:
-    """Where in (low, s_acc) to measure the objective next: the maximum of UCB to maximise, of LCB to minimise. Deterministic.
+    """Where in (low, s_acc) to measure the objective next: the maximum of UCB to maximise, of LCB to minimise.
+    Deterministic.
 
-    `history`: (s, objective) of the samples that keep the level, those of stage 1 too. `within`: the open interval (low, s_acc), a part of the
-    `bounds`, which set the length scale. `pending` as in stage 1. `exhausted` when no point's optimistic bound is better than the best sample by
-    more than `improvement` times its size, or the best such point lies within half a `tolerance` of a sample; so an objective that is monotone
-    in s costs no or few further samples.
-    Raises: SearchError for reversed bounds and values that are not finite. Source: Condensa section 3.2, stage 2. Cost: O(n^3).
+    `history`: (s, objective) of the samples that keep the level, those of stage 1 too. `within`: the open interval
+    (low, s_acc), a part of the `bounds`, which set the length scale. `pending` as in stage 1. `exhausted` when no
+    point's optimistic bound is better than the best sample by more than `improvement` times its size, or the best such
+    point lies within half a `tolerance` of a sample; so an objective that is monotone in s costs no or few further
+    samples.
+    Raises: SearchError for reversed bounds and values that are not finite. Source: Condensa section 3.2, stage 2. Cost:
+    O(n^3).
     """
     axis, interval, bound = Axis(*bounds, log), within or bounds, ucb if maximize else lcb
     if not interval[0] < interval[1]:

@@ -15,14 +15,16 @@ from laconic.disk.store import stored_bytes
 from laconic.engine.module import plain_bytes
 from laconic.host.machine import machine, versions
 from laconic.host.progress import Progress
-from laconic.measure.goals import Floor
+from laconic.measure.candidate import Candidate
+from laconic.measure.goals import Floor, Goal
 from laconic.measure.layers import layers_table
-from laconic.measure.objectives import Candidate, nonzero_bytes_of
-from laconic.methods.free import Free, fix
+from laconic.measure.objectives import nonzero_bytes_of
+from laconic.methods.free import Free
 from laconic.recover import Task
+from laconic.scheme.filling import fix
 from laconic.scheme.text import describe
 from laconic.search import study as studies
-from laconic.search.trial import Goal, Trials
+from laconic.search.trial import Trials
 
 
 def figures_of(

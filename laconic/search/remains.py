@@ -10,7 +10,7 @@ from laconic.engine.module import compress_module
 from laconic.errors import SchemeError
 from laconic.methods.base import Method, Pruning, Then
 from laconic.methods.patterned import sparse
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch
 from laconic.model.sites import Site, Slot, Stats, find_slots
 from laconic.scheme.keep import Keep
 from laconic.scheme.text import Choice
@@ -40,7 +40,8 @@ class Survivors(Pruning):
 def after_cut(method: Method) -> Method | None:
     """What of a method is left to do once the channels it cuts are gone; None if nothing is.
 
-    Pruning of single entries is not done again, since of a smaller matrix the same share would be others: the zeros there are stay.
+    Pruning of single entries is not done again, since of a smaller matrix the same share would be others: the zeros
+    there are stay.
     """
     if isinstance(method, Then):
         first = after_cut(method.first)
@@ -55,7 +56,8 @@ def encode_remains(
 ) -> nn.Module:  # fmt: skip
     """Encode a thinned dense network, in place, as the scheme says after the cut.
 
-    A matrix that lost nothing takes the weight it was trained as; the others are encoded anew, from the values they were trained to.
+    A matrix that lost nothing takes the weight it was trained as; the others are encoded anew, from the values they
+    were trained to.
     Raises: SchemeError when a method cannot treat the size that is left.
     """
     slots, trained = {slot.name: slot for slot in find_slots(thinned)}, installed(compressed)

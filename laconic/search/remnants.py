@@ -12,13 +12,16 @@ from laconic.search.trial import Trials
 
 
 def progressed(trials: Trials, lost: FrozenTrial) -> bool:
-    """Whether a trial whose worker died had stored a state that is newer than the trial itself: one more attempt will end later than this did."""
+    """Whether a trial whose worker died had stored a state that is newer than the trial itself: one more attempt will
+    end later than this did.
+    """
     file = trials.place(lost.number) / UNFINISHED
     return file.is_file() and lost.datetime_start is not None and file.stat().st_mtime > lost.datetime_start.timestamp()
 
 
 def remove_remnants(trials: Trials, known: Sequence[FrozenTrial]) -> None:
-    """Remove copies under way, temporary files, and the folders of trials that neither have a result nor can be gone on with.
+    """Remove copies under way, temporary files, and the folders of trials that neither have a result nor can be gone on
+    with.
 
     Only for a worker that is alone.
     """

@@ -2,44 +2,42 @@
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
 
 import optuna
-from optuna.storages import fail_stale_trials
+from optuna.storages import BaseStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from laconic.errors import SearchError
 from laconic.search.storage import interval_of
 
-if TYPE_CHECKING:
-    from laconic.search.study import Search
-
 _RETRIES = 2  # a trial that has taken three workers down is not given to a fourth
 _KEPT = ("stage", "domain", "posterior")  # of a trial that is run again: what its values were chosen by
 
 
-def reclaim(search: "Search") -> None:
-    """Fail the trials of workers that have fallen silent, and put up the values of those that were lost to be run again, once each."""
-    interval = interval_of(search.storage)
+def reclaim(study: optuna.Study, storage: BaseStorage) -> None:
+    """Fail the trials of workers that have fallen silent, and put up the values of those that were lost to be run
+    again, once each.
+    """
+    interval = interval_of(storage)
     if interval is None:
         return
-    fail_stale_trials(search.study)  # calls `again` for each
+    fail_stale_trials(study)  # calls `again` for each
     since = datetime.now() - timedelta(seconds=2 * interval)
-    for lost in search.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    for lost in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if (
             not lost.params and lost.datetime_start is not None and lost.datetime_start < since
         ):  # died before its first heartbeat
-            search.storage.set_trial_state_values(lost._trial_id, TrialState.FAIL)
+            storage.set_trial_state_values(lost._trial_id, TrialState.FAIL)
 
 
-def reclaim_all(search: "Search", progressed: Callable[[FrozenTrial], bool]) -> None:
+def reclaim_all(study: optuna.Study, storage: BaseStorage, progressed: Callable[[FrozenTrial], bool]) -> None:
     """As `reclaim`, at once and for every trial that runs: for a worker that knows that it is the only one.
 
     A death after which a trial has `progressed` is not held against it.
     """
-    for lost in search.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        search.storage.set_trial_state_values(lost._trial_id, TrialState.FAIL)
-        again(search.study, lost, died=not progressed(lost))
+    for lost in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        storage.set_trial_state_values(lost._trial_id, TrialState.FAIL)
+        again(study, lost, died=not progressed(lost))
 
 
 def again(study: optuna.Study, trial: FrozenTrial, died: bool = True) -> None:
@@ -58,9 +56,9 @@ def again(study: optuna.Study, trial: FrozenTrial, died: bool = True) -> None:
     )
 
 
-def attempts(search: "Search", trial: FrozenTrial) -> tuple[int, ...]:
+def attempts(study: optuna.Study, trial: FrozenTrial) -> tuple[int, ...]:
     """The trials that a trial repeats, the last one first."""
-    earlier = {t.number: t.user_attrs.get("retry_of") for t in search.study.get_trials(deepcopy=False)}
+    earlier = {t.number: t.user_attrs.get("retry_of") for t in study.get_trials(deepcopy=False)}
     numbers: list[int] = []
     number = trial.user_attrs.get("retry_of")
     while number is not None:

@@ -4,7 +4,7 @@ import copy
 import math
 import statistics as means
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,18 +20,19 @@ from laconic.engine.module import half_types
 from laconic.engine.resolve import resolve
 from laconic.errors import SearchError
 from laconic.host.ambient import undisturbed
-from laconic.host.progress import Log, Progress
-from laconic.measure.goals import Floor, within
-from laconic.methods.free import Free, fix
-from laconic.model.blocks import Batch
+from laconic.host.progress import Progress
+from laconic.measure.goals import Floor, Goal
+from laconic.methods.free import Free
 from laconic.model.sites import find_slots
-from laconic.recover import LC, Recovery, Task
+from laconic.recover import Recovery, Task
 from laconic.recover.call import first_batches
+from laconic.scheme.filling import fix
 from laconic.scheme.text import Scheme, describe, parse
 from laconic.search.checks import STUDY, check_first, check_folder, clear_folder, original_score, remarks, some_value
 from laconic.search.neighbours import Neighbour, nearest
-from laconic.search.report import SEARCH_HTML, write_search_report
-from laconic.search.trial import Goal, Trials
+from laconic.search.options import SearchOptions
+from laconic.search.result import SEARCH_HTML, Draw, publish
+from laconic.search.trial import Trials
 
 if TYPE_CHECKING:
     import optuna
@@ -41,53 +42,6 @@ if TYPE_CHECKING:
 # of the loss that is allowed: a warm-started trial less than this below the floor might keep it from a better start, so it closes nothing alone
 _DOUBT = 0.15
 _WORTHWHILE = 0.3  # of a trial's usual time must be left for another to begin
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """How a search is carried out.
-
-    At most `trials` trials, shared by all workers on one storage; `minutes` of wall-clock time for this worker, after which the trial under
-    way ends with the best it has, and is put back for a resumed search if that misses the floor. `storage` is an SQLite file or database URL,
-    by default `study.db` in the search's folder; `name` is the study's. `warm_share`: a trial starts from the nearest finished one that kept
-    the floor and takes this share of the L-steps (None: every trial starts from the original). `early_stop` gives a trial up that can no
-    longer reach the floor. `thin` removes cut channels for good; without it they stay as zeros, as they must where no graph can be traced.
-    `sampler`: "two-sided" (ours, and what "auto" is for one real number and one objective), "drucb" (Condensa's, as published), Optuna's "gp" or
-    "tpe". `resume` goes on with the study in the storage, or joins it as another worker; `overwrite`
-    removes an earlier search in the folder, its study too. A worker says every `heartbeat` seconds that it lives.
-    Raises: SearchError for numbers out of range.
-    """
-
-    trials: int = 10
-    minutes: float | None = None
-    storage: str | Path | None = None
-    name: str = "search"
-    warm_share: float | None = 0.5
-    early_stop: bool = True
-    thin: bool = True
-    sampler: str = "auto"
-    resume: bool = False
-    overwrite: bool = False
-    seed: int = 0
-    command: str = ""
-    heartbeat: int = 60
-
-    def __post_init__(self) -> None:
-        if self.minutes is not None and not self.minutes > 0:
-            raise SearchError(f"expected minutes above 0, or None, got {self.minutes!r}")
-        if self.warm_share is not None and not 0 < self.warm_share <= 1:
-            raise SearchError(
-                f"warm_share: expected a share of the L-steps, above 0 and at most 1, or None, got {self.warm_share!r}"
-            )
-        if self.overwrite and (self.resume or self.storage is not None):
-            other = (
-                "resume"
-                if self.resume
-                else "a storage of its own, whose study may be other workers' too: give another name"
-            )
-            raise SearchError(f"overwrite replaces a folder with the study in it and does not go with {other}")
-        if self.heartbeat < 1:
-            raise SearchError(f"heartbeat: expected seconds from 1, got {self.heartbeat!r}")
 
 
 @dataclass(frozen=True)
@@ -106,55 +60,42 @@ class Found:
     report: Path
 
 
-def search(
-    model: nn.Module, scheme: Scheme | str, *, objective: Goal | Sequence[Goal], keep: Floor | None = None, recover: Recovery | None = None,
-    train: Iterable[Batch], validation: Iterable[Batch], test: Iterable[Batch] | None = None, loss: Any = None, score: Any = None,
-    example: Batch | None = None, out: str | Path = "search", progress: Progress | None = None, **options: Any,
-) -> Found:  # fmt: skip
-    """Find the values of a scheme's `Free` hyper-parameters that serve an objective best while the validation score keeps a floor.
-
-    Stage 1 finds the largest sparsity whose recovered score is at least `keep.floor(reference score)`, stage 2 optimises the objective below
-    it. `train` is for recovery, `validation` decides everything, `test` is measured once at the end. `options` are those of SearchOptions.
-    Models, the study and the report go to the folder `out`. The module given is not changed.
-    Raises: SchemeError, DataError, SearchError (nothing free, a floor that the original or every trial misses, an objective that is not a
-    number, a storage that does not answer), SurgeryError (a network that cannot be traced: thin=False), OutputError.
-    Source: Condensa sections 3.2 to 3.4, listing 1. Cost: `trials` recoveries, less what warm starts and early stops save.
-    """
-    task = Task(train, validation, test, loss, score, example)
-    goals = tuple(objective) if isinstance(objective, list | tuple) else (objective,)
-    return search_task(
-        model,
-        scheme,
-        task,
-        goals,
-        keep or within(0.02),
-        recover or LC(),
-        Path(out),
-        SearchOptions(**options),
-        progress or Log(),
-    )
-
-
 @undisturbed()
-def search_task(
-    model: nn.Module, scheme: Scheme | str, task: Task, goals: tuple[Goal, ...], keep: Floor, how: Recovery, out: Path, options: SearchOptions,
+def run_search(
+    model: nn.Module,
+    scheme: Scheme | str,
+    task: Task,
+    goals: tuple[Goal, ...],
+    keep: Floor,
+    how: Recovery,
+    out: Path,
+    options: SearchOptions,
     progress: Progress,
-) -> Found:  # fmt: skip
-    """`search` for a Task."""
-    check_first(model, parse(scheme) if isinstance(scheme, str) else scheme, goals, keep, how, out, options)
+    draw: Draw,
+) -> Found:
+    """Carry out a search in a folder; `draw` makes a page of its result, also of one in which nothing kept the floor."""
+    scheme = parse(scheme) if isinstance(scheme, str) else scheme
+    check_first(model, scheme, goals, keep, how, out, options)
     with locked(out, shared=True):
-        return _search(model, scheme, task, goals, keep, how, out, options, progress)
+        return _search(model, scheme, task, goals, keep, how, out, options, progress, draw)
 
 
 def _search(
-    model: nn.Module, scheme: Scheme | str, task: Task, goals: tuple[Goal, ...], keep: Floor, how: Recovery, out: Path, options: SearchOptions,
+    model: nn.Module,
+    scheme: Scheme,
+    task: Task,
+    goals: tuple[Goal, ...],
+    keep: Floor,
+    how: Recovery,
+    out: Path,
+    options: SearchOptions,
     progress: Progress,
-) -> Found:  # fmt: skip
-    """`search_task` in a folder that is ours and other workers'."""
+    draw: Draw,
+) -> Found:
+    """`run_search` in a folder that is ours and other workers'."""
     from laconic.search import outcome
 
     began = time.time()
-    scheme = parse(scheme) if isinstance(scheme, str) else scheme
     slots, free = find_slots(model), check_first(model, scheme, goals, keep, how, out, options)
     how = how.over(task.train)
     task, given, model = task.checked(), model, copy.deepcopy(model).float().eval()
@@ -164,10 +105,25 @@ def _search(
     study, facts = _study(out, scheme, free, goals, keep, how, options, model, reference, noise, standards)
     original["objective"] = facts["objectives"][0] if len(goals) == 1 else facts["objectives"]
     trials = Trials(
-        model, scheme, how, task, goals, out, facts["reference"], facts["level"], facts["objectives"], coupling,
-        first_batches(task, options.seed), options.thin, options.warm_share, options.early_stop, {"scheme": describe(scheme)}, options.seed, slots,
-        half_types(given),
-    )  # fmt: skip
+        model=model,
+        scheme=scheme,
+        how=how,
+        task=task,
+        goals=goals,
+        folder=out,
+        reference=facts["reference"],
+        floor=facts["level"],
+        standards=facts["objectives"],
+        coupling=coupling,
+        statistics=first_batches(task, options.seed),
+        thin=options.thin,
+        warm_share=options.warm_share,
+        early_stop=options.early_stop,
+        fields={"scheme": describe(scheme)},
+        seed=options.seed,
+        slots=slots,
+        types=half_types(given),
+    )
     check_folder(study, trials)
     _after_a_kill(study, trials, options)
     notes += remarks(facts, reference, noise)
@@ -178,7 +134,7 @@ def _search(
     }
     best = outcome.best_of(study)
     if best is None:
-        write_search_report(out, result)
+        publish(out, result, draw)
         raise SearchError(outcome.nothing_kept(result))
     delivered, figures = outcome.measure(trials, best, original, progress)
     result |= {
@@ -194,7 +150,7 @@ def _search(
     with disk_errors(out):
         outcome.deliver(trials.place(outcome.folder_of(best)) / "model", out / "model")
         result["seconds"] = time.time() - began
-        write_search_report(out, finite(result))
+        publish(out, finite(result), draw)
     return Found(delivered, dict(best.params), study.study, finite(result), out / "model", out / SEARCH_HTML)
 
 

@@ -17,7 +17,8 @@ from laconic.search.drucb import Rule, answer, propose
 from laconic.search.objective import propose_objective
 
 _OPEN = 1e-3  # a Free is an open interval: what is sampled ends this share of the width before the bounds
-_PATIENCE = 10.0  # seconds to wait for another worker between its trial's start and its choice of values, which takes milliseconds
+# seconds to wait for another worker between its trial's start and its choice of values, which takes milliseconds
+_PATIENCE = 10.0
 MEASURED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -25,11 +26,12 @@ MEASURED = (TrialState.COMPLETE, TrialState.PRUNED)
 class Settings:
     """How a scheme's free values are searched.
 
-    `sampler`: for one number and one objective "two-sided" (our rule of stage 1) or "drucb" (Condensa's, as published); Optuna's "gp" or "tpe"
-    (anything); or "auto": stage 1 by `rule` where it can, else "gp". `trials`: samples that the workers take together.
-    `level_trials`: stage 1 ends after this many, or when its rule has nothing left to learn; by default "two-sided", which
-    ends by itself, may take all, and the other rules seven in ten. `kappa`: of UCB and LCB in stage 2. `improvement`: stage 2 ends when no point
-    may be better by this share. `startup`: random trials before "gp" and "tpe" look at the results; by default two more than there are variables.
+    `sampler`: for one number and one objective "two-sided" (our rule of stage 1) or "drucb" (Condensa's, as published);
+    Optuna's "gp" or "tpe" (anything); or "auto": stage 1 by `rule` where it can, else "gp". `trials`: samples that the
+    workers take together. `level_trials`: stage 1 ends after this many, or when its rule has nothing left to learn; by
+    default "two-sided", which ends by itself, may take all, and the other rules seven in ten. `kappa`: of UCB and LCB
+    in stage 2. `improvement`: stage 2 ends when no point may be better by this share. `startup`: random trials before
+    "gp" and "tpe" look at the results; by default two more than there are variables.
     Raises: SearchError for an unknown sampler and for counts below one.
     Source: Condensa section 3.2; ten samples per search, section 4.1.
     """
@@ -48,7 +50,8 @@ class Settings:
             raise SearchError(f"expected the sampler auto, two-sided, drucb, gp or tpe, got {self.sampler!r}")
         if min(count for count in (self.trials, self.level_trials, self.startup) if count is not None) < 1:
             raise SearchError(
-                f"expected at least one trial, got trials={self.trials}, level_trials={self.level_trials}, startup={self.startup}"
+                f"expected at least one trial, got trials={self.trials}, level_trials={self.level_trials}, "
+                f"startup={self.startup}"
             )
 
     @property
@@ -92,10 +95,10 @@ def plan(
 ) -> tuple[int, Proposal]:
     """(stage, where to sample next) from nothing but the stored trials, so that a study continues in any process.
 
-    `facts`: "level"; "reference", the uncompressed model's score; "noise" of scores, the least margin of the rule. Trials that failed do not
-    count; those that run or wait are pending.
-    Stage 2 begins when stage 1 is exhausted or has had its `level_trials`; a study that is in stage 2 stays there. Its domain is (low, s_acc),
-    s_acc the largest sampled s that kept the level. The search is over when the proposal is exhausted.
+    `facts`: "level"; "reference", the uncompressed model's score; "noise" of scores, the least margin of the rule.
+    Trials that failed do not count; those that run or wait are pending. Stage 2 begins when stage 1 is exhausted or has
+    had its `level_trials`; a study that is in stage 2 stays there. Its domain is (low, s_acc), s_acc the largest
+    sampled s that kept the level. The search is over when the proposal is exhausted.
     Raises: SearchError for scores that are not numbers. Source: Condensa section 3.2.
     """
     bounds, log = (distribution.low, distribution.high), distribution.log
@@ -116,17 +119,26 @@ def plan(
     if top is None or not feasible:  # nothing keeps the level: there is no domain to optimise in
         return 1, replace(first, exhausted=not pending, wait=bool(pending))
     return 2, propose_objective(
-        feasible, bounds, maximize, pending=[s for s in pending if s < top[0]], kappa=settings.kappa, improvement=settings.improvement,
-        tolerance=rule.tolerance, prior=rule.prior, log=log, within=(bounds[0], top[0]),
-    )  # fmt: skip
+        feasible,
+        bounds,
+        maximize,
+        pending=[s for s in pending if s < top[0]],
+        kappa=settings.kappa,
+        improvement=settings.improvement,
+        tolerance=rule.tolerance,
+        prior=rule.prior,
+        log=log,
+        within=(bounds[0], top[0]),
+    )
 
 
 class DRUCBSampler(BaseSampler):
     """Condensa's two stages over one float parameter, `name`, drawn from `distribution`, by the rule of the settings.
 
-    Holds no state: every proposal is `plan` of the study's trials and of its user attribute "facts" (level, reference). It reads the trials' user
-    attributes "score" and "stage" and writes "stage", "domain" and "posterior". Works in `study.optimize` too, where the objective function has
-    to set "score"; the end of the search is `plan(...)[1].exhausted`, which a sampler has no means to say.
+    Holds no state: every proposal is `plan` of the study's trials and of its user attribute "facts" (level, reference).
+    It reads the trials' user attributes "score" and "stage" and writes "stage", "domain" and "posterior". Works in
+    `study.optimize` too, where the objective function has to set "score"; the end of the search is
+    `plan(...)[1].exhausted`, which a sampler has no means to say.
     Raises: SearchError for a study of several objectives, one without facts, and for any other parameter.
     Source: Condensa section 3.2, Algorithm 1. Cost: that of a Gaussian process over the trials, milliseconds.
     """
@@ -163,11 +175,12 @@ class DRUCBSampler(BaseSampler):
 
 
 class SharedSampler(BaseSampler):
-    """Another sampler, made anew for each trial as `make(count)`, of the trials before it that did not fail, for a study that is resumed and shared.
+    """Another sampler, made anew for each trial as `make(count)`, of the trials before it that did not fail, for a
+    study that is resumed and shared.
 
-    Its random numbers then depend on what is known and not on how often the study was opened or a trial interrupted. Before it samples it
-    calls `beat(trial id)`, and waits until the trials of other workers that began before have chosen their values, so that two do not choose
-    the same.
+    Its random numbers then depend on what is known and not on how often the study was opened or a trial interrupted.
+    Before it samples it calls `beat(trial id)`, and waits until the trials of other workers that began before have
+    chosen their values, so that two do not choose the same.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler], beat: Callable[[int], None]) -> None:
@@ -214,7 +227,8 @@ class SharedSampler(BaseSampler):
 
 
 def chosen_sampler(free: Mapping[str, Free], objectives: int, settings: Settings) -> str:
-    """ "two stages", "gp" or "tpe". "auto" is the two stages for one float and one objective, Optuna's GPSampler otherwise.
+    """ "two stages", "gp" or "tpe". "auto" is the two stages for one float and one objective, Optuna's GPSampler
+     otherwise.
 
     Raises: SearchError when there is nothing to search, or the two stages are asked for anything else.
     """
@@ -223,18 +237,21 @@ def chosen_sampler(free: Mapping[str, Free], objectives: int, settings: Settings
     single = len(free) == 1 and objectives == 1 and all(f.choices is None and not f.integer for f in free.values())
     if settings.sampler in ("two-sided", "drucb") and not single:
         raise SearchError(
-            f"{settings.sampler} searches one real number for one objective, got {', '.join(map(repr, free.values()))} and {objectives}; "
+            f"{settings.sampler} searches one real number for one objective, got {', '.join(map(repr, free.values()))} "
+            f"and {objectives}; "
             "use gp or tpe"
         )
     return settings.sampler if settings.sampler in ("gp", "tpe") else "two stages" if single else "gp"
 
 
 def sampler_of(free: Mapping[str, Free], objectives: int, settings: Settings) -> Callable[[int], BaseSampler]:
-    """The sampler of a trial by the number of those before it: the two stages, or Optuna's GPSampler or TPESampler, which handle the score's floor as
-    a constraint (`Trial.set_constraint`), any number of variables of any kind, and several objectives.
+    """The sampler of a trial by the number of those before it: the two stages, or Optuna's GPSampler or TPESampler,
+    which handle the score's floor as a constraint (`Trial.set_constraint`), any number of variables of any kind, and
+    several objectives.
 
-    Source: GP: log constrained expected improvement or hypervolume improvement, Matern 5/2 with a length scale per variable (Optuna's
-    documentation of GPSampler); TPE: Watanabe and Hutter 2023 (constraints). Both take other workers' running trials into account.
+    Source: GP: log constrained expected improvement or hypervolume improvement, Matern 5/2 with a length scale per
+    variable (Optuna's documentation of GPSampler); TPE: Watanabe and Hutter 2023 (constraints). Both take other
+    workers' running trials into account.
     """
     kind = chosen_sampler(free, objectives, settings)
     startup = settings.startup or len(free) + 2

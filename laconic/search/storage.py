@@ -23,7 +23,9 @@ _ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 def address(storage: str | Path | None) -> tuple[str | None, str]:
-    """(URL, URL without its password); a path is an SQLite file, whose folder is made. Raises: SearchError when it cannot be."""
+    """(URL, URL without its password); a path is an SQLite file, whose folder is made. Raises: SearchError when it
+    cannot be.
+    """
     if storage is None:
         return None, "memory"
     text = str(storage)
@@ -40,7 +42,8 @@ def address(storage: str | Path | None) -> tuple[str | None, str]:
 def connect(
     url: str | None, place: str, heartbeat: int, lost: Callable[[optuna.Study, FrozenTrial], None]
 ) -> BaseStorage:
-    """The storage at a URL (None: memory). `lost` is called with every trial whose worker was silent for two heartbeats (seconds).
+    """The storage at a URL (None: memory). `lost` is called with every trial whose worker was silent for two heartbeats
+    (seconds).
 
     Raises: SearchError when the database does not answer, is none of Optuna's, or its driver is not installed.
     """
@@ -102,7 +105,8 @@ def beating(storage: BaseStorage, trial_id: int) -> Iterator[None]:
             try:
                 beat(storage, trial_id)
             except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError):
-                continue  # a database that is away for a moment must not end an hour's training; the next beat says it again
+                # a database that is away for a moment must not end an hour's training; the next beat says it again
+                continue
 
     thread = threading.Thread(target=keep_on, daemon=True)
     thread.start()
@@ -125,7 +129,9 @@ def answering(place: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Optuna's notes on creating a study and on its experimental parts stay out of the user's terminal; its settings are put back."""
+    """Optuna's notes on creating a study and on its experimental parts stay out of the user's terminal; its settings
+    are put back.
+    """
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(max(verbosity, optuna.logging.ERROR))
     try:

@@ -47,8 +47,9 @@ class Search:
 
 @dataclass(frozen=True)
 class Asked:
-    """A trial to run: its number, the values of the free hyper-parameters, the stage of the search (None for Optuna's samplers), and the
-    numbers of the interrupted trials that it repeats, the last one first."""
+    """A trial to run: its number, the values of the free hyper-parameters, the stage of the search (None for Optuna's
+    samplers), and the numbers of the interrupted trials that it repeats, the last one first.
+    """
 
     number: int
     values: dict[str, Any]
@@ -70,12 +71,13 @@ def open_study(
 ) -> Search:
     """Create a study, or open the one of that name again, alone or beside other workers.
 
-    `storage`: a path (an SQLite file, made with its folder), the address of any database SQLAlchemy knows, or None for memory. `about`: what else
-    makes the search what it is (the scheme's text, the floor, the data); it is stored with the free values, objectives and settings, and has to
-    be the same on every later opening. Only `settings.trials` and the rule's margin may change. A worker says every `heartbeat` seconds that it
-    lives; after twice that in silence its trial is run again by another.
-    Raises: SearchError for a storage that does not answer or is no database, for a study of that name which is another search (with what
-    differs) or which exists when `resume` is False, and as `chosen_sampler` does.
+    `storage`: a path (an SQLite file, made with its folder), the address of any database SQLAlchemy knows, or None for
+    memory. `about`: what else makes the search what it is (the scheme's text, the floor, the data); it is stored with
+    the free values, objectives and settings, and has to be the same on every later opening. Only `settings.trials` and
+    the rule's margin may change. A worker says every `heartbeat` seconds that it lives; after twice that in silence its
+    trial is run again by another.
+    Raises: SearchError for a storage that does not answer or is no database, for a study of that name which is another
+    search (with what differs) or which exists when `resume` is False, and as `chosen_sampler` does.
     """
     settings = settings or Settings()
     sampler = chosen_sampler(free, len(objectives), settings)
@@ -111,10 +113,12 @@ def open_study(
 
 
 def set_reference(search: Search, *, level: float, reference: float, **facts: Any) -> dict[str, Any]:
-    """Store the score's floor L and the uncompressed model's score, with other facts as JSON, and return what is stored.
+    """Store the score's floor L and the uncompressed model's score, with other facts as JSON, and return what is
+    stored.
 
     A fact "noise", by how much two scores of one model differ, is the least margin of stage 1's rule.
-    The first worker's facts hold for all: measured a second time they may differ by noise, and the samples would disagree about the level.
+    The first worker's facts hold for all: measured a second time they may differ by noise, and the samples would
+    disagree about the level.
     Raises: SearchError when a number is not finite, or the reference is below its own floor.
     """
     if not (math.isfinite(level) and math.isfinite(reference)) or reference < level:
@@ -130,13 +134,15 @@ def set_reference(search: Search, *, level: float, reference: float, **facts: An
 def ask(search: Search, poll: float = 2.0, until: float = math.inf) -> Asked | None:
     """The next trial to run, or None when the search is over.
 
-    A trial whose worker died comes first. While other workers hold the last trials this one waits, looking every `poll` seconds, because it
-    takes over from one that dies; at the time `until` (of time.time()) it gives up and returns None.
-    Raises: SearchError when the storage fails, when there is no level yet, and for a trial that took three workers down.
+    A trial whose worker died comes first. While other workers hold the last trials this one waits, looking every `poll`
+    seconds, because it takes over from one that dies; at the time `until` (of time.time()) it gives up and returns
+    None.
+    Raises: SearchError when the storage fails, when there is no level yet, and for a trial that took three workers
+    down.
     """
     while time.time() < until:
         with answering(search.place), quiet():
-            reclaim(search)
+            reclaim(search.study, search.storage)
             state = _state(search)
             if state == "over":
                 return None
@@ -156,7 +162,7 @@ def ask(search: Search, poll: float = 2.0, until: float = math.inf) -> Asked | N
                         dict(stored.params),
                         stored.user_attrs.get("stage"),
                         trial,
-                        attempts(search, stored),
+                        attempts(search.study, stored),
                     )
                 trial.set_user_attr("failure", "one more than the search takes: two workers asked at once")
                 search.study.tell(trial, state=TrialState.FAIL)
@@ -165,23 +171,28 @@ def ask(search: Search, poll: float = 2.0, until: float = math.inf) -> Asked | N
 
 
 def take_over(search: Search, progressed: Callable[[FrozenTrial], bool]) -> None:
-    """Put up every trial that runs to be run again, now: nobody else works on this study. `progressed`: whether a trial left more than it found."""
+    """Put up every trial that runs to be run again, now: nobody else works on this study. `progressed`: whether a trial
+    left more than it found.
+    """
     with answering(search.place), quiet():
-        reclaim_all(search, progressed)
+        reclaim_all(search.study, search.storage, progressed)
 
 
 def finished(search: Search) -> bool:
-    """Whether the search is over: it has had its trials, or nothing is left to learn. Trials that other workers run keep it open."""
+    """Whether the search is over: it has had its trials, or nothing is left to learn. Trials that other workers run
+    keep it open.
+    """
     with answering(search.place), quiet():
         return _state(search) == "over"
 
 
 @contextmanager
 def running(search: Search, asked: Asked, failed: Callable[[], None] | None = None) -> Iterator[None]:
-    """Around the work on a trial: tells the other workers that this one lives, and what became of the trial if the work does not end.
+    """Around the work on a trial: tells the other workers that this one lives, and what became of the trial if the work
+    does not end.
 
-    Interrupted (Ctrl-C, exit, a full disk), the trial is put back to be run again; after an error it is stored as failed, with the reason,
-    and `failed` is called.
+    Interrupted (Ctrl-C, exit, a full disk), the trial is put back to be run again; after an error it is stored as
+    failed, with the reason, and `failed` is called.
     """
     try:
         with beating(search.storage, asked.trial._trial_id):
@@ -197,10 +208,11 @@ def running(search: Search, asked: Asked, failed: Callable[[], None] | None = No
 
 
 def tell(search: Search, asked: Asked, score: float, objectives: Sequence[float], **attributes: Any) -> None:
-    """Store a trial's result: the objectives are the study's values, the floor minus the score its constraint (feasible up to 0).
+    """Store a trial's result: the objectives are the study's values, the floor minus the score its constraint
+    (feasible up to 0).
 
-    `score`: higher is better; -inf for a run that diverged. `attributes` are stored as user attributes, as JSON. A result that comes after
-    another worker took the trial over is stored as a trial of its own.
+    `score`: higher is better; -inf for a run that diverged. `attributes` are stored as user attributes, as JSON. A
+    result that comes after another worker took the trial over is stored as a trial of its own.
     Raises: SearchError naming the objective (or the score) that is not a number, after the trial is stored as failed.
     """
     facts = search.facts

@@ -19,22 +19,20 @@ from laconic.disk.store import read_manifest
 from laconic.engine.module import load_into, save
 from laconic.errors import RecoveryError, SearchError
 from laconic.host.progress import Progress
-from laconic.measure.goals import Maximize, Minimize
-from laconic.measure.objectives import Candidate
-from laconic.methods.free import fix
-from laconic.model.blocks import Batch
+from laconic.measure.candidate import Candidate
+from laconic.measure.goals import Goal
+from laconic.model.batches import Batch
 from laconic.model.sites import Slot
 from laconic.recover import Direct, Recovered, Recovery, StopRecovery, Task, recover_task
 from laconic.recover.checkpoint import STATE as UNFINISHED
 from laconic.recover.projection import Projection
+from laconic.scheme.filling import fix
 from laconic.scheme.text import Scheme
 from laconic.search.neighbours import Neighbour, hopeless, nearest
 from laconic.search.remains import after_cut, encode_remains
 from laconic.weights import baked
 
-__all__ = ["Goal", "Neighbour", "Trials", "after_cut", "hopeless", "nearest"]
-
-Goal = Maximize | Minimize
+__all__ = ["Neighbour", "Trials", "after_cut", "hopeless", "nearest"]
 
 
 @dataclass(frozen=True)

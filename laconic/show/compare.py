@@ -15,14 +15,25 @@ def row_of(report: Report, family: str, link: str = "") -> dict[str, Any]:
     """What a comparison shows of one run. `family` names the runs that one line of the plot joins."""
     m = report.metrics
     return {
-        "family": family, "scheme": report["scheme"], "stored_bytes": report.stored_bytes, "bits_per_weight": report.bits_per_weight,
-        "matrix_bits": report.matrix_bits, "perplexity": m["perplexity"], "perplexity_interval": m["perplexity_interval"], "kl": m["kl"],
-        "kl_interval": m["kl_interval"], "top1": m["top1"], "seconds": report["seconds"], "link": link,
-    }  # fmt: skip
+        "family": family,
+        "scheme": report["scheme"],
+        "stored_bytes": report.stored_bytes,
+        "bits_per_weight": report.bits_per_weight,
+        "matrix_bits": report.matrix_bits,
+        "perplexity": m["perplexity"],
+        "perplexity_interval": m["perplexity_interval"],
+        "kl": m["kl"],
+        "kl_interval": m["kl_interval"],
+        "top1": m["top1"],
+        "seconds": report["seconds"],
+        "link": link,
+    }
 
 
 def quality_plot(rows: Sequence[dict[str, Any]], x: str = "matrix_bits", y: str = "kl") -> str:
-    """KL divergence (log axis) against stored bits per weight as inline SVG; a line per family, through its rows in order of size."""
+    """KL divergence (log axis) against stored bits per weight as inline SVG; a line per family, through its rows in
+    order of size.
+    """
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots()
     families = list(dict.fromkeys(row["family"] for row in rows))
@@ -54,7 +65,9 @@ def write_comparison(
     rows: Sequence[dict[str, Any]],
     words: list[str],
 ) -> None:
-    """Write the page. `facts` are shown as a small table (model, data, command, versions), `words` as paragraphs before the table."""
+    """Write the page. `facts` are shown as a small table (model, data, command, versions), `words` as paragraphs before
+    the table.
+    """
     values = {
         "title": title,
         "facts": facts,

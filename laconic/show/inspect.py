@@ -13,12 +13,14 @@ from laconic.weights.layout import words_of
 
 
 def inspect_directory(path: str | Path, *, verify: bool = False) -> dict[str, Any]:
-    """A row per weight (kind, shape, bits, bytes, error), a row per plain tensor, and the rest of the files; rows add up to `bytes`.
+    """A row per weight (kind, shape, bits, bytes, error), a row per plain tensor, and the rest of the files; rows add
+    up to `bytes`.
 
     `plan` is what each site got, as expressions of schemes by name (`Plan.to_json`).
 
-    `bytes` counts the files a model is made of: the safetensors it is read from, their index, the manifest. Config, tokenizer, reports and
-    what else lies there are listed apart. With `verify` every tensor is read and compared with its checksum; `verified` are the bytes that were.
+    `bytes` counts the files a model is made of: the safetensors it is read from, their index, the manifest. Config,
+    tokenizer, reports and what else lies there are listed apart. With `verify` every tensor is read and compared with
+    its checksum; `verified` are the bytes that were.
     Raises: CheckpointError when the directory is not a sound compressed model.
     """
     folder = Path(path)
@@ -33,9 +35,17 @@ def inspect_directory(path: str | Path, *, verify: bool = False) -> dict[str, An
         size = sum(t.bytes for t in parts.values())
         entries = spec["shape"][0] * spec["shape"][1]
         rows.append(
-            {"name": name, "kind": words_of(spec), "shape": spec["shape"], "bits": 8 * size, "bits_per_weight": 8 * size / entries,
-             "bytes": size, "error": errors.get(name), "tensors": {key: t.bytes for key, t in parts.items()}}
-        )  # fmt: skip
+            {
+                "name": name,
+                "kind": words_of(spec),
+                "shape": spec["shape"],
+                "bits": 8 * size,
+                "bits_per_weight": 8 * size / entries,
+                "bytes": size,
+                "error": errors.get(name),
+                "tensors": {key: t.bytes for key, t in parts.items()},
+            }
+        )
     plain = [
         {"name": name, "kind": t.dtype.lower(), "shape": list(t.shape), "bytes": t.bytes}
         for name, t in sorted(stored.files.tensors.items())
@@ -50,11 +60,18 @@ def inspect_directory(path: str | Path, *, verify: bool = False) -> dict[str, An
     container = headers + sum(size for name, size in model.items() if not name.endswith(".safetensors"))
     source = stored.manifest.get("source")
     return {
-        "path": str(folder), "scheme": stored.manifest.get("scheme"), "plan": plan_of(stored.manifest),
-        "metrics": stored.manifest.get("metrics", {}), "weights": rows, "plain": plain, "container_bytes": container, "bytes": sum(model.values()),
+        "path": str(folder),
+        "scheme": stored.manifest.get("scheme"),
+        "plan": plan_of(stored.manifest),
+        "metrics": stored.manifest.get("metrics", {}),
+        "weights": rows,
+        "plain": plain,
+        "container_bytes": container,
+        "bytes": sum(model.values()),
         "other_files": {name: size for name, size in files.items() if name not in model},
-        "verified": verified, "parameters": source.get("parameters") if isinstance(source, dict) else None,
-    }  # fmt: skip
+        "verified": verified,
+        "parameters": source.get("parameters") if isinstance(source, dict) else None,
+    }
 
 
 def _errors(folder: Path) -> dict[str, float]:

@@ -24,9 +24,15 @@ def write_report(out: Path, report: Report, samples: list[dict[str, str]]) -> No
 def render(report: Report) -> str:
     """The report as one self-contained HTML page."""
     return fill_page(
-        "report.html.j2", r=report, v=report.values, m=report.metrics, classes=by_class(report), plot=_plot(report.sites),
-        experts=_experts(report), notes=report.notes,
-    )  # fmt: skip
+        "report.html.j2",
+        r=report,
+        v=report.values,
+        m=report.metrics,
+        classes=by_class(report),
+        plot=_plot(report.sites),
+        experts=_experts(report),
+        notes=report.notes,
+    )
 
 
 def fill_page(template: str, **values: Any) -> str:
@@ -52,7 +58,9 @@ def _experts(report: Report) -> list[dict[str, Any]]:
 
 
 def _plot(sites: list[dict[str, Any]]) -> str:
-    """Bits per weight and relative output error of every site in the model's order, as inline SVG; a colour per kind of layer."""
+    """Bits per weight and relative output error of every site in the model's order, as inline SVG; a colour per kind of
+    layer.
+    """
     if not sites:
         return ""
     kinds = list(dict.fromkeys(_layer_kind(site["name"]) for site in sites))

@@ -2,17 +2,19 @@
 
 With Uniform sets it is GPTQ, with sparse ones SparseGPT, with vector codebooks GPTVQ.
 
-Notation: W [rows, n], H = X^T X / n = L L^T with L lower triangular (Cholesky). Then tr((W - Q) H (W - Q)^T) = ||(W - Q) L||^2, and
+Notation: W [rows, n], H = X^T X / n = L L^T with L lower triangular (Cholesky). Then tr((W - Q) H (W - Q)^T) =
+||(W - Q) L||^2, and
 
     column k of (W - Q) L  =  E_k L_kk + sum_{i > k} E_i L_ik,        E = W - Q,
 
-so choosing columns from the last to the first, the best admissible Q_k is the one nearest to v_k = W_k + (sum_{i > k} E_i L_ik) / L_kk,
-at a loss of L_kk^2 |v_k - Q_k|^2. With the columns laid out in reverse this is GPTQ exactly (its U = chol(H^-1) holds the inverses of the
-same numbers) without an inverse: one Cholesky factorisation instead of two and an inversion. The errors of finished blocks are brought in
-by one matrix product per block. For a unit of c columns (vector codebooks) L_kk becomes a c x c block and the distance is |(v - q) L_uu|.
+so choosing columns from the last to the first, the best admissible Q_k is the one nearest to v_k = W_k +
+(sum_{i > k} E_i L_ik) / L_kk, at a loss of L_kk^2 |v_k - Q_k|^2. With the columns laid out in reverse this is GPTQ
+exactly (its U = chol(H^-1) holds the inverses of the same numbers) without an inverse: one Cholesky factorisation
+instead of two and an inversion. The errors of finished blocks are brought in by one matrix product per block. For a
+unit of c columns (vector codebooks) L_kk becomes a c x c block and the distance is |(v - q) L_uu|.
 
-Sources: Frantar et al. 2022 (GPTQ) eq. 2-4 and algorithm 1; Chee et al. 2023 (QuIP) section 3, for the form without an inverse;
-Frantar & Alistarh 2023 (SparseGPT); van Baalen et al. 2024 (GPTVQ) section 3.
+Sources: Frantar et al. 2022 (GPTQ) eq. 2-4 and algorithm 1; Chee et al. 2023 (QuIP) section 3, for the form without an
+inverse; Frantar & Alistarh 2023 (SparseGPT); van Baalen et al. 2024 (GPTVQ) section 3.
 """
 
 from collections.abc import Callable
@@ -22,11 +24,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from laconic.engine.unmeasured import ranges
+from laconic.host.units import ranges
 from laconic.model.sites import Site
 
 Fit = Callable[[Tensor, int, Tensor], None]
-"""Fits the side information of columns j : j + k to live values [rows, k], weighted by the importance [1 or rows, k] of their errors."""
+"""Fits the side information of columns j : j + k to live values [rows, k], weighted by the importance [1 or rows, k] of
+their errors.
+"""
 
 
 class ColumnSet(Protocol):
@@ -44,9 +48,10 @@ class ColumnSet(Protocol):
 
 @dataclass(frozen=True)
 class Sweep:
-    """Options of one sweep. `act_order`: columns with the largest diag(H) first, side information fitted before the sweep (static groups);
-    `damping`: the share of mean(diag H) added to the diagonal, raised as far as the factorisation needs; `block`: columns per lazy update,
-    which does not change the result."""
+    """Options of one sweep. `act_order`: columns with the largest diag(H) first, side information fitted before the
+    sweep (static groups); `damping`: the share of mean(diag H) added to the diagonal, raised as far as the
+    factorisation needs; `block`: columns per lazy update, which does not change the result.
+    """
 
     act_order: bool = True
     damping: float = 0.01
@@ -56,10 +61,10 @@ class Sweep:
 def factor(H: Tensor, order: Tensor, damping: float, name: str, notes: list[str]) -> Tensor:
     """Lower triangular L [groups, n, n] of H[order, order] + damping * mean(diag H) * I, for every group.
 
-    Columns that no input ever used (H_jj = 0) get the mean weight and no correlation, so they are rounded as they are. (The public GPTQ
-    code sets them to zero, which is wrong for any other input.) If the factorisation fails, damping is raised tenfold until it reaches the
-    mean of the diagonal, first in float32, then in float64; if that fails too, or no input was seen, L is diagonal, which is plain
-    rounding, and `notes` says so.
+    Columns that no input ever used (H_jj = 0) get the mean weight and no correlation, so they are rounded as they are.
+    (The public GPTQ code sets them to zero, which is wrong for any other input.) If the factorisation fails, damping is
+    raised tenfold until it reaches the mean of the diagonal, first in float32, then in float64; if that fails too, or
+    no input was seen, L is diagonal, which is plain rounding, and `notes` says so.
     """
     said: dict[str, list[int]] = {}
     if len(H) == 1:  # without another copy of what can be the largest tensor there is
@@ -104,7 +109,9 @@ def _factor_one(H: Tensor, order: Tensor, damping: float, said: dict[str, list[i
 
 
 def layout(weight: ColumnSet, H: Tensor, act_order: bool) -> Tensor:
-    """The order in which columns are laid out for a sweep that runs from the last to the first, whole units together."""
+    """The order in which columns are laid out for a sweep that runs from the last to the first, whole units
+    together.
+    """
     units = torch.arange(H.shape[-1]).view(-1, weight.columns)
     if act_order:
         sensitivity = H.diagonal(dim1=1, dim2=2).mean(0).cpu().view_as(units).mean(1)
@@ -115,9 +122,9 @@ def layout(weight: ColumnSet, H: Tensor, act_order: bool) -> Tensor:
 def solve(weight: ColumnSet, site: Site, sweep: Sweep, fit: Fit | None = None, L: Tensor | None = None) -> None:
     """Move `weight` to the point of its set that error feedback finds for `site`, by its Hessian.
 
-    `fit` is called when the sweep enters a span of columns that share side information (or, with act_order, for all spans beforehand).
-    Entries outside `site.mask` become zero, and their error is fed forward like any other. `L` is the factor of this layout if it is at
-    hand already. Cost: n^3 / 3 + rows * n^2 operations.
+    `fit` is called when the sweep enters a span of columns that share side information (or, with act_order, for all
+    spans beforehand). Entries outside `site.mask` become zero, and their error is fed forward like any other. `L` is
+    the factor of this layout if it is at hand already. Cost: n^3 / 3 + rows * n^2 operations.
     """
     W = site.W.float()
     n = W.shape[1]
@@ -146,7 +153,9 @@ def _sweep(
     fit: Fit | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """The solved matrix. Here columns are the contiguous rows of transposed matrices [groups, n, rows per group], in sweep layout."""
+    """The solved matrix. Here columns are the contiguous rows of transposed matrices [groups, n, rows per group], in
+    sweep layout.
+    """
     groups, rows, n, unit = len(L), *W.shape, weight.columns
     columns = order.tolist()
     Q = (
@@ -182,9 +191,11 @@ def _sweep(
 
 
 def _fit_span(Q: Tensor, E: Tensor, L: Tensor, left: Tensor, block: slice, here: slice, j: int, fit: Fit) -> None:
-    """Fit the span in layout positions `here` (its first column is j; the matrix's last span may be shorter) to its live values.
+    """Fit the span in layout positions `here` (its first column is j; the matrix's last span may be shorter) to its
+    live values.
 
-    With V = sum over finished columns E_i L_i,span, the errors still to come must cancel V: the best completion is W_span + V L_span^-1.
+    With V = sum over finished columns E_i L_i,span, the errors still to come must cancel V: the best completion is
+    W_span + V L_span^-1.
     """
     done = slice(here.stop, block.stop)
     V = left[:, here.start - block.start : here.stop - block.start]

@@ -5,14 +5,16 @@ from torch import Tensor
 
 from laconic.weights import Dense, Scaled, Uniform
 
-_LEAST = 1e-4  # of the largest size, which smaller ones count as: a sample of inputs cannot tell them apart (AWQ's code bounds s likewise)
+# of the largest size, which smaller ones count as: a sample of inputs cannot tell them apart (AWQ's code bounds s
+# likewise)
+_LEAST = 1e-4
 
 
 def bounded(size: Tensor) -> Tensor:
     """Sizes [in] of input columns, none below a ten-thousandth of the largest.
 
-    Columns that no input used (or one that is not finite) get the geometric mean of the others, so that they are rounded as they are. All
-    are 1 where nothing was seen.
+    Columns that no input used (or one that is not finite) get the geometric mean of the others, so that they are
+    rounded as they are. All are 1 where nothing was seen.
     """
     used = (size > 0) & size.isfinite()
     if not used.any():
@@ -27,7 +29,8 @@ def stored_scale(s: Tensor) -> Tensor:
 
 
 def scaled(grid: Uniform, s: Tensor) -> Scaled:
-    """`grid` for a matrix whose columns are multiplied by s [in], and divided by it again when it is decoded. Nothing is fitted yet.
+    """`grid` for a matrix whose columns are multiplied by s [in], and divided by it again when it is decoded. Nothing
+    is fitted yet.
 
     The factors 1 / s are stored in bfloat16: 16 bits per column.
     """

@@ -1,4 +1,6 @@
-"""How much a structure of weights matters: criteria over its entries, and the lowest scores that make up a share of all entries."""
+"""How much a structure of weights matters: criteria over its entries, and the lowest scores that make up a share of all
+entries.
+"""
 
 from collections.abc import Callable
 from typing import Literal
@@ -7,26 +9,28 @@ import torch
 from torch import Tensor
 
 from laconic.errors import SchemeError
-from laconic.methods.base import Method
 from laconic.model.sites import NONE, Site, Stats
 from laconic.weights.blocks import Blocks
 
 Criterion = Literal["l1", "l2", "linf", "mean", "taylor", "hessian"]
-"""Over the entries w of a structure, with F = E[(dL/dw)^2]: sum |w|, sqrt(sum w^2), max |w|, mean |w|, sum |w| sqrt(F) (first-order Taylor:
-|w dL/dw| with the root mean square of the gradient), sum w^2 F / 2 (second order, the Fisher information for the Hessian's diagonal).
-Sources: Condensa Table 1 (criteria); Molchanov et al. 2017, eq. 8 (Taylor); LeCun et al. 1990, eq. 5 (optimal brain damage)."""
+"""Over the entries w of a structure, with F = E[(dL/dw)^2]: sum |w|, sqrt(sum w^2), max |w|, mean |w|, sum |w| sqrt(F)
+(first-order Taylor: |w dL/dw| with the root mean square of the gradient), sum w^2 F / 2 (second order, the Fisher
+information for the Hessian's diagonal).
+Sources: Condensa Table 1 (criteria); Molchanov et al. 2017, eq. 8 (Taylor); LeCun et al. 1990, eq. 5
+(optimal brain damage).
+"""
 Scale = Literal["none", "layer"]
 """Whether scores are compared as they are, or divided by their root mean square over a layer's structures."""
 CRITERIA = ("l1", "l2", "linf", "mean", "taylor", "hessian")
 SCALES = ("none", "layer")
 
 
-def check_criterion(method: Method, criterion: str, scale: str) -> None:
-    """Raises SchemeError unless both are known."""
+def check_criterion(method: str, criterion: str, scale: str) -> None:
+    """Raises SchemeError, which begins with the method's name, unless both are known."""
     if criterion not in CRITERIA:
-        raise SchemeError(f"{type(method).__name__}: criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+        raise SchemeError(f"{method}: criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
     if scale not in SCALES:
-        raise SchemeError(f"{type(method).__name__}: scale must be 'none' or 'layer', got {scale!r}")
+        raise SchemeError(f"{method}: scale must be 'none' or 'layer', got {scale!r}")
 
 
 def gradients_for(criterion: str) -> Stats:
@@ -35,7 +39,9 @@ def gradients_for(criterion: str) -> Stats:
 
 
 def terms(site: Site, criterion: str) -> Tensor:
-    """What every entry adds to (or offers for) its structure's score, [out, in], none below zero. Raises: SchemeError without gradients."""
+    """What every entry adds to (or offers for) its structure's score, [out, in], none below zero. Raises: SchemeError
+    without gradients.
+    """
     W = site.W.float()
     if criterion not in ("taylor", "hessian"):
         return W.square() if criterion == "l2" else W.abs()
@@ -56,7 +62,9 @@ def finish(totals: Tensor, sizes: Tensor, criterion: str) -> Tensor:
 
 
 def block_scores(site: Site, blocks: Blocks, criterion: str) -> Tensor:
-    """The score of every block [grid]; of single entries without the detour of squaring, which tiny ones do not survive."""
+    """The score of every block [grid]; of single entries without the detour of squaring, which tiny ones do not
+    survive.
+    """
     if max(blocks.block) == 1:
         return terms(site, "l1" if criterion == "l2" else criterion).reshape(blocks.grid)
     totals = blocks.reduce(terms(site, criterion), gather(criterion))
@@ -70,7 +78,8 @@ def relative(scores: Tensor, scale: str) -> Tensor:
 
 
 def lowest(scores: Tensor, sizes: Tensor | None, target: float) -> Tensor:
-    """Which structures [n] are cut: those of the lowest scores, as many as bring their entries nearest to `target`. Ties: first come.
+    """Which structures [n] are cut: those of the lowest scores, as many as bring their entries nearest to `target`.
+    Ties: first come.
 
     `sizes`: the entries of each, None for single ones.
     """

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch
 from laconic.model.sites import Slot, find_slots
 from laconic.surgery.coupling import Coupling, Group
 from laconic.surgery.graph import Traced, trace
@@ -22,13 +22,15 @@ from laconic.surgery.verify import few, laboratory, stir
 def couple(model: nn.Module, example: Batch, *, seed: int = 0) -> Coupling:
     """Find every channel of a module in memory that can be cut, with all that must be cut along with it.
 
-    Rows are joined along the dependency graph (residual sums, concatenations, grouped convolutions, norms, flattening) and around
-    attentions (groups of heads that share keys). Nothing is believed: in a float32 copy with moved weights, a random half of the channels
-    of every group is silenced and thinned, and the two must agree to 1e-5 of the output; groups that do not are in `refused`.
-    `example`: a batch without labels; its first four samples are used. The model and the global random state stay as they are.
-    Raises: SurgeryError when no graph can be traced. Source: Fang et al. 2023 (dependency graph); Condensa, section 3.4.
-    Cost: one copy, one traced pass, two passes and a copy per test; two tests if all groups pass, about 2 log2(n) more for each group
-    that does not.
+    Rows are joined along the dependency graph (residual sums, concatenations, grouped convolutions, norms, flattening)
+    and around attentions (groups of heads that share keys). Nothing is believed: in a float32 copy with moved weights,
+    a random half of the channels of every group is silenced and thinned, and the two must agree to 1e-5 of the output;
+    groups that do not are in `refused`. `example`: a batch without labels; its first four samples are used. The model
+    and the global random state stay as they are.
+    Raises: SurgeryError when no graph can be traced. Source: Fang et al. 2023 (dependency graph); Condensa, section
+    3.4.
+    Cost: one copy, one traced pass, two passes and a copy per test; two tests if all groups pass, about 2 log2(n) more
+    for each group that does not.
     """
     generator = torch.Generator().manual_seed(seed)
     network, batch = laboratory(model), few(example, generator)
@@ -63,7 +65,9 @@ def _unseen(network: nn.Module, slots: list[Slot], traced: Traced) -> list[str]:
 
 
 def _groups(network: nn.Module, traced: Traced) -> tuple[Coupling, dict[int, Heads]]:
-    """Classes of indices that pass through the same ports, as groups of numbered channels; and which of them are heads."""
+    """Classes of indices that pass through the same ports, as groups of numbered channels; and which of them are
+    heads.
+    """
     union = traced.union
     together: dict[frozenset[Key], list[list[tuple[Key, int]]]] = {}
     for members in union.members().values():
@@ -94,7 +98,9 @@ def _groups(network: nn.Module, traced: Traced) -> tuple[Coupling, dict[int, Hea
 
 
 def _reasons(traced: Traced, tried: Coupling) -> tuple[dict[int, str], list[str]]:
-    """Why the graph says that a group cannot be cut, for those; and for every group what a failed proof should mention."""
+    """Why the graph says that a group cannot be cut, for those; and for every group what a failed proof should
+    mention.
+    """
     union = traced.union
     marked: dict[int, dict[str, None]] = {}
     passed: dict[int, dict[str, None]] = {}

@@ -14,10 +14,11 @@ Count = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that pass through the same layers. `ids`: the first and the one past the last; `layers`: those whose rows make the channels.
+    """Channels that pass through the same layers. `ids`: the first and the one past the last; `layers`: those whose
+    rows make the channels.
 
-    `kind` is the first layer with the numbers in its path left out: equal across blocks. `heads`: each channel is a group of attention
-    heads. `by_input`: a channel that no layer reads may be cut too.
+    `kind` is the first layer with the numbers in its path left out: equal across blocks. `heads`: each channel is a
+    group of attention heads. `by_input`: a channel that no layer reads may be cut too.
     """
 
     kind: str
@@ -39,8 +40,8 @@ class Group:
 class Coupling:
     """The channels of a network that may be cut.
 
-    `channels`: site name -> int64 [out]: rows with the same number, in any site, are one channel; -1 stays. `ports`: all that holds them.
-    `refused`: what cannot be cut and why, a line per group of layers.
+    `channels`: site name -> int64 [out]: rows with the same number, in any site, are one channel; -1 stays. `ports`:
+    all that holds them. `refused`: what cannot be cut and why, a line per group of layers.
     """
 
     channels: dict[str, Tensor]
@@ -87,5 +88,6 @@ def dead_channels(model: nn.Module, coupling: Coupling) -> tuple[Tensor, Tensor]
 def _check(module: nn.Module, port: Port) -> None:
     if extent(module, port.side) != len(port.ids):
         raise SurgeryError(
-            f"{port.path}: has {extent(module, port.side)} channels on its side {port.side!r}, the coupling {len(port.ids)}"
+            f"{port.path}: has {extent(module, port.side)} channels on its side {port.side!r}, the coupling "
+            f"{len(port.ids)}"
         )

@@ -1,4 +1,6 @@
-"""One pass in which the autograd graph is cut behind every layer and every norm: what is between two cuts can be measured by itself."""
+"""One pass in which the autograd graph is cut behind every layer and every norm: what is between two cuts can be
+measured by itself.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,10 +23,11 @@ _EXPONENTS = (-4.0, 8.0)  # of two: activations bend near 1 (GELU), clip at 6 (R
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class Feeder:
     """What can be scaled channel by channel: the parameters `names` of the module at `path`. `channels`: how many.
 
-    `slot`: the site whose rows they are, in every one of its groups; None for a norm, which multiplies by `offset` + its first parameter.
+    `slot`: the site whose rows they are, in every one of its groups; None for a norm, which multiplies by `offset` +
+    its first parameter.
     """
 
     path: str
@@ -36,17 +39,21 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """What a source gave in one call, replaced by random values: where the autograd graph is cut. Channels lie along `axis`."""
+    """What a source gave in one call, replaced by random values: where the autograd graph is cut. Channels lie along
+    `axis`.
+    """
 
-    source: Source | None
+    source: Feeder | None
     value: Tensor
     axis: int
     group: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class End:
-    """Where a part of the graph ends: what a site multiplied, a norm's input, or the model's output. `slot`: a site that can be followed."""
+class GraphEnd:
+    """Where a part of the graph ends: what a site multiplied, a norm's input, or the model's output. `slot`: a site
+    that can be followed.
+    """
 
     name: str
     tensor: Tensor
@@ -55,7 +62,7 @@ class End:
     group: int | None = None
 
 
-def source_of(network: nn.Module, slot: Slot) -> Source | None:
+def source_of(network: nn.Module, slot: Slot) -> Feeder | None:
     """The rows of a site, with the bias that its product adds; None for embeddings and ties."""
     path, name = slot.users[0]
     module = network.get_submodule(path)
@@ -63,31 +70,31 @@ def source_of(network: nn.Module, slot: Slot) -> Source | None:
         return None
     biased = isinstance(module, nn.Linear | Conv | Conv1D) and module.bias is not None
     rows = slot.rows // slot.groups if slot.view.lead == 2 else slot.rows
-    return Source(path, (name, "bias") if biased else (name,), rows, slot)
+    return Feeder(path, (name, "bias") if biased else (name,), rows, slot)
 
 
 class Cuts(TorchFunctionMode):
     """Watches one pass and cuts the graph behind every product with a site and every norm.
 
-    Behind a cut the model goes on with random values, small and large, positive and negative in every channel: no activation hides a channel,
-    and none looks linear that bends or clips somewhere. `leaves` are the cuts, `ends` what lies before them, `readers` the modules that read
-    what a source gave and are no sites.
+    Behind a cut the model goes on with random values, small and large, positive and negative in every channel: no
+    activation hides a channel, and none looks linear that bends or clips somewhere. `leaves` are the cuts, `ends` what
+    lies before them, `readers` the modules that read what a source gave and are no sites.
     """
 
     def __init__(self, network: nn.Module, generator: torch.Generator) -> None:
         super().__init__()
         self.network, self.generator, self.quiet = network, generator, False
-        self.sites: dict[int, tuple[Slot, Tensor, Source | None]] = {}
+        self.sites: dict[int, tuple[Slot, Tensor, Feeder | None]] = {}
         for slot in find_slots(network):
             path, name = slot.users[0]
             parameter = network.get_submodule(path).get_parameter(name)
             self.sites[parameter.untyped_storage().data_ptr()] = slot, parameter, source_of(network, slot)
-        self.norms: dict[str, Source | None] = {}
+        self.norms: dict[str, Feeder | None] = {}
         self.stack: list[str] = [""]
         self.leaves: dict[int, Leaf] = {}
-        self.ends: list[End] = []
-        self.readers: dict[Source, list[str]] = {}
-        self._given: dict[int, tuple[Source, Tensor]] = {}  # by storage; kept alive, so that no other tensor gets it
+        self.ends: list[GraphEnd] = []
+        self.readers: dict[Feeder, list[str]] = {}
+        self._given: dict[int, tuple[Feeder, Tensor]] = {}  # by storage; kept alive, so that no other tensor gets it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,9 +111,11 @@ class Cuts(TorchFunctionMode):
         return output
 
     def _product(
-        self, slot: Slot, parameter: Tensor, source: Source | None, x: Tensor, w: Tensor, axis: int, output: Tensor
+        self, slot: Slot, parameter: Tensor, source: Feeder | None, x: Tensor, w: Tensor, axis: int, output: Tensor
     ) -> Tensor:
-        """Note the end before a product and cut behind it; sites that only a slice was used of, and grouped convolutions, are not followed."""
+        """Note the end before a product and cut behind it; sites that only a slice was used of, and grouped
+        convolutions, are not followed.
+        """
         packed, whole = slot.view.lead == 2, w.numel() == parameter.numel()
         group = None if whole else int((w.storage_offset() - parameter.storage_offset()) // parameter.stride(0))
         kernel = w[0, 0].numel() if axis != -1 else 1
@@ -116,11 +125,11 @@ class Cuts(TorchFunctionMode):
             and slot.role != "embedding"
             and x.shape[axis] * kernel == slot.columns
         )
-        self.ends.append(End(slot.name, x, slot if followed else None, axis, group))
+        self.ends.append(GraphEnd(slot.name, x, slot if followed else None, axis, group))
         scaled = source is not None and (whole or packed) and output.shape[axis] == source.channels
         return self._cut(source if scaled else None, output, axis, group)
 
-    def _cut(self, source: Source | None, output: Tensor, axis: int, group: int | None = None) -> Tensor:
+    def _cut(self, source: Feeder | None, output: Tensor, axis: int, group: int | None = None) -> Tensor:
         values = torch.exp2(torch.empty(output.shape).uniform_(*_EXPONENTS, generator=self.generator))
         places = sum(torch.arange(n).reshape(-1, *(1,) * (output.dim() - 1 - i)) for i, n in enumerate(output.shape))
         leaf = Leaf(source, (values * (1 - 2 * (places % 2))).to(output.dtype).requires_grad_(), axis, group)
@@ -131,7 +140,9 @@ class Cuts(TorchFunctionMode):
         return made
 
     def _note_readers(self, given: Any, output: Any) -> None:
-        """Note the present module as a reader of the sources whose tensors an operation took, unless it made a view of them."""
+        """Note the present module as a reader of the sources whose tensors an operation took, unless it made a view of
+        them.
+        """
         views = {tensor.untyped_storage().data_ptr() for tensor in flat(output)}
         for tensor in flat(given) if views else ():
             place = tensor.untyped_storage().data_ptr()
@@ -152,7 +163,7 @@ class Cuts(TorchFunctionMode):
             source = self.norms[path]
             if source is None:
                 return None
-            self.ends += [End(path, tensor) for tensor in flat((args, kwargs))]
+            self.ends += [GraphEnd(path, tensor) for tensor in flat((args, kwargs))]
             return self._cut(source, output, _axis(module, output))
         finally:
             self.quiet = False
@@ -196,8 +207,10 @@ class Cuts(TorchFunctionMode):
 
 def norm_of(
     path: str, module: nn.Module, args: Any, kwargs: Any, output: Any, generator: torch.Generator
-) -> Source | None:
-    """The module as a source, if it has nothing but one or two vectors, and scaling these scales what it gives, channel by channel."""
+) -> Feeder | None:
+    """The module as a source, if it has nothing but one or two vectors, and scaling these scales what it gives, channel
+    by channel.
+    """
     vectors = dict(module.named_parameters(recurse=False))
     sizes = {tuple(vector.shape) for vector in vectors.values()}
     if (
@@ -219,7 +232,7 @@ def norm_of(
         changed = {name: vector * t for name, vector in vectors.items()}
         changed[names[0]] = (vectors[names[0]] + offset) * t - offset
         if apart([expected], [functional_call(module, changed, args, kwargs).detach()]) <= TOLERANCE:
-            return Source(path, tuple(names), channels, offset=offset)
+            return Feeder(path, tuple(names), channels, offset=offset)
     return None
 
 
@@ -228,6 +241,8 @@ def _axis(module: nn.Module, output: Any) -> int:
 
 
 def factors(channels: int, generator: torch.Generator) -> Tensor:
-    """Random factors [channels], 2^-4 to 2^4 and never 1: any float is multiplied by them exactly, so that what is right changes nothing."""
+    """Random factors [channels], 2^-4 to 2^4 and never 1: any float is multiplied by them exactly, so that what is
+    right changes nothing.
+    """
     exponents = torch.tensor([-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0])
     return torch.exp2(exponents[torch.randint(len(exponents), (channels,), generator=generator)])

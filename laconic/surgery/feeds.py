@@ -1,4 +1,6 @@
-"""Which channels feed which columns, one by one: found by walking from a reader's input to the cuts before it, measured by gradients."""
+"""Which channels feed which columns, one by one: found by walking from a reader's input to the cuts before it, measured
+by gradients.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from laconic.model.blocks import Batch, call
+from laconic.model.batches import Batch
+from laconic.model.calling import call
 from laconic.model.sites import Slot
-from laconic.surgery.cuts import Cuts, End, Leaf, Source
+from laconic.surgery.cuts import Cuts, Feeder, GraphEnd, Leaf
 from laconic.surgery.verify import flat
 
 _EXACT = 1e-3  # relative error of what gradients say: they pass softmaxes and sums over tokens
@@ -17,9 +20,11 @@ _LEAST = 1e-30  # what is smaller counts as zero, such as a sigmoid far below: 1
 
 @dataclass(frozen=True, eq=False)
 class Feed:
-    """A source and the sites it feeds: channel `index[j]` feeds column j of each of them (of convolutions: input channel j)."""
+    """A source and the sites it feeds: channel `index[j]` feeds column j of each of them (of convolutions: input
+    channel j).
+    """
 
-    source: Source
+    source: Feeder
     readers: tuple[Slot, ...]
     index: Tensor
 
@@ -28,25 +33,26 @@ class Feed:
 class Refused:
     """A source that feeds some sites but cannot be scaled, and why."""
 
-    source: Source
+    source: Feeder
     readers: tuple[Slot, ...]
     reason: str
 
 
 @torch.enable_grad()
 def feeds(network: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[list[Feed], list[Refused]]:
-    """Every source whose influence ends in sites that it feeds channel by channel, in the order of the forward pass; and those that feed
-    some sites so, and something else too.
+    """Every source whose influence ends in sites that it feeds channel by channel, in the order of the forward pass;
+    and those that feed some sites so, and something else too.
 
-    What sources give is followed through whatever the model computes; decisions that depend on it (which expert a router picks) are not seen
-    here. `network`: dense, without trainable parameters. Cost: one pass, and two backward passes of a stretch between cuts per `follow`.
+    What sources give is followed through whatever the model computes; decisions that depend on it (which expert a
+    router picks) are not seen here. `network`: dense, without trainable parameters. Cost: one pass, and two backward
+    passes of a stretch between cuts per `follow`.
     """
     cuts = Cuts(network, generator)
     with cuts.watching():
         outputs = list(flat(call(network, batch)))
-    ends = [*cuts.ends, *(End("the model's output", tensor) for tensor in outputs)]
-    fed: dict[Source, dict[Slot, list[Tensor]]] = {}
-    leaks: dict[Source, list[str]] = {}
+    ends = [*cuts.ends, *(GraphEnd("the model's output", tensor) for tensor in outputs)]
+    fed: dict[Feeder, dict[Slot, list[Tensor]]] = {}
+    leaks: dict[Feeder, list[str]] = {}
     for end in ends:
         leaves = [leaf for leaf in cuts.behind(end.tensor) if leaf.source is not None]
         found = follow(end, [leaf for leaf in leaves if _together(leaf, end)])
@@ -79,7 +85,7 @@ def feeds(network: nn.Module, batch: Batch, generator: torch.Generator) -> tuple
     return good, refused
 
 
-def _together(leaf: Leaf, end: End) -> bool:
+def _together(leaf: Leaf, end: GraphEnd) -> bool:
     """Whether a leaf's channels can be an end's columns: rows of an expert are read by the same expert of as many."""
     source = leaf.source
     if end.slot is None or source is None:
@@ -101,17 +107,21 @@ def _index(readers: dict[Slot, list[Tensor]]) -> tuple[Tensor, str]:
 
 
 def _leak(ends: list[str], others: list[str]) -> str:
-    """What else a source feeds than sites: where that influence ends, and the modules that read it and do not hold these sites."""
+    """What else a source feeds than sites: where that influence ends, and the modules that read it and do not hold
+    these sites.
+    """
     read = f" (read by {', '.join(others)})" if others else ""
     return f"its output also reaches {ends[0]}{', ...' if len(ends) > 1 else ''}{read}"
 
 
-def follow(end: End, leaves: Sequence[Leaf]) -> dict[Leaf, Tensor]:
-    """For each leaf that feeds the end's input x [..., in] channel by channel: which of its channels y_c feeds which column, -1 where x is zero.
+def follow(end: GraphEnd, leaves: Sequence[Leaf]) -> dict[Leaf, Tensor]:
+    """For each leaf that feeds the end's input x [..., in] channel by channel: which of its channels y_c feeds which
+    column, -1 where x is zero.
 
-    Channel c feeds column j alone when J^T (k u) = k J^T u for numbers k of the columns, and x_j is homogeneous of degree one in it, for which
-    Euler has <J^T u, y_c> = n over the n places where x_j is not zero, with u = 1 / x there. Columns that share a channel (grouped queries)
-    are told apart in halves. Cost: two backward passes from end to leaf for each of the halvings needed, 2 log2(in) when there is nothing.
+    Channel c feeds column j alone when J^T (k u) = k J^T u for numbers k of the columns, and x_j is homogeneous of
+    degree one in it, for which Euler has <J^T u, y_c> = n over the n places where x_j is not zero, with u = 1 / x
+    there. Columns that share a channel (grouped queries) are told apart in halves. Cost: two backward passes from end
+    to leaf for each of the halvings needed, 2 log2(in) when there is nothing.
     """
     x = end.tensor.movedim(end.axis, -1)
     if not leaves or not bool(torch.isfinite(x).all()):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import SurgeryError
-from laconic.model.blocks import Batch
-from laconic.surgery.cuts import TOLERANCE, Source
+from laconic.model.batches import Batch
+from laconic.surgery.cuts import TOLERANCE, Feeder
 from laconic.surgery.folds import Fold, bench, multiplied, row_factors, search
 from laconic.surgery.verify import answers, apart, few
 from laconic.weights import Dense, Scaled, Weight, installed
@@ -17,15 +17,18 @@ from laconic.weights.install import Installed
 
 
 def fold(model: nn.Module, example: Batch, *, tolerance: float = TOLERANCE) -> list[str]:
-    """Move the column scales of a model's installed weights into the norms and layers that feed them, in place; returns what was done and not.
+    """Move the column scales of a model's installed weights into the norms and layers that feed them, in place; returns
+    what was done and not.
 
-    A scale moves when a `find_folds` has a place for it and all readers of that place have it: `Scaled(weight, column_scale=s)` becomes
-    `weight`, with its `inputs`. A norm's vectors are multiplied by s; an installed weight that is the source becomes
-    `Scaled(weight, row_scale=s)`. Plain parameters keep their type, float32 is rounded as any product is; 16-bit ones are only changed if the
-    products are exact in 16 bits. Dense, in float32 and without rounding of inputs, the model then answers as before on the first samples of
-    `example`, to `tolerance` of its largest output; otherwise everything is put back.
+    A scale moves when a `find_folds` has a place for it and all readers of that place have it:
+    `Scaled(weight, column_scale=s)` becomes `weight`, with its `inputs`. A norm's vectors are multiplied by s; an
+    installed weight that is the source becomes `Scaled(weight, row_scale=s)`. Plain parameters keep their type, float32
+    is rounded as any product is; 16-bit ones are only changed if the products are exact in 16 bits. Dense, in float32
+    and without rounding of inputs, the model then answers as before on the first samples of `example`, to `tolerance`
+    of its largest output; otherwise everything is put back.
     Raises: SurgeryError when it does not, when installed weights were converted to 16 bits, and as `find_folds` does.
-    Source: Xiao et al. 2022 (SmoothQuant), section 4; Lin et al. 2023 (AWQ), section 3.2. Cost: that of `find_folds`, and two passes.
+    Source: Xiao et al. 2022 (SmoothQuant), section 4; Lin et al. 2023 (AWQ), section 3.2. Cost: that of `find_folds`,
+    and two passes.
     """
     done, left = fold_scales(model, example, tolerance=tolerance)
     return [*done, *left]
@@ -38,7 +41,8 @@ def fold_scales(model: nn.Module, example: Batch, *, tolerance: float = TOLERANC
     for name, weight in installed(model).items():
         if any(state.element_size() < 4 for state in weight.parameters()):
             raise SurgeryError(
-                f"{name}: its installed weight was converted to 16 bits, where every product is rounded; convert the model to float32"
+                f"{name}: its installed weight was converted to 16 bits, where every product is rounded; convert the "
+                "model to float32"
             )
     batch = few(example)
     expected = answers(bench(model), batch)
@@ -57,7 +61,8 @@ def fold_scales(model: nn.Module, example: Batch, *, tolerance: float = TOLERANC
         distance = apart(expected, answers(bench(model), batch))
         if distance > tolerance:
             raise SurgeryError(
-                f"{type(model).__name__}: folding changes the output by {distance:.1e} of its size; everything was put back"
+                f"{type(model).__name__}: folding changes the output by {distance:.1e} of its size; everything was put "
+                "back"
             )
         undo.pop_all()
     nothing = "nothing before it feeds its columns one by one"
@@ -114,8 +119,10 @@ def _move(model: nn.Module, fold: Fold, undo: ExitStack) -> str | None:
     return reason
 
 
-def _take(model: nn.Module, source: Source, t: Tensor, undo: ExitStack) -> str | None:
-    """Multiply the channels of a source by t, as plain parameters or as the row scale of an installed weight; or why not."""
+def _take(model: nn.Module, source: Feeder, t: Tensor, undo: ExitStack) -> str | None:
+    """Multiply the channels of a source by t, as plain parameters or as the row scale of an installed weight; or why
+    not.
+    """
     if bool((t == 1).all()):
         return None
     module, weight = model.get_submodule(source.path), None
@@ -152,7 +159,9 @@ def _with_rows(weight: Weight, t: Tensor) -> Scaled:
 
 
 def _swap(model: nn.Module, old: Weight, new: Weight) -> None:
-    """Let `new` be installed wherever `old` is, and round inputs as that did; one of them may be a part of the other."""
+    """Let `new` be installed wherever `old` is, and round inputs as that did; one of them may be a part of the
+    other.
+    """
     inputs, old.inputs = old.inputs, None
     new.inputs = inputs
     new.train(old.training)

@@ -14,7 +14,7 @@ from laconic.disk.lock import locked
 from laconic.disk.output import Run, check_out
 from laconic.disk.store import Compressed, manifest_of, pack_weights, stored_bytes
 from laconic.errors import CheckpointError, OutputError, SurgeryError, VerificationError
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch
 from laconic.surgery.fold import fold_scales
 from laconic.surgery.folds import bench
 from laconic.surgery.verify import answers, apart
@@ -32,13 +32,15 @@ def fold_directory(
     tolerance: float = 1e-5,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Fold the compressed language model in `source` and write the result to `out`; returns what was folded and kept, and the stored bytes.
+    """Fold the compressed language model in `source` and write the result to `out`; returns what was folded and kept,
+    and the stored bytes.
 
-    The example is random token ids. Plain tensors that did not change are copied as they are stored; one that did is stored in its own type if
-    that is exact, else in float32. What is written is read back: its weights decode to what was computed, and its output on the example
-    is the source's, to `tolerance`. Nothing is written if nothing can be folded.
-    Raises: CheckpointError, OutputError, SurgeryError (nothing to fold, or as `fold` does), VerificationError. Cost: the model in memory in
-    float32, about three times.
+    The example is random token ids. Plain tensors that did not change are copied as they are stored; one that did is
+    stored in its own type if that is exact, else in float32. What is written is read back: its weights decode to what
+    was computed, and its output on the example is the source's, to `tolerance`. Nothing is written if nothing can be
+    folded.
+    Raises: CheckpointError, OutputError, SurgeryError (nothing to fold, or as `fold` does), VerificationError. Cost:
+    the model in memory in float32, about three times.
     """
     if out.resolve() == source.resolve():
         raise OutputError(f"{out}: is the model to fold; choose another directory")

@@ -1,4 +1,6 @@
-"""Which indices of which ports are one channel: torch-pruning's dependency graph and the heads of attentions, joined by union-find."""
+"""Which indices of which ports are one channel: torch-pruning's dependency graph and the heads of attentions, joined by
+union-find.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from laconic.errors import LaconicError, SurgeryError
-from laconic.model.blocks import Batch, call
+from laconic.model.batches import Batch
+from laconic.model.calling import call
 from laconic.surgery.heads import Heads, find_heads, ratios
 from laconic.surgery.indices import place_indices
 from laconic.surgery.layers import join_layers
@@ -114,7 +117,8 @@ def _join_heads(watch: Watch, traced: Traced, generator: torch.Generator) -> Non
 
 
 def _join_halves(watch: Watch, union: Union, generator: torch.Generator) -> None:
-    """Join the rows of a layer that holds several in one, as a fused gate and value, with the columns in which they meet.
+    """Join the rows of a layer that holds several in one, as a fused gate and value, with the columns in which they
+    meet.
 
     The dependency graph follows a split of the last dimension by its first part only.
     """

@@ -1,4 +1,6 @@
-"""Which rows of the layers around an attention belong to which group of heads: measured through gradients, not read off names."""
+"""Which rows of the layers around an attention belong to which group of heads: measured through gradients, not read off
+names.
+"""
 
 from dataclasses import dataclass
 
@@ -10,9 +12,11 @@ from laconic.surgery.trace import Attention
 
 @dataclass(frozen=True)
 class Heads:
-    """An attention cut by groups of heads that share keys and values. `rows` and `columns`: the group of every index of a layer, -1 for none.
+    """An attention cut by groups of heads that share keys and values. `rows` and `columns`: the group of every index of
+    a layer, -1 for none.
 
-    `counts` and `widths`: numbers of heads, and of entries, that hand-written code may keep as attributes, with the number per group.
+    `counts` and `widths`: numbers of heads, and of entries, that hand-written code may keep as attributes, with the
+    number per group.
     """
 
     groups: int
@@ -25,7 +29,8 @@ class Heads:
 def find_heads(attention: Attention, generator: torch.Generator) -> Heads | str:
     """The groups of an attention, or why there are none.
 
-    A group is a key head with the query heads that use it; keys repeated for the queries before the product are recognised.
+    A group is a key head with the query heads that use it; keys repeated for the queries before the product are
+    recognised.
     """
     if any(tensor.dim() != 4 for tensor in attention.tensors):
         return "its queries, keys and values are not [batch, heads, tokens, entries]"
@@ -54,9 +59,11 @@ def find_heads(attention: Attention, generator: torch.Generator) -> Heads | str:
 def _trace_rows(
     tensor: Tensor, outputs: dict[str, Tensor], groups: int, rows: dict[str, Tensor], generator: torch.Generator
 ) -> bool:
-    """Note which group of heads each row of the producers feeds; False when a row feeds several, or none of the tensor's heads has a row.
+    """Note which group of heads each row of the producers feeds; False when a row feeds several, or none of the
+    tensor's heads has a row.
 
-    With the gradient g of <u, tensor> and g' of <u x group number, tensor>, a row that feeds group j alone has g' = (j + 1) g.
+    With the gradient g of <u, tensor> and g' of <u x group number, tensor>, a row that feeds group j alone has g' =
+    (j + 1) g.
     """
     u = torch.randn(tensor.shape, generator=generator)
     number = torch.arange(tensor.shape[1]) // (tensor.shape[1] // groups) + 1
@@ -77,7 +84,9 @@ def _trace_rows(
 
 
 def ratios(tensor: Tensor, sources: list[Tensor], u: Tensor, scaled: Tensor) -> list[tuple[Tensor, bool] | None]:
-    """Per source [..., n]: round(g' / g) - 1 of every index (-1 where g is zero), and whether g' is that multiple of g exactly."""
+    """Per source [..., n]: round(g' / g) - 1 of every index (-1 where g is zero), and whether g' is that multiple of g
+    exactly.
+    """
     once = torch.autograd.grad(tensor, sources, u, retain_graph=True, allow_unused=True)
     twice = torch.autograd.grad(tensor, sources, scaled, retain_graph=True, allow_unused=True)
     found: list[tuple[Tensor, bool] | None] = []
@@ -120,7 +129,8 @@ def _trace_columns(attention: Attention, groups: int, generator: torch.Generator
 
 
 def counted(model: nn.Module, paths: list[str], heads: Heads) -> list[tuple[tuple[str, str, int], ...]]:
-    """Attributes of the module around an attention that may hold its sizes, as (path, name, per group): fewest first, each list a guess.
+    """Attributes of the module around an attention that may hold its sizes, as (path, name, per group): fewest first,
+    each list a guess.
 
     Guesses are tried one after the other; only one whose thinned network computes the same is used.
     """

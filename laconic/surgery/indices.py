@@ -1,7 +1,8 @@
-"""How indices change in concatenations and reshapes: from the sizes seen in the forward pass, not inferred from the layers around them.
+"""How indices change in concatenations and reshapes: from the sizes seen in the forward pass, not inferred from the
+layers around them.
 
-torch-pruning infers these sizes from the nearest layers, which fails where a map is flattened behind a concatenation, or where a part
-comes from the model's input.
+torch-pruning infers these sizes from the nearest layers, which fails where a map is flattened behind a concatenation,
+or where a part comes from the model's input.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class _Shift:
 
 
 @dataclass(frozen=True)
-class _Fold:
+class _Flattened:
     """Channel <-> its entries in a flattened map."""
 
     entries: int
@@ -70,8 +71,8 @@ def place_indices(graph: Any, watch: Watch) -> None:
         else:
             entries, unfolds = watch.folds[node.grad_fn]
             for other in node.inputs:
-                _map(node, other, _Fold(entries, not unfolds))
-                _map(other, node, _Fold(entries, unfolds))
+                _map(node, other, _Flattened(entries, not unfolds))
+                _map(other, node, _Flattened(entries, unfolds))
 
 
 def _place_join(node: Any, sizes: list[int]) -> None:
@@ -94,7 +95,9 @@ def _map(source: Any, target: Any, mapping: Any) -> None:
 
 
 def _axis(node: Any, rank: int, watch: Watch) -> int | None:
-    """The dimension that holds channels: the last behind linear layers, the second behind convolutions; None if that is not clear."""
+    """The dimension that holds channels: the last behind linear layers, the second behind convolutions; None if that is
+    not clear.
+    """
     found, _ = walk_node(node, watch.made_by)
     linear = {isinstance(watch.model.get_submodule(watch.made_by[n]), nn.Linear | Conv1D) for n in found}
     return (rank - 1 if linear.pop() else 1) if len(linear) == 1 else None

@@ -14,9 +14,28 @@ from laconic.surgery.verify import FAILURES, first_line
 LOST = "no channel index can be followed"
 
 PLAIN = (
-    "Add", "Sub", "Mul", "Div", "Relu", "Hardtanh", "Mean", "MaxPool", "AvgPool", "AdaptiveAvgPool", "Dropout", "Silu", "Gelu", "Unsqueeze",
-    "Squeeze", "Alias", "TBackward", "Mm", "Addmm", "Clone", "ToCopy",
-)  # fmt: skip
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Relu",
+    "Hardtanh",
+    "Mean",
+    "MaxPool",
+    "AvgPool",
+    "AdaptiveAvgPool",
+    "Dropout",
+    "Silu",
+    "Gelu",
+    "Unsqueeze",
+    "Squeeze",
+    "Alias",
+    "TBackward",
+    "Mm",
+    "Addmm",
+    "Clone",
+    "ToCopy",
+)
 """Operations that leave channels where they are, by the start of their names: not worth a word in a reason."""
 
 
@@ -24,7 +43,7 @@ def join_layers(graph: Any, model: nn.Module, union: Union) -> None:
     """Join what the dependency graph couples: every output row of every layer with all that has to be cut with it."""
     paths: dict[Any, str] = {module: path for path, module in model.named_modules()}
     names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
-    reader = _Reader(graph, union, paths, names)
+    reader = _Names(graph, union, paths, names)
     covered: set[int] = set()
     for layer in [m for m in graph.module2node if isinstance(m, nn.Linear | Conv | Conv1D)]:
         if id(layer) in covered:
@@ -52,8 +71,10 @@ def join_layers(graph: Any, model: nn.Module, union: Union) -> None:
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """What is needed to name a node of the graph: the paths of modules, and the names of parameters that no known module holds."""
+class _Names:
+    """What is needed to name a node of the graph: the paths of modules, and the names of parameters that no known
+    module holds.
+    """
 
     graph: Any
     union: Union

@@ -13,7 +13,8 @@ Norm = nn.modules.batchnorm._NormBase  # batch norms and instance norms
 
 @dataclass(frozen=True, eq=False)
 class Port:
-    """One side of a module: "out", "in", "through" (norms, grouped convolutions), or "parameter:dimension" of a tensor it holds itself.
+    """One side of a module: "out", "in", "through" (norms, grouped convolutions), or "parameter:dimension" of a tensor
+    it holds itself.
 
     `ids` [n] int64: the channel of every index; -1 stays. Indices of grouped modules are groups, not entries.
     """

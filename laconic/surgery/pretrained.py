@@ -12,28 +12,31 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from laconic.errors import SurgeryError
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch
 from laconic.surgery.verify import answers, apart, few, laboratory
 from laconic.weights.install import baked
 
-Shape = tuple[int, ...]
+Sizes = tuple[int, ...]
 MODELS = 64  # configurations tried before giving up; each builds a skeleton without memory
 
 
 def save_pretrained(thinned: nn.Module, path: str | Path, example: Batch, *, tolerance: float = 1e-5) -> Any:
     """Write a thinned transformers model so that stock transformers loads it; returns the configuration.
 
-    Fields of the configuration (heads, key and value heads, intermediate size) are found by their values: of those that equal a size that
-    was cut, the set whose model has exactly the thinned shapes is used. Written: config.json, safetensors. The directory is loaded again
-    with the model's own `from_pretrained`, and its output on `example` compared.
-    Raises: SurgeryError when it is no transformers model, when layers of one kind differ in shape (naming them), when no configuration
-    describes the shapes, or when the reloaded model answers differently. Cost: skeletons on the meta device, one reload, two passes.
+    Fields of the configuration (heads, key and value heads, intermediate size) are found by their values: of those that
+    equal a size that was cut, the set whose model has exactly the thinned shapes is used. Written: config.json,
+    safetensors. The directory is loaded again with the model's own `from_pretrained`, and its output on `example`
+    compared.
+    Raises: SurgeryError when it is no transformers model, when layers of one kind differ in shape (naming them), when
+    no configuration describes the shapes, or when the reloaded model answers differently. Cost: skeletons on the meta
+    device, one reload, two passes.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(thinned, PreTrainedModel):
         raise SurgeryError(
-            f"expected a transformers model, got {type(thinned).__name__}; save other modules with laconic.save(..., shapes=...)"
+            f"expected a transformers model, got {type(thinned).__name__}; save other modules with laconic.save(..., "
+            "shapes=...)"
         )
     dense: Any = baked(thinned)
     wanted = {name: tuple(p.shape) for name, p in dense.named_parameters()}
@@ -54,7 +57,7 @@ def save_pretrained(thinned: nn.Module, path: str | Path, example: Batch, *, tol
     return config
 
 
-def _config(model: Any, wanted: dict[str, Shape], changed: dict[str, tuple[int, int]]) -> Any:
+def _config(model: Any, wanted: dict[str, Sizes], changed: dict[str, tuple[int, int]]) -> Any:
     """The configuration whose model has the wanted shapes."""
     refusals: dict[str, None] = {}
     for changes in _candidates(model.config, changed):
@@ -73,7 +76,8 @@ def _config(model: Any, wanted: dict[str, Shape], changed: dict[str, tuple[int, 
     sizes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in list(changed.items())[:3])
     said = f"; transformers says: {next(iter(refusals))}" if refusals else ""
     raise SurgeryError(
-        f"no configuration of {type(model).__name__} has the thinned shapes ({sizes}){said}; save it with laconic.save(..., shapes=...)"
+        f"no configuration of {type(model).__name__} has the thinned shapes ({sizes}){said}; save it with "
+        "laconic.save(..., shapes=...)"
     )
 
 
@@ -82,11 +86,11 @@ def _skeleton(model: nn.Module, config: Any) -> nn.Module:
         return type(model)(copy.deepcopy(config))
 
 
-def _shapes(model: nn.Module) -> dict[str, Shape]:
+def _shapes(model: nn.Module) -> dict[str, Sizes]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def _changes(original: nn.Module, wanted: dict[str, Shape]) -> dict[str, tuple[int, int]]:
+def _changes(original: nn.Module, wanted: dict[str, Sizes]) -> dict[str, tuple[int, int]]:
     """Kind of parameter and dimension -> its old and new size. Raises: SurgeryError when blocks differ."""
     found: dict[str, tuple[int, int]] = {}
     first: dict[str, str] = {}
@@ -96,7 +100,8 @@ def _changes(original: nn.Module, wanted: dict[str, Shape]) -> dict[str, tuple[i
             key = f"{kind}[{dimension}]"
             if key in first and found[key] != (before, after):
                 raise SurgeryError(
-                    f"layers of one kind differ in shape, which a configuration cannot say: {first[key]} has {found[key][1]}, {name} {after} "
+                    f"layers of one kind differ in shape, which a configuration cannot say: {first[key]} has "
+                    f"{found[key][1]}, {name} {after} "
                     f"in dimension {dimension}; cut equally in every layer, or save with laconic.save(..., shapes=...)"
                 )
             found[key], first[key] = (before, after), first.get(key, name)

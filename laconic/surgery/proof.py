@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch
 from laconic.surgery.coupling import Coupling, Group, remove
 from laconic.surgery.heads import Heads, counted
 from laconic.surgery.ports import Port, held, hush, produces, spread
@@ -24,7 +24,9 @@ def prove(
     candidates: Sequence[int],
     generator: torch.Generator,
 ) -> tuple[list[int], list[Group], dict[int, str]]:
-    """The groups that can be cut, as they have to be cut, and why the others cannot. `heads`: by group, for those that are attentions'."""
+    """The groups that can be cut, as they have to be cut, and why the others cannot. `heads`: by group, for those that
+    are attentions'.
+    """
     groups = list(tried.groups)
     halves = {i: _half(groups[i], generator) for i in candidates}
 

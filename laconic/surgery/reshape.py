@@ -1,4 +1,6 @@
-"""A thinned network as plain values: what differs from the original architecture, and the original brought to those sizes."""
+"""A thinned network as plain values: what differs from the original architecture, and the original brought to those
+sizes.
+"""
 
 from typing import Any
 
@@ -14,7 +16,8 @@ Shapes = dict[str, dict[str, dict[str, Any]]]
 
 
 def shapes(thinned: nn.Module, original: nn.Module) -> Shapes:
-    """What distinguishes a thinned module from the module it was made of: sizes of tensors and integer attributes, by module path.
+    """What distinguishes a thinned module from the module it was made of: sizes of tensors and integer attributes, by
+    module path.
 
     Both may hold installed Weights. Raises: CheckpointError when the two are not of one architecture.
     """
@@ -25,7 +28,8 @@ def shapes(thinned: nn.Module, original: nn.Module) -> Shapes:
             continue
         if path not in modules or not _alike(modules[path], old):
             raise CheckpointError(
-                f"{path or 'the module'}: expected {type(old).__name__}, as in the original, got {_kind(modules.get(path))}"
+                f"{path or 'the module'}: expected {type(old).__name__}, as in the original, got "
+                f"{_kind(modules.get(path))}"
             )
         new = modules[path]
         counts = {name: value for name, value in _counts(new).items() if _counts(old).get(name, value) != value}
@@ -40,10 +44,12 @@ def shapes(thinned: nn.Module, original: nn.Module) -> Shapes:
 
 
 def rebuild(module: nn.Module, shapes: Any) -> nn.Module:
-    """Bring a freshly built module of the original architecture to thinned sizes, in place; the values of changed tensors are empty.
+    """Bring a freshly built module of the original architecture to thinned sizes, in place; the values of changed
+    tensors are empty.
 
-    Ties stay ties. Raises: CheckpointError for paths, attributes or tensors that the module does not have, for sizes that are not
-    between 1 and the original, and for counts that disagree with the tensors; the module is then as it was.
+    Ties stay ties. Raises: CheckpointError for paths, attributes or tensors that the module does not have, for sizes
+    that are not between 1 and the original, and for counts that disagree with the tensors; the module is then as it
+    was.
     """
     if not isinstance(shapes, dict):
         raise CheckpointError(f"shapes: expected a dictionary by module path, got {type(shapes).__name__}")

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from laconic.errors import SurgeryError
-from laconic.model.blocks import Batch, call
+from laconic.model.batches import Batch
+from laconic.model.calling import call
 from laconic.model.sites import Slot, find_slots
 from laconic.surgery.channels import couple
 from laconic.surgery.coupling import Coupling
@@ -43,11 +44,13 @@ def couple_or_mask(model: nn.Module, example: Batch) -> Coupling:
 
 
 def masks(model: nn.Module, example: Batch) -> Coupling:
-    """Every row of a linear layer or convolution as a channel of its own, which can be zeroed and not cut: there are no groups and no ports.
+    """Every row of a linear layer or convolution as a channel of its own, which can be zeroed and not cut: there are no
+    groups and no ports.
 
-    Rows of layers that the output is computed from with no other layer in between stay (-1), as do those of layers the output does not
-    depend on, of embeddings, and of recurrent and attention layers. Which these are is read from the autograd graph of one pass over the
-    first samples of `example`, so branches that depend on the data are those it takes. Model and global random state stay as they are.
+    Rows of layers that the output is computed from with no other layer in between stay (-1), as do those of layers the
+    output does not depend on, of embeddings, and of recurrent and attention layers. Which these are is read from the
+    autograd graph of one pass over the first samples of `example`, so branches that depend on the data are those it
+    takes. Model and global random state stay as they are.
     Raises: SurgeryError when the output cannot be traced back to any weight. Cost: one copy, one pass.
     """
     network, batch = laboratory(model), few(example)
@@ -60,11 +63,13 @@ def masks(model: nn.Module, example: Batch) -> Coupling:
             ends = [tensor.grad_fn for tensor in flat(call(network, batch)) if tensor.grad_fn is not None]
     except FAILURES as error:
         raise SurgeryError(
-            f"{type(model).__name__}: its forward pass breaks on the example: {type(error).__name__}: {first_line(error)}"
+            f"{type(model).__name__}: its forward pass breaks on the example: {type(error).__name__}: "
+            f"{first_line(error)}"
         ) from error
     if not ends:
         raise SurgeryError(
-            f"{type(model).__name__}: no tensor of its output can be traced back to its weights, so its last layers are not known"
+            f"{type(model).__name__}: no tensor of its output can be traced back to its weights, so its last layers "
+            "are not known"
         )
     last, reached = _sites(ends, owners, through=False), _sites(ends, owners, through=True)
     channels: dict[str, torch.Tensor] = {}
@@ -90,7 +95,9 @@ def _stays(slot: Slot, last: bool, reached: bool) -> str:
 
 
 def _sites(ends: Iterable[Any], owners: dict[int, Slot], *, through: bool) -> set[Slot]:
-    """The sites whose weights are met on the way back from some autograd nodes; beyond the first of each way only if `through`."""
+    """The sites whose weights are met on the way back from some autograd nodes; beyond the first of each way only if
+    `through`.
+    """
     found: set[Slot] = set()
     seen: set[Any] = set()
     todo = list(ends)

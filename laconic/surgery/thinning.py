@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import SurgeryError
-from laconic.model.blocks import Batch
+from laconic.model.batches import Batch
 from laconic.model.sites import find_slots
 from laconic.surgery.channels import couple
 from laconic.surgery.coupling import Coupling, dead_channels, remove
@@ -17,7 +17,7 @@ from laconic.weights.install import baked
 
 
 @dataclass(frozen=True)
-class Cut:
+class Thinned:
     """A layer's rows and columns before and after thinning."""
 
     layer: str
@@ -28,8 +28,8 @@ class Cut:
 def silence(model: nn.Module, coupling: Coupling) -> int:
     """Make every channel silent whose producing weight rows are all zero, in place; returns how many there are.
 
-    Set to zero: the biases of its layers, scale, shift and running mean of the norms it passes, and parameters of their own along it.
-    Installed Weights are read, not written. Raises: SurgeryError when the model is not the coupling's.
+    Set to zero: the biases of its layers, scale, shift and running mean of the norms it passes, and parameters of their
+    own along it. Installed Weights are read, not written. Raises: SurgeryError when the model is not the coupling's.
     """
     dead, _ = dead_channels(model, coupling)
     for port in coupling.ports:
@@ -42,11 +42,12 @@ def silence(model: nn.Module, coupling: Coupling) -> int:
 def thin(model: nn.Module, example: Batch, coupling: Coupling | None = None, *, tolerance: float = 1e-5) -> nn.Module:
     """A copy of a model, dense and in evaluation mode, from which every dead channel is removed.
 
-    A channel is dead when all rows that make it are zero (it is then silenced), or when every layer that reads it has zeros in its
-    columns. One channel stays in each layer. On the first samples of `example`, max |masked - thinned| <= tolerance x max |masked| in
-    float32, where masked is the silenced copy. The model itself is not touched.
-    Raises: SurgeryError when no graph can be traced, when the model is not the coupling's, or when the outputs differ; it then names the
-    layers. Source: Condensa, section 3.4. Cost: two copies and two passes, beside `couple` when no coupling is given.
+    A channel is dead when all rows that make it are zero (it is then silenced), or when every layer that reads it has
+    zeros in its columns. One channel stays in each layer. On the first samples of `example`, max |masked - thinned| <=
+    tolerance x max |masked| in float32, where masked is the silenced copy. The model itself is not touched.
+    Raises: SurgeryError when no graph can be traced, when the model is not the coupling's, or when the outputs differ;
+    it then names the layers. Source: Condensa, section 3.4. Cost: two copies and two passes, beside `couple` when no
+    coupling is given.
     """
     coupling = coupling if coupling is not None else couple(model, example)
     slim = baked(model).eval()
@@ -62,10 +63,12 @@ def thin(model: nn.Module, example: Batch, coupling: Coupling | None = None, *, 
     return slim
 
 
-def report(model: nn.Module, thinned: nn.Module) -> list[Cut]:
+def report(model: nn.Module, thinned: nn.Module) -> list[Thinned]:
     """What thinning did: every layer that lost rows or columns, in module order."""
     whole, slim = ({slot.name: slot.shape for slot in find_slots(baked(network))} for network in (model, thinned))
-    return [Cut(name, before, slim[name]) for name, before in whole.items() if name in slim and slim[name] != before]
+    return [
+        Thinned(name, before, slim[name]) for name, before in whole.items() if name in slim and slim[name] != before
+    ]
 
 
 def _spare(coupling: Coupling, dead: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""One forward pass watched: attention calls, what feeds and what consumes them, and decisions that depend on the data."""
+"""One forward pass watched: attention calls, what feeds and what consumes them, and decisions that depend on the
+data.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,9 +35,11 @@ BARRIERS = {"AddmmBackward0", "MmBackward0", "BmmBackward0", "BaddbmmBackward0",
 
 @dataclass
 class Attention:
-    """One attention: queries, keys and values [batch, heads, ...], the output's stand-in (a leaf), and the linear layers around it.
+    """One attention: queries, keys and values [batch, heads, ...], the output's stand-in (a leaf), and the linear
+    layers around it.
 
-    `producers`: for each of the three, the layers that feed it and their outputs; `consumers`: the layers that read it and their inputs.
+    `producers`: for each of the three, the layers that feed it and their outputs; `consumers`: the layers that read it
+    and their inputs.
     """
 
     place: str
@@ -46,10 +50,11 @@ class Attention:
 
 
 class Watch(TorchFunctionMode):
-    """Notes attentions while a model runs, and cuts the autograd graph at each of them: what attention mixes is followed here, not there.
+    """Notes attentions while a model runs, and cuts the autograd graph at each of them: what attention mixes is
+    followed here, not there.
 
-    `made_by` and `outputs` say of autograd nodes which linear layer or convolution made them, and what it gave; `inputs` holds the last
-    input of each linear layer; `roots` are the tensors at which the graph was cut.
+    `made_by` and `outputs` say of autograd nodes which linear layer or convolution made them, and what it gave;
+    `inputs` holds the last input of each linear layer; `roots` are the tensors at which the graph was cut.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,7 +83,8 @@ class Watch(TorchFunctionMode):
         derived = any(a.requires_grad or id(a) in self._derived for a in flat((args, kwargs)))
         if derived and name in DECISIONS:
             raise SurgeryError(
-                f"{self.stack[-1] or type(self.model).__name__}: Tensor.{name} makes the computation depend on the values of activations, "
+                f"{self.stack[-1] or type(self.model).__name__}: Tensor.{name} makes the computation depend on the "
+                "values of activations, "
                 f"which no graph can follow; {MASKS_ONLY}"
             )
         if func is F.scaled_dot_product_attention:
@@ -171,7 +177,9 @@ class Watch(TorchFunctionMode):
 
 
 def walk(tensor: Tensor, stops: Any) -> tuple[list[Any], list[Tensor]]:
-    """The first nodes of `stops` behind a tensor in the autograd graph, and the leaves reached without passing one, or any other product."""
+    """The first nodes of `stops` behind a tensor in the autograd graph, and the leaves reached without passing one, or
+    any other product.
+    """
     if tensor.grad_fn is None:
         return [], [tensor] if tensor.requires_grad else []
     return walk_node(tensor.grad_fn, stops)

@@ -5,7 +5,9 @@ Key = tuple[str, str]
 
 
 class Union:
-    """Union-find over (port, index); a class may carry marks: why it cannot be cut, and the operations its channels pass."""
+    """Union-find over (port, index); a class may carry marks: why it cannot be cut, and the operations its channels
+    pass.
+    """
 
     def __init__(self) -> None:
         self.sizes: dict[Key, int] = {}

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laconic.model.blocks import Batch, call
+from laconic.model.batches import Batch
+from laconic.model.calling import call
 from laconic.weights.install import baked
 
 FAILURES = (
@@ -32,7 +33,9 @@ def laboratory(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def stir(model: nn.Module, generator: torch.Generator) -> None:
-    """Move every parameter and every statistic of norms by a tenth of its size, so that nothing is hidden by a zero or a symmetry."""
+    """Move every parameter and every statistic of norms by a tenth of its size, so that nothing is hidden by a zero or
+    a symmetry.
+    """
     for parameter in model.parameters():
         size = parameter.square().mean().sqrt() if parameter.numel() else parameter.sum()
         parameter.add_(
@@ -51,7 +54,9 @@ def stir(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def few(batch: Batch, generator: torch.Generator | None = None) -> Batch:
-    """The first samples of a batch, on the CPU, floats as float32; with a generator floats are moved by a tenth of their deviation."""
+    """The first samples of a batch, on the CPU, floats as float32; with a generator floats are moved by a tenth of
+    their deviation.
+    """
     tensors = [t for t in flat(batch) if t.dim() > 0]
     count = len(tensors[0]) if tensors else 0
     share = all(len(t) == count for t in tensors)
@@ -91,7 +96,9 @@ def answers(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 
 def apart(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """max |a - b| / max |a| over corresponding tensors, the largest; infinity where shapes differ or a value is not finite."""
+    """max |a - b| / max |a| over corresponding tensors, the largest; infinity where shapes differ or a value is not
+    finite.
+    """
     if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")
     worst = 0.0

@@ -12,6 +12,7 @@ from torch import nn
 
 import laconic as lc
 from laconic.weights import Codebook, installed
+from tests.needs import extra
 from tests.processes import PATIENCE
 from tests.test_docs import DOCS, ROOT, blocks
 
@@ -21,7 +22,7 @@ SCRIPT = "# train.py\n"
 
 def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the script for several processes."""
-    pytest.importorskip("accelerate")
+    extra("accelerate")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     with torch.random.fork_rng():

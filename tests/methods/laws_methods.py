@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from laconic.engine.plan import Plan
-from laconic.engine.unmeasured import completed
 from laconic.errors import DataError, SchemeError
-from laconic.methods.base import Method, output_error
+from laconic.methods.base import Method
 from laconic.methods.gptq import GPTQ
 from laconic.methods.rtn import RTN
 from laconic.model.sites import MEASURED, Site, Slot, Stats
+from laconic.model.unmeasured import completed
 from laconic.scheme.text import known_methods, parse
+from laconic.solvers.output_error import output_error
 from laconic.weights import View, Weight
 from tests.conftest import make_site, output_loss
 
@@ -69,7 +70,7 @@ def only(site: Site, wanted: Stats) -> Site:
         sample=site.sample if wanted & Stats.SAMPLE else None,
         uses=site.uses if wanted & Stats.USES else None,
         fisher=site.fisher if wanted & Stats.FISHER else None,
-        output=site.output if wanted & Stats.OUTPUT else None,
+        output_fisher=site.output_fisher if wanted & Stats.OUTPUT_FISHER else None,
         channels=site.channels if wanted & Stats.CHANNELS else None,
     )
 
@@ -116,12 +117,16 @@ def test_statistics_help(method: Method) -> None:
     assert output_loss(site, run(method, site)()) <= output_loss(site, blind()) * 1.0001
 
 
-def test_more_bits_never_hurt(method: Method) -> None:
+def test_a_bit_more_quarters_the_error(method: Method) -> None:
+    """High-resolution theory: of vectors of d columns, 4^(-1 / d) of the error is left; up to 1.4 times that with scales and small sizes."""
     if not isinstance(getattr(method, "bits", None), int) or method.bits >= 8:  # type: ignore[attr-defined]
         pytest.skip("has no bits to raise")
     site = make_site()
     more = dataclasses.replace(method, bits=method.bits + 1)  # type: ignore[type-var, attr-defined]
-    assert output_error(site, run(more, site)) <= output_error(site, run(method, site)) * 1.05
+    if more.expected_bits((48, 64)) == method.expected_bits((48, 64)):
+        pytest.skip("its bits are not those of the weight")
+    least = 0.25 ** (1 / getattr(method, "dimension", 1))
+    assert output_error(site, run(more, site)) <= 1.4 * least * output_error(site, run(method, site))
 
 
 def test_its_text_is_parsed_back_to_it(method: Method) -> None:
@@ -139,18 +144,20 @@ def test_it_is_a_frozen_value_with_a_docstring(method: Method) -> None:
     assert "Source" in (type(method).__doc__ or ""), "the paper, section or equation it carries out"
 
 
+WHOLE = ("AFM(", "EoRA(", "weighted=True")
+"""Methods whose factors are those of a whole matrix under one second moment, by a part of their text."""
+
+
 def test_row_groups_with_inputs_of_their_own(method: Method) -> None:
-    """Grouped convolutions and packed experts: a Hessian per group; or a clear refusal."""
+    """Grouped convolutions and packed experts: a Hessian per group; or, of methods that look at the whole, a clear refusal."""
     site = make_site(groups=4)
-    try:
-        weight = run(method, site)
-    except SchemeError as error:
-        refusal = str(error)
-    else:
-        refusal = ""
-    if refusal:
-        assert "group" in refusal
+    if any(part in repr(method) for part in WHOLE):
+        with pytest.raises(
+            SchemeError, match=r"block\.0\.layer: .* needs one (covariance|Hessian) for the whole matrix \(groups: 4\)"
+        ):
+            run(method, site)
         return
+    weight = run(method, site)
     assert torch.isfinite(weight()).all()
     assert weight.shape == (48, 64)
 
@@ -164,7 +171,7 @@ def test_sites_of_one_input_come_back_in_their_order(method: Method) -> None:
 
 
 STATISTICS = (
-    "hessian", "squares", "magnitude", "peak", "centre", "low", "high", "sample", "uses", "tokens", "input", "fisher", "output",
+    "hessian", "squares", "magnitude", "peak", "centre", "low", "high", "sample", "uses", "tokens", "input", "fisher", "output_fisher",
 )  # fmt: skip
 
 
@@ -190,7 +197,18 @@ def test_a_site_that_nothing_reached_is_compressed_and_says_so(method: Method) -
 
 def test_statistics_that_are_not_finite_are_refused(method: Method) -> None:
     site = only(make_site(), method.wants)
-    for broken in ("hessian", "squares", "magnitude", "peak", "centre", "low", "high", "sample", "fisher", "output"):
+    for broken in (
+        "hessian",
+        "squares",
+        "magnitude",
+        "peak",
+        "centre",
+        "low",
+        "high",
+        "sample",
+        "fisher",
+        "output_fisher",
+    ):
         values = getattr(site, broken)
         if values is None:
             continue

@@ -16,9 +16,9 @@ from laconic.engine.statistics import Statistics
 from laconic.errors import CheckpointError, SchemeError
 from laconic.measure.quality import outputs as streamed
 from laconic.methods.afm import AFM, output_components, table_components
-from laconic.methods.base import output_error
 from laconic.methods.lowrank import LowRank
 from laconic.model.sites import Site, Stats, find_slots
+from laconic.solvers.output_error import output_error
 from laconic.weights import baked, installed, unpack
 from laconic.weights.demands import Demands, demands_of
 

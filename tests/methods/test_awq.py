@@ -16,10 +16,11 @@ from laconic.disk.load import load_tokenizer
 from laconic.disk.store import Compressed
 from laconic.errors import SchemeError
 from laconic.methods.awq import AWQ
-from laconic.methods.base import Method, output_error
+from laconic.methods.base import Method
 from laconic.methods.rtn import RTN
 from laconic.model.sites import Site, Slot
 from laconic.recover.projection import project_onto
+from laconic.solvers.output_error import output_error
 from laconic.weights import Scaled, Sum, Weight
 from laconic.weights.install import installed
 from tests.conftest import make_site, output_loss

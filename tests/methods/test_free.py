@@ -7,13 +7,14 @@ from laconic.engine.resolve import resolve
 from laconic.errors import SchemeError
 from laconic.methods.base import Then
 from laconic.methods.blockprune import BlockPrune
-from laconic.methods.free import Free, fix, free_of
+from laconic.methods.free import Free
 from laconic.methods.gptq import GPTQ
 from laconic.methods.hadamard import Hadamard
 from laconic.methods.kmeans import KMeans
 from laconic.methods.magnitude import Magnitude
 from laconic.methods.rtn import RTN
 from laconic.model.sites import Slot
+from laconic.scheme.filling import fix, free_of
 from laconic.scheme.keep import Keep
 from laconic.scheme.text import describe, parse
 from laconic.weights import View

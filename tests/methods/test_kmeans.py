@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from laconic.errors import SchemeError
-from laconic.methods.base import output_error
 from laconic.methods.gptvq import GPTVQ, refit_tables
-from laconic.methods.kmeans import KMeans, exact_table
+from laconic.methods.kmeans import KMeans
 from laconic.methods.rtn import RTN
 from laconic.model.sites import Site
+from laconic.solvers.output_error import output_error
+from laconic.solvers.tables import exact_table
 from laconic.weights import Codebook
 from tests.conftest import make_site, output_loss
 

@@ -5,7 +5,7 @@ import torch
 
 from laconic.errors import SchemeError
 from laconic.methods import threshold
-from laconic.methods.base import Method, Then, output_error
+from laconic.methods.base import Method, Then
 from laconic.methods.cast import Cast
 from laconic.methods.gptq import GPTQ
 from laconic.methods.kmeans import KMeans
@@ -16,6 +16,7 @@ from laconic.methods.sparsegpt import SparseGPT
 from laconic.methods.wanda import Wanda
 from laconic.model.sites import Site
 from laconic.scheme.text import parse
+from laconic.solvers.output_error import output_error
 from laconic.weights import Sparse
 from tests.conftest import make_site
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from laconic.errors import SchemeError
-from laconic.methods.base import output_error
 from laconic.methods.cast import Cast
 from laconic.methods.gptq import GPTQ
 from laconic.methods.hadamard import Hadamard
@@ -15,6 +14,7 @@ from laconic.methods.rtn import RTN
 from laconic.methods.spqr import SpQR
 from laconic.methods.wanda import Wanda
 from laconic.model.sites import Site
+from laconic.solvers.output_error import output_error
 from laconic.weights import Rotated, Sum, Uniform
 from tests.conftest import make_site, output_loss
 
@@ -142,7 +142,7 @@ def test_cast_is_exact_for_what_the_type_holds() -> None:
 
 def test_hadamard_spreads_a_rate_over_the_model_too() -> None:
     method = Hadamard(GPTQ(rate=2.5))
-    sites = [make_site(seed=i).having(name=f"site{i}", output=torch.full((48,), 4.0**i)) for i in range(3)]
+    sites = [make_site(seed=i).having(name=f"site{i}", output_fisher=torch.full((48,), 4.0**i)) for i in range(3)]
     allocation = method.allocation()
     assert allocation is not None
     for site in sites:

@@ -8,9 +8,9 @@ import torch
 
 from laconic.errors import SchemeError
 from laconic.methods.allocation import Measured
-from laconic.methods.base import output_error
 from laconic.methods.gptq import GPTQ
 from laconic.methods.rate import WaterFilling, column_steps
+from laconic.solvers.output_error import output_error
 from tests.conftest import make_site, output_loss
 
 
@@ -68,7 +68,7 @@ def observed(rate: float) -> WaterFilling:
     assert isinstance(allocation, WaterFilling)
     for i, sensitivity in enumerate((0.01, 1.0, 100.0)):
         site = make_site(rows=64, columns=128, seed=i)
-        allocation.observe(site.having(name=f"layer.{i}", output=site.output * sensitivity))  # type: ignore[operator]
+        allocation.observe(site.having(name=f"layer.{i}", output_fisher=site.output_fisher * sensitivity))  # type: ignore[operator]
     return allocation
 
 
@@ -86,7 +86,7 @@ def test_water_filling_lowers_the_weighted_loss_at_equal_bytes() -> None:
     sites = []
     for i, sensitivity in enumerate((0.01, 1.0, 100.0)):
         site = make_site(rows=64, columns=128, seed=i)
-        sites.append((site.having(name=f"layer.{i}", output=site.output * sensitivity), sensitivity))  # type: ignore[operator]
+        sites.append((site.having(name=f"layer.{i}", output_fisher=site.output_fisher * sensitivity), sensitivity))  # type: ignore[operator]
     methods = observed(2.5).resolve()
     spread = [methods[site.name](site) for site, _ in sites]
     even = [GPTQ(rate=2.5, over="matrix")(site) for site, _ in sites]
@@ -104,8 +104,8 @@ def test_matrices_that_nothing_was_measured_of_get_the_rate_itself() -> None:
     allocation = Measured(GPTQ(rate=2.5), inner)
     for i in range(3):
         site = make_site(rows=64, columns=128, seed=i)
-        allocation.observe(site.having(name=f"layer.{i}", output=site.output * 100.0**i))  # type: ignore[operator]
-    allocation.observe(make_site(rows=64, columns=128).having(name="no gradient", output=None))
+        allocation.observe(site.having(name=f"layer.{i}", output_fisher=site.output_fisher * 100.0**i))  # type: ignore[operator]
+    allocation.observe(make_site(rows=64, columns=128).having(name="no gradient", output_fisher=None))
     allocation.observe(make_site(rows=64, columns=128).having(name="no input", hessian=None, squares=None))
     methods = allocation.resolve()
     assert [methods[name].rate for name in ("no gradient", "no input")] == pytest.approx([2.5, 2.5], abs=0.01)  # type: ignore[attr-defined]
@@ -143,8 +143,8 @@ def test_no_allocated_rate_is_one_that_the_format_cannot_hold(rate: float, value
             "normal": site.W, "zeros": torch.zeros_like(site.W), "equal": torch.full_like(site.W, 0.3), "tiny": 1e-30 * site.W,
             "one huge": site.W + 1e4 * torch.nn.functional.one_hot(torch.tensor(0), site.W.numel()).view(site.W.shape),
         }[values]  # fmt: skip
-        output = [site.output, torch.zeros(rows), None, 1e-12 * torch.ones(rows), 1e12 * torch.ones(rows)][i % 5]
-        sites.append(site.having(name=str(i), W=W, output=output))
+        output = [site.output_fisher, torch.zeros(rows), None, 1e-12 * torch.ones(rows), 1e12 * torch.ones(rows)][i % 5]
+        sites.append(site.having(name=str(i), W=W, output_fisher=output))
         allocation.observe(sites[-1])
     methods = allocation.resolve()
     stored = 0

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laconic.model.blocks import call
+from laconic.model.calling import call
 from laconic.recover import Task
+from tests.needs import extra
 
 
 class Words(nn.Module):
@@ -128,7 +128,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 def digits() -> tuple[DataLoader[Any], list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
     """1,797 real 8 x 8 images of written digits: 1,000 to train on, 300 to validate, 497 to test."""
-    datasets = pytest.importorskip("sklearn.datasets")
+    datasets = extra("sklearn.datasets")
     given = datasets.load_digits()
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
     x, y = torch.tensor(given.images / 16, dtype=torch.float32)[order], torch.tensor(given.target)[order]

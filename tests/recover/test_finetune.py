@@ -18,6 +18,7 @@ from laconic.recover.train import Trainer
 from laconic.surgery import thin
 from laconic.weights import Codebook, Sparse, Uniform
 from laconic.weights.install import installed
+from tests.needs import extra
 from tests.recover.nets import conv, mlp, outputs, seeded, task, trained, untouched, vectors
 
 FAST = Steps(lr=0.1, lr_end=0.01)
@@ -159,7 +160,7 @@ def silent_rows(model: nn.Module) -> dict[str, Tensor]:
     [Direct(), FineTune(20, FAST), LC(4, 8, mu=0.2, learn=FAST), LC(2, 8, mu=0.2, learn=FAST, then=FineTune(8, FAST))],
 )
 def test_silenced_filters_stay_silent_and_can_be_cut(how: Any) -> None:
-    pytest.importorskip("torch_pruning")
+    extra("torch_pruning")
     net, problem = conv(), task()
     with torch.no_grad():  # norms that would let a channel speak that its filter does not
         for module in net.modules():
@@ -184,7 +185,7 @@ def test_silenced_filters_stay_silent_and_can_be_cut(how: Any) -> None:
 
 def test_channels_are_silent_from_the_first_forward_pass_on() -> None:
     """Also where a gradient would make them speak again: that of ReLU at 0 is none, that of GELU is 1/2."""
-    pytest.importorskip("torch_pruning")
+    extra("torch_pruning")
     net = conv()
     net[3] = net[6] = nn.GELU()
     with torch.no_grad():

@@ -19,6 +19,7 @@ from laconic.recover.compressed import Bench
 from laconic.recover.projection import project_onto
 from laconic.scheme.keep import Keep
 from laconic.weights.install import installed
+from tests.needs import extra
 from tests.recover.nets import Words, conv, digits, mlp, outputs, seeded, task, trained, untouched, vectors, words_task
 
 PLAIN = Steps(lr=0.3, lr_end=0.3, momentum=0.0, clip=None)
@@ -293,7 +294,7 @@ def test_the_best_does_not_move_with_what_is_trained_after_it(how: Any) -> None:
 
 def test_looking_at_a_compressed_point_changes_nothing() -> None:
     """Neither the values in training, nor norms that were estimated anew or silenced for it, nor modes."""
-    pytest.importorskip("torch_pruning")
+    extra("torch_pruning")
     net, problem = conv().train(), task()
     bench = Bench(
         net, project_onto(net, lc.parse("FilterPrune(0.5)"), example=problem.sample()), problem, norm_batches=2

@@ -17,6 +17,7 @@ from laconic.recover import LC, Direct, FineTune, Steps, recover_task
 from laconic.recover.batches import stream
 from laconic.recover.text import Shuffled, text_task
 from laconic.weights import installed
+from tests.needs import extra
 from tests.recover.nets import untouched
 
 
@@ -73,7 +74,7 @@ def test_methods_that_read_gradients_recover_a_language_model(scheme: str, how: 
 
 
 def test_a_search_reads_gradients_of_a_language_model(tiny: Path, text: Path, tmp_path: Path) -> None:
-    pytest.importorskip("optuna")
+    extra("optuna")
     from laconic.search import SearchOptions, search_task
 
     model, task = text_task(tiny, text, length=32, batch=8, train_tokens=2048, check_tokens=512)

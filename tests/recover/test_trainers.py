@@ -12,9 +12,10 @@ from torch import Tensor
 import laconic as lc
 from laconic.weights import installed
 from tests.conftest import tiny_config
+from tests.needs import extra
 from tests.recover.nets import same, seeded
 
-pytest.importorskip("accelerate")
+extra("accelerate")
 
 SCHEMES = ["[('*', DKM(bits=2, tau=0.2, tau_end=0.02))]", "[('*', RTN(4, 'channel'))]"]  # the tied embedding too
 _TOKENS = torch.randint(320, (32, 16), generator=torch.Generator().manual_seed(0))

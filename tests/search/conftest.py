@@ -21,4 +21,4 @@ def problem() -> Problem:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A report's pictures take as long as a search of this size; one fixture has them, and `test_report.py` is about them."""
-    monkeypatch.setattr(sys.modules["laconic.search.report"], "render_search", lambda result: "<html></html>")
+    monkeypatch.setattr(sys.modules["laconic.show.search_page"], "render_search", lambda result: "<html></html>")

@@ -12,15 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("optuna")
-pytest.importorskip("torch_pruning")
-pytest.importorskip("sklearn")
+from tests.needs import extra
+
+extra("optuna")
+extra("torch_pruning")
+extra("sklearn")
 
 import laconic as lc
 from laconic.disk.store import amend_manifest
 from laconic.errors import DataError, OutputError, SchemeError, SearchError, SurgeryError
 from laconic.host.progress import Log
-from laconic.measure.objectives import Candidate, flops, stored_bytes
+from laconic.measure.candidate import Candidate
+from laconic.measure.objectives import flops, stored_bytes
 from laconic.methods.rtn import RTN
 from laconic.recover import Direct, FineTune
 from laconic.search import Found, SearchOptions, search_task

@@ -6,7 +6,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-pytest.importorskip("sklearn")
+from tests.needs import extra
+
+extra("sklearn")
 
 from laconic.errors import SearchError
 from laconic.search.acquisition import level_ucb

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from laconic.search.pictures import searched_number
-from laconic.search.report import outcome_rows, render_search, search_summary, shown, write_search_report
+from laconic.search.result import publish
+from laconic.show.search_page import outcome_rows, render_search, search_summary, shown, write_search_page
+from laconic.show.search_pictures import searched_number
 from tests.test_report import Page, hostile
 
 X = [i / 20 for i in range(1, 20)]
@@ -64,7 +65,7 @@ def pictures(page: Page) -> int:
 
 
 def test_the_files_hold_the_result(tmp_path: Path) -> None:
-    write_search_report(tmp_path, result())
+    publish(tmp_path, result(), write_search_page)
     assert json.loads((tmp_path / "search.json").read_text()) == result()
     assert pictures(Page((tmp_path / "search.html").read_text())) == 4
     assert sorted(file.name for file in tmp_path.iterdir()) == ["search.html", "search.json"]

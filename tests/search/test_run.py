@@ -19,15 +19,18 @@ from safetensors.torch import load_file
 from safetensors.torch import save as saved
 from torch import Tensor, nn
 
-pytest.importorskip("optuna")
-pytest.importorskip("torch_pruning")
-pytest.importorskip("sklearn")
+from tests.needs import extra
+
+extra("optuna")
+extra("torch_pruning")
+extra("sklearn")
 
 import laconic as lc
 from laconic.disk.files import atomically
 from laconic.disk.store import read_manifest
 from laconic.errors import OutputError, SearchError
-from laconic.measure.objectives import Candidate, flops, stored_bytes
+from laconic.measure.candidate import Candidate
+from laconic.measure.objectives import flops, stored_bytes
 from laconic.recover import LC, Direct, FineTune, recover_task
 from laconic.recover.checkpoint import STATE as UNFINISHED
 from laconic.recover.train import Trainer

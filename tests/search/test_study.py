@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("optuna")
-pytest.importorskip("sklearn")
+from tests.needs import extra
+
+extra("optuna")
+extra("sklearn")
 
 import optuna
 from optuna.trial import TrialState

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("torch_pruning")
+from tests.needs import extra
+
+extra("torch_pruning")
 
 from laconic.errors import SurgeryError
 from laconic.surgery import couple, couple_or_mask, masks

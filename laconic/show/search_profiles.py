@@ -6,7 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from laconic.search.pictures import (
+from laconic.show.page import inline_svg
+from laconic.show.search_pictures import (
     BLUE,
     GREEN,
     GREY,
@@ -25,11 +26,11 @@ from laconic.search.pictures import (
     plain_text,
     searched_number,
 )
-from laconic.show.page import inline_svg
 
 
 def profile_picture(result: Values) -> str:
-    """Score and objective against the one free number: figures 1, 3 and 4 of Condensa; beside it the neighbourhood of the chosen one.
+    """Score and objective against the one free number: figures 1, 3 and 4 of Condensa; beside it the neighbourhood of
+    the chosen one.
 
     Empty where something else than one number was searched.
     """
@@ -159,12 +160,19 @@ def _mark_best(axes: Axes, result: Values, name: str, text: bool = True) -> None
     low, high = axes.get_xlim()
     left = x > (low + high) / 2 if not result["free"][name].get("log") else x > math.sqrt(low * high)
     axes.annotate(
-        f"chosen: {x:.4g}", (x, 1.01), xycoords=("data", "axes fraction"), ha="right" if left else "left", va="bottom", fontsize=10
-    )  # fmt: skip
+        f"chosen: {x:.4g}",
+        (x, 1.01),
+        xycoords=("data", "axes fraction"),
+        ha="right" if left else "left",
+        va="bottom",
+        fontsize=10,
+    )
 
 
 def posteriors_picture(result: Values, most: int = 12) -> str:
-    """What the search believed before each sample, where the next one was worth most, and where it was taken; a panel per sample."""
+    """What the search believed before each sample, where the next one was worth most, and where it was taken; a panel
+    per sample.
+    """
     name, trials = searched_number(result), result["trials"]
     shown = [t for t in trials if t.get("posterior")][:most]
     if name is None or not shown:

@@ -1,4 +1,6 @@
-"""The demo: the language model that comes with the package, at 4, 3 and 2 bits with three schemes, measured on held-out modules."""
+"""The demo: the language model that comes with the package, at 4, 3 and 2 bits with three schemes, measured on held-out
+modules.
+"""
 
 import json
 import shlex
@@ -23,10 +25,11 @@ _TEST_TOKENS = 16384
 
 
 def schemes() -> Iterator[tuple[int, str, str, str]]:
-    """(bits, folder, family, scheme) of every run: rounding, GPTQ on the same grid, and GPTQ at the rate that takes exactly as many bytes.
+    """(bits, folder, family, scheme) of every run: rounding, GPTQ on the same grid, and GPTQ at the rate that takes
+    exactly as many bytes.
 
-    A group of 64 codes of b bits carries a 16-bit scale and a b-bit zero point: b + (16 + b) / 64 bits per weight. The embedding is rounded
-    alike in all of them, so the files of a width are equally large.
+    A group of 64 codes of b bits carries a 16-bit scale and a b-bit zero point: b + (16 + b) / 64 bits per weight. The
+    embedding is rounded alike in all of them, so the files of a width are equally large.
     """
     for bits in (4, 3, 2):
         rate = bits + (16 + bits) / GROUP
@@ -36,10 +39,12 @@ def schemes() -> Iterator[tuple[int, str, str, str]]:
 
 
 def run_demo(out: Path, samples: int, progress: Progress) -> dict[str, Any]:
-    """Compress, measure and compare; writes a directory per run, `index.html` and `demo.json` into `out`, and returns what the JSON holds.
+    """Compress, measure and compare; writes a directory per run, `index.html` and `demo.json` into `out`, and returns
+    what the JSON holds.
 
     A run that an earlier, interrupted demo finished is made again: together they take about two minutes.
-    Raises: CheckpointError when the package was installed without its model; OutputError when `out` holds somebody's files.
+    Raises: CheckpointError when the package was installed without its model; OutputError when `out` holds somebody's
+    files.
     """
     if not (MODEL / "config.json").is_file():
         raise CheckpointError(
@@ -58,10 +63,31 @@ def _run(out: Path, samples: int, progress: Progress) -> dict[str, Any]:
     report: Report | None = None
     for bits, name, family, scheme in schemes():
         options = Options(
-            data=str(calibration), test=str(test), samples=samples, test_tokens=_TEST_TOKENS, overwrite=True,
-            command=shlex.join(["laconic", "compress", str(MODEL), "--scheme", scheme, "--data", str(calibration), "--test", str(test),
-                                "--samples", str(samples), "--test-tokens", str(_TEST_TOKENS), "--out", str(out / name)]),
-        )  # fmt: skip
+            data=str(calibration),
+            test=str(test),
+            samples=samples,
+            test_tokens=_TEST_TOKENS,
+            overwrite=True,
+            command=shlex.join(
+                [
+                    "laconic",
+                    "compress",
+                    str(MODEL),
+                    "--scheme",
+                    scheme,
+                    "--data",
+                    str(calibration),
+                    "--test",
+                    str(test),
+                    "--samples",
+                    str(samples),
+                    "--test-tokens",
+                    str(_TEST_TOKENS),
+                    "--out",
+                    str(out / name),
+                ]
+            ),
+        )
         report = compress_directory(MODEL, parse(scheme), out / name, options, progress)
         rows.append(row_of(report, family, f"{name}/report.html") | {"bits": bits})
     assert report is not None
@@ -92,8 +118,10 @@ def _write(out: Path, rows: list[dict[str, Any]], report: Report) -> dict[str, A
     by_bits = {(row["bits"], row["family"]): row for row in rows}
     families = list(dict.fromkeys(row["family"] for row in rows))
     words = [
-        f"At {bits} bits and equal bytes, {families[2]} has {by_bits[bits, families[2]]['kl'] / by_bits[bits, families[1]]['kl']:.2f} of the KL of "
-        f"{families[1]} and {by_bits[bits, families[2]]['kl'] / by_bits[bits, families[0]]['kl']:.3f} of that of {families[0]}."
+        f"At {bits} bits and equal bytes, {families[2]} has "
+        f"{by_bits[bits, families[2]]['kl'] / by_bits[bits, families[1]]['kl']:.2f} of the KL of "
+        f"{families[1]} and {by_bits[bits, families[2]]['kl'] / by_bits[bits, families[0]]['kl']:.3f} of that of "
+        f"{families[0]}."
         for bits in dict.fromkeys(row["bits"] for row in rows)
     ]
     write_comparison(out / "index.html", "Three schemes at 4, 3 and 2 bits", facts, reference, rows, words)

@@ -1,43 +1,32 @@
-"""What the commands share: options, where output goes, and the one place where every command ends."""
+"""The group of all commands, and the one place where every command ends."""
 
 import difflib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from laconic.command.console import markup, terminal_console
 from laconic.command.ends import End, Ended, end_of
 from laconic.command.listing import takers
+from laconic.command.output import emit, err
 from laconic.command.shown import shown
-from laconic.command.start import held_signals, let_go, release_signals
+from laconic.command.signals import held_signals, let_go, release_signals
 from laconic.errors import SchemeError
-
-err = terminal_console(stderr=True)
-out_console = terminal_console()
-
-Json = Annotated[
-    bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there; an error too.")
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[
     1
 ]  # click's own, or the copy of click that typer carries: typer exports neither
 
 
-class _Guarded:
-    """A block in which errors that are not ours end the command; see `laconic.command.ends`."""
+class _Ending:
+    """A block in which errors that are not ours end the command; see `ends.end_of`."""
 
     def __init__(self, interrupted: str = "") -> None:
         self.interrupted = interrupted
@@ -60,7 +49,7 @@ def guard(work: Callable[[], None], interrupted: str = "") -> None:
         import_module("laconic.api")  # all that takes seconds to import, while Ctrl-C still ends the process at once
         release_signals()
     try:
-        with _Guarded(interrupted):
+        with _Ending(interrupted):
             work()
     finally:
         if starting:
@@ -68,23 +57,30 @@ def guard(work: Callable[[], None], interrupted: str = "") -> None:
 
 
 class Commands(TyperGroup):
-    """The group of all commands. Whatever ends one, a mistake in the words included, is told here, once, and becomes the exit code."""
+    """The group of all commands. Whatever ends one, a mistake in the words included, is told here, once, and becomes
+    the exit code.
+    """
 
     def main(
-        self, args: Sequence[str] | None = None, prog_name: str | None = None, complete_var: str | None = None, standalone_mode: bool = True,
-        windows_expand_args: bool = True, **extra: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in words
         try:
-            with _Guarded():
+            with _Ending():
                 _check(words)
                 code = super().main(words or ["--help"], prog_name, complete_var, False, windows_expand_args, **extra)
                 sys.stdout.flush()
         except Ended as error:
-            code = tell(error.end, as_json)
+            code = say_end(error.end, as_json)
         except UsageError as error:
-            code = tell(End("UsageError", self._mistake(error, words), 2), as_json)
+            code = say_end(End("UsageError", self._mistake(error, words), 2), as_json)
         if not standalone_mode:
             return code
         return sys.exit(code if isinstance(code, int) else 0)
@@ -107,7 +103,9 @@ class Commands(TyperGroup):
 
 
 def _check(words: Sequence[str]) -> None:
-    """Raises: SchemeError for a word that no file can be called, or that libraries cannot open: they want names in UTF-8."""
+    """Raises: SchemeError for a word that no file can be called, or that libraries cannot open: they want names in
+    UTF-8.
+    """
     for word in words:
         if "\0" in word:
             raise SchemeError(f"argument {word!r}: holds a NUL character")
@@ -118,7 +116,9 @@ def _check(words: Sequence[str]) -> None:
 
 
 def _meant(option: str, known: Sequence[str], words: Sequence[str]) -> str:
-    """The option meant by one that does not exist, or, where its name is that of a method's argument, how that is written."""
+    """The option meant by one that does not exist, or, where its name is that of a method's argument, how that is
+    written.
+    """
     name = option.lstrip("-").replace("-", "_")
     methods = takers(name)
     if methods and "--scheme" in known:
@@ -129,8 +129,10 @@ def _meant(option: str, known: Sequence[str], words: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def tell(end: End, as_json: bool) -> int:
-    """Say how a command ended, where anybody listens: a line on stderr, and with --json an object on stdout. Returns the exit code."""
+def say_end(end: End, as_json: bool) -> int:
+    """Say how a command ended, where anybody listens: a line on stderr, and with --json an object on stdout. Returns
+    the exit code.
+    """
     with suppress(OSError, ValueError):  # a stream that is full, closed or gone: the exit code is what is left to say
         if as_json and end.message:
             emit({"error": {"kind": end.kind, "message": end.message, "exit_code": end.code}})
@@ -139,23 +141,3 @@ def tell(end: End, as_json: bool) -> int:
         if end.message:
             err.print(Text.assemble(("error ", "red") if end.code < 128 else "", shown(end.message)), soft_wrap=True)
     return end.code
-
-
-def emit(value: dict[str, Any]) -> None:
-    """Print a result as JSON, on a line of its own."""
-    sys.stdout.write(json.dumps(value) + "\n")
-
-
-def note(text: object) -> None:
-    """What the user should know, on stderr."""
-    err.print(Text.assemble(("note ", "yellow"), shown(text)), soft_wrap=True)
-
-
-def print_rows(rows: Sequence[tuple[object, object]], *columns: str) -> None:
-    """Names and values as a table on stdout, with a header where columns are named."""
-    table = Table(header_style="bold", show_header=bool(columns))
-    table.add_column(columns[0] if columns else "")
-    table.add_column(columns[1] if columns else "", justify="right")
-    for name, value in rows:
-        table.add_row(markup(name), markup(value))
-    out_console.print(table)

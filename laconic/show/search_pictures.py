@@ -1,4 +1,6 @@
-"""Pictures of a search, as inline SVG: learning curves, layers, Pareto fronts, scatter; and what they share with the sparsity profile."""
+"""Pictures of a search, as inline SVG: learning curves, layers, Pareto fronts, scatter; and what they share with the
+sparsity profile.
+"""
 
 import math
 from collections.abc import Sequence
@@ -39,7 +41,9 @@ def objectives_of(holder: Values | None) -> list[Any]:
 
 
 def plain_text(text: object, most: int = 40) -> str:
-    """A name as matplotlib shows it letter by letter; of a long one the beginning and the end, so that the axes keep their room."""
+    """A name as matplotlib shows it letter by letter; of a long one the beginning and the end, so that the axes keep
+    their room.
+    """
     name = str(text)
     name = name if len(name) <= most else f"{name[: most // 3]}...{name[-(most - most // 3 - 3) :]}"
     return name.replace("$", r"\$")
@@ -52,7 +56,9 @@ def clean(axes: Axes) -> None:
 
 
 def number_points(axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
-    """Write a text beside each point, where it meets no other text and no point: the first free place of sixteen around it."""
+    """Write a text beside each point, where it meets no other text and no point: the first free place of sixteen around
+    it.
+    """
     scale = 100 / 72  # points to the figure's pixels
     at = [axes.transData.transform(p) for p in points]
     taken = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in at]
@@ -116,7 +122,9 @@ def searched_number(result: Values) -> str | None:
 
 
 def curves_picture(result: Values) -> str:
-    """The score of the compressed model against minibatches, a line per trial, dashed where a trial was stopped early."""
+    """The score of the compressed model against minibatches, a line per trial, dashed where a trial was stopped
+    early.
+    """
     trials = [t for t in result["trials"] if any(is_number(p.get("score")) for p in t.get("curve") or [])]
     if not trials:
         return ""
@@ -128,9 +136,14 @@ def curves_picture(result: Values) -> str:
         points = [(p["minibatches"], p["score"]) for p in trial["curve"] if is_number(p.get("score"))]
         chosen = trial["number"] == best
         axes.plot(
-            *zip(*points, strict=True), color="#1b1f24" if chosen else shade, linewidth=2.4 if chosen else 1.3, marker="o", markersize=3,
-            linestyle=(0, (4, 2)) if trial.get("stopped_early") else "-", zorder=4 if chosen else 3,
-        )  # fmt: skip
+            *zip(*points, strict=True),
+            color="#1b1f24" if chosen else shade,
+            linewidth=2.4 if chosen else 1.3,
+            marker="o",
+            markersize=3,
+            linestyle=(0, (4, 2)) if trial.get("stopped_early") else "-",
+            zorder=4 if chosen else 3,
+        )
         ends.append(points[-1])
         texts.append(f"{trial['number'] + 1}{'*' if chosen else ''}")
     axes.axhline(result["floor"], color=GREEN, linewidth=1.5)
@@ -203,7 +216,9 @@ def layers_picture(layers: Sequence[Values]) -> str:
 
 
 def pareto_picture(result: Values) -> str:
-    """The first objective against each other one: kept trials, trials below the level set, and the front. Empty for one objective."""
+    """The first objective against each other one: kept trials, trials below the level set, and the front. Empty for one
+    objective.
+    """
     goals = goals_of(result)
     trials = [t for t in result["trials"] if is_measured(t) and len(objectives_of(t)) == len(goals) > 1]
     if not trials:

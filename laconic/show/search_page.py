@@ -1,49 +1,53 @@
-"""The report of a search: the numbers as JSON, and the same as one HTML page that needs nothing else."""
+"""The report of a search: one HTML page that needs nothing else, and a few lines for a terminal."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-from laconic.disk.files import write_json, write_text
-from laconic.disk.store import stored_bytes
+from laconic.disk.files import write_text
 from laconic.host.units import human_bytes
-from laconic.search import pictures, profiles
-from laconic.search.pictures import Values, goals_of, is_measured, is_number, objectives_of
+from laconic.show import search_pictures as pictures
+from laconic.show import search_profiles as profiles
 from laconic.show.page import fill_page
+from laconic.show.search_pictures import Values, goals_of, is_measured, is_number, objectives_of
 
-SEARCH_JSON, SEARCH_HTML = "search.json", "search.html"
 NOTHING = "-"
 
 
-def write_search_report(out: Path, result: Values) -> None:
-    """Write search.json and search.html into a directory that exists; another worker may be doing the same."""
-    own = f".{os.getpid()}.tmp"
-    write_json(out / SEARCH_JSON, result, indent=1, suffix=own)
-    write_text(out / SEARCH_HTML, render_search(result), own)
-
-
-def with_sizes(result: Values, folder: Path) -> dict[str, Any]:
-    """A result whose best trial's size is that of the folder it was delivered in, which a config may have joined."""
-    size = stored_bytes(folder)
-    return {
-        **result,
-        "best": {**result["best"], "stored_bytes": size, "ratio": result["reference"]["stored_bytes"] / size},
-    }
+def write_search_page(file: Path, result: Values) -> None:
+    """Write a search as an HTML page; another worker may be doing the same."""
+    write_text(file, render_search(result), f".{os.getpid()}.tmp")
 
 
 def render_search(result: Values) -> str:
-    """The search as one self-contained HTML page. Parts that the result lacks (layers, posteriors, a best) are left out of the page."""
+    """The search as one self-contained HTML page. Parts that the result lacks (layers, posteriors, a best) are left out
+    of the page.
+    """
     layers = result.get("layers") or []
     return fill_page(
-        "search.html.j2", v=result, goals=goals_of(result), cards=_cards(result), outcome=outcome_rows(result), trials=_trial_rows(result),
-        layers=layers, cost=_cost(result), facts=_facts(result), notes=result.get("notes") or [], profile=profiles.profile_picture(result),
-        posteriors=profiles.posteriors_picture(result), curves=pictures.curves_picture(result), bars=pictures.layers_picture(layers),
-        pareto=pictures.pareto_picture(result), scatter=pictures.parameters_picture(result),
-    )  # fmt: skip
+        "search.html.j2",
+        v=result,
+        goals=goals_of(result),
+        cards=_cards(result),
+        outcome=outcome_rows(result),
+        trials=_trial_rows(result),
+        layers=layers,
+        cost=_cost(result),
+        facts=_facts(result),
+        notes=result.get("notes") or [],
+        profile=profiles.profile_picture(result),
+        posteriors=profiles.posteriors_picture(result),
+        curves=pictures.curves_picture(result),
+        bars=pictures.layers_picture(layers),
+        pareto=pictures.pareto_picture(result),
+        scatter=pictures.parameters_picture(result),
+    )
 
 
 def shown(name: str, value: Any) -> str:
-    """An objective's value as people read it: bytes and seconds in their units, counts in thousands, else four digits."""
+    """An objective's value as people read it: bytes and seconds in their units, counts in thousands, else four
+    digits.
+    """
     if not is_number(value):
         return NOTHING
     if name.endswith("bytes"):
@@ -173,14 +177,23 @@ def _trial_rows(result: Values) -> list[dict[str, Any]]:
         remarks += ["stopped early"] if trial.get("stopped_early") else []
         remarks += [str(trial["state"])] if trial.get("state", "complete") != "complete" else []
         rows.append(
-            {"number": trial["number"] + 1, "stage": trial.get("stage", NOTHING), "values": values_text(trial.get("values") or {}),
-             "score": _score(trial.get("score")), "under": under, "direct": _score(trial.get("direct_score")),
-             "objectives": [shown(goal["name"], values[i] if i < len(values) else None) for i, goal in enumerate(goals)],
-             "domain": f"{_value(domain[0])} to {_value(domain[1])}" if domain else "", "remarks": ", ".join(remarks),
-             "minibatches": f"{trial['minibatches']:,}" if is_number(trial.get("minibatches")) else NOTHING,
-             "seconds": f"{trial['seconds']:.0f}" if is_number(trial.get("seconds")) else NOTHING,
-             "best": trial["number"] == (result.get("best") or {}).get("trial")}
-        )  # fmt: skip
+            {
+                "number": trial["number"] + 1,
+                "stage": trial.get("stage", NOTHING),
+                "values": values_text(trial.get("values") or {}),
+                "score": _score(trial.get("score")),
+                "under": under,
+                "direct": _score(trial.get("direct_score")),
+                "objectives": [
+                    shown(goal["name"], values[i] if i < len(values) else None) for i, goal in enumerate(goals)
+                ],
+                "domain": f"{_value(domain[0])} to {_value(domain[1])}" if domain else "",
+                "remarks": ", ".join(remarks),
+                "minibatches": f"{trial['minibatches']:,}" if is_number(trial.get("minibatches")) else NOTHING,
+                "seconds": f"{trial['seconds']:.0f}" if is_number(trial.get("seconds")) else NOTHING,
+                "best": trial["number"] == (result.get("best") or {}).get("trial"),
+            }
+        )
     return rows
 
 

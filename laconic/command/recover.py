@@ -1,0 +1,169 @@
+"""`laconic recover`."""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from laconic.command.console import Terminal
+from laconic.command.group import guard
+from laconic.command.options import DeviceOption, JsonOption, TrustOption
+from laconic.command.output import emit, err, print_rows
+from laconic.command.problem import (
+    BATCH,
+    LENGTH,
+    BatchOption,
+    DataOption,
+    LengthOption,
+    PlanOption,
+    Problem,
+    RecoveryOption,
+    SchemeOption,
+    SeedOption,
+    SourceArgument,
+    TaskOption,
+    TestOption,
+    TokensOption,
+    read_scheme,
+)
+from laconic.command.shown import shown
+from laconic.errors import SchemeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def recover(
+    source: SourceArgument = None,
+    task: TaskOption = None,
+    data: DataOption = None,
+    test: TestOption = None,
+    scheme: SchemeOption = None,
+    plan: PlanOption = None,
+    recovery: RecoveryOption = None,
+    method: Annotated[
+        str | None, typer.Option(help="A published recipe instead of --scheme and --recovery: dkm or llm-qat.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(min=1, max=8, help="Bits per weight of --method; 3 for dkm, 4 for llm-qat.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The directory to write.")] = Path("recovered"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")] = False,
+    train_tokens: TokensOption = 1_000_000,
+    length: LengthOption = None,
+    batch: BatchOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress a model under a scheme and train it so that it loses less: L-C, or fine-tuning with masks, scales and
+    tables kept.
+    """
+
+    def work() -> None:
+        from laconic.disk.lock import locked
+        from laconic.engine.resolve import resolve
+        from laconic.model.sites import find_slots
+        from laconic.recover import usual_recovery
+        from laconic.recover.deliver import check_folder, recover_directory
+
+        choice = _choice(scheme, plan, recovery, method, bits)
+        chosen = choice.scheme
+        problem = Problem(
+            source=source,
+            task=task,
+            data=data or (choice.data if task is None else None),
+            test=test,
+            train_tokens=train_tokens,
+            length=length or choice.length,
+            batch=batch or choice.batch,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+
+        def ready(model: "nn.Module") -> None:
+            check_folder(out, resume, overwrite)
+            resolve(chosen, find_slots(model))
+
+        with locked(out), Terminal(quiet=as_json, brief=True) as terminal:
+            check_folder(out, resume, overwrite)
+            model, trained = problem.open(terminal, out, ready)
+            result = recover_directory(
+                model,
+                chosen,
+                choice.how or usual_recovery(chosen, model),
+                trained,
+                out,
+                source=source,
+                resume=resume,
+                overwrite=overwrite,
+                seed=seed,
+                command=shlex.join(["laconic", *sys.argv[1:]]),
+                progress=terminal,
+                trust_remote_code=trust_remote_code,
+            )
+        if as_json:
+            emit(result)
+            return
+        print_rows(
+            [
+                (key.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value))
+                for key, value in _short(result).items()
+            ]
+        )
+        err.print(f"model: {shown(out)}, figures: {shown(out / 'recovery.json')}", markup=False)
+
+    guard(work, "; what is finished is kept: run the same command with --resume")
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A scheme and how it is trained: as given, or a recipe's. `how` is None where nothing is said; `length`, `batch`,
+    `data` are the usual ones.
+    """
+
+    scheme: Any
+    how: Any
+    length: int = LENGTH
+    batch: int = BATCH
+    data: str | None = None
+
+
+def _choice(
+    scheme: str | None, plan: Path | None, recovery: str | None, method: str | None, bits: int | None
+) -> _Choice:
+    """Raises: SchemeError for options that do not go together."""
+    from laconic.recover import parse_recovery
+    from laconic.recover.recipes import recipe
+    from laconic.scheme.text import parse
+
+    asked = parse_recovery(recovery) if recovery is not None else None
+    if method is None:
+        if bits is not None:
+            raise SchemeError("--bits belongs to --method; a scheme names its bits itself")
+        return _Choice(read_scheme(scheme, plan), asked)
+    if scheme is not None or plan is not None:
+        raise SchemeError(f"--method {method} brings its own scheme: give it or --scheme (or --plan)")
+    found = recipe(method, bits)
+    return _Choice(parse(found.scheme), asked or found.how, found.length, found.batch, found.data)
+
+
+def _short(result: dict[str, Any]) -> dict[str, Any]:
+    names = (
+        "reference_score",
+        "direct_score",
+        "score",
+        "reference_test_score",
+        "test_score",
+        "stored_bytes",
+        "original_bytes",
+        "minibatches",
+        "seconds",
+    )
+    return {name: result[name] for name in names if result.get(name) is not None}
