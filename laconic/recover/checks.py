@@ -20,4 +20,5 @@ def check_steps(how: object, learn: object) -> None:
 def check_choice(how: object, name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises SchemeError unless a value is one of some words."""
     if not (isinstance(value, str) and value in choices):
-        raise SchemeError(f"{type(how).__name__}: {name} should be {' or '.join(map(repr, choices))}, got {value!r}")
+        said = getattr(how, "__name__", type(how).__name__)  # a function's own, or the class's
+        raise SchemeError(f"{said}: {name} should be {' or '.join(map(repr, choices))}, got {value!r}")

@@ -1,7 +1,7 @@
 """Training by anybody's loop: `prepare` puts relaxations in the places of a module's matrices, `convert` makes the stored weights of them."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,9 @@ from laconic.disk.state import guard
 from laconic.engine.walk import Loss, parameters_of
 from laconic.errors import SchemeError
 from laconic.model.batches import Batch
+from laconic.recover.checks import check_choice
 from laconic.recover.projection import project_onto, reads_data
+from laconic.recover.relaxed import Trains, relaxed
 from laconic.scheme.text import Scheme, parse
 from laconic.weights import View, Weight, install
 from laconic.weights.demands import check_demands, set_demands
@@ -54,6 +56,7 @@ def prepare(
     example: Batch | None = None,
     loss: Loss | None = None,
     seed: int = 0,
+    trains: Trains = "w",
 ) -> nn.Module:
     """Make a module one that trains under a scheme, in place: with any loop, optimizer or trainer, then `convert`.
 
@@ -62,11 +65,14 @@ def prepare(
     gradients for other methods, masks and scales being those of direct compression. In evaluation mode the layer sees what would be stored.
     A tie stays one parameter with one relaxation. `data`: batches for methods that read statistics; `example`: an input, for structures, whose
     rows are then masked together. Biases and norms beside them are left alone.
+    `trains="side"`: scales, float zero points, tables, low-rank factors and dense parts are trained instead, codes and masks as they are. They are
+    parameters of the module, in float32; w no longer requires a gradient.
     `parallelize_module` comes before this; what shards or replicates (FSDP2, DDP, `accelerate`) and a compiler come after it, see docs/edkm.md.
     Returns the module. Raises: as `recover`, and SchemeError for a module that was prepared before or is sharded by FSDP; nothing is changed
     then.
     """
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
+    check_choice(prepare, "trains", trains, get_args(Trains))
     _check_fresh(model, scheme)
     projection = project_onto(model, scheme, example=example, data=data, loss=loss, seed=seed)
     values = {slot: whole(parameter.detach()) for slot, parameter in parameters_of(model, projection.slots).items()}
@@ -74,8 +80,9 @@ def prepare(
     for slot, weight in weights.items():
         for layer in slot.layers(model):
             check_demands(layer, weight, slot.name)
+    relax = relaxed(trains)
     made = {
-        slot: projection.chosen[slot].relax(weight, slot.view.matrix(values[slot])) for slot, weight in weights.items()
+        slot: relax(projection.chosen[slot], weight, slot.view.matrix(values[slot])) for slot, weight in weights.items()
     }
     for slot, relaxation in made.items():
         for i, (path, name) in enumerate(slot.users):
@@ -84,6 +91,9 @@ def prepare(
                 module, name, Prepared(relaxation, slot.view, first=i == 0).train(model.training), unsafe=True
             )
             set_demands(module, relaxation.weight)
+            original = module.get_submodule(f"parametrizations.{name}").get_parameter("original")
+            if all(moved is not original for moved in relaxation.trained(original).values()):
+                original.requires_grad_(False)
             if i > 0:
                 _declare_tied(module, name)
     return model

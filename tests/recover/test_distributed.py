@@ -24,6 +24,7 @@ SCHEMES = [
     "[('*', RTN(4, 'channel'))]",
 ]
 BACK = SCHEMES[-2:]
+SIDE = "[('blocks.0*', KMeans(bits=3)), ('*', RTN(4, 'channel'))]"
 KINDS = ["ddp", "fsdp", "fsdp, checkpointed, two minibatches a step", "tensor parallel"]
 STEPS = 3
 _TOKENS = torch.randint(32, (8, 6), generator=torch.Generator().manual_seed(0))
@@ -90,6 +91,14 @@ def tensor_parallel() -> Net:
     return parallelize_module(net(), init_device_mesh("cpu", (2,)), plan)  # type: ignore[return-value]
 
 
+def tuned(kind: str, mine: Tensor) -> dict[str, Any]:
+    """The gathered state after training of scales and tables, codes as they are, in float32 as those are."""
+    model = lc.prepare(net().float(), SIDE, trains="side")
+    run = sharded(model) if kind == "fsdp" else DistributedDataParallel(model)
+    train(model, run, [mine], torch.optim.SGD(model.parameters(), 0.01))  # steps of scales count in every weight
+    return full_state(model)
+
+
 def full_state(model: nn.Module) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -150,6 +159,7 @@ def work(rank: int, folder: str) -> None:
     )
     found: dict[Any, Any] = {(kind, scheme): together(kind, scheme, rank) for kind in KINDS for scheme in SCHEMES}
     found |= {("back", scheme): back_into_shards(scheme) for scheme in BACK}
+    found |= {("tuned", kind): tuned(kind, _TOKENS.chunk(2)[rank]) for kind in ("ddp", "fsdp")}
     found["refused"] = refusals()
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -185,6 +195,22 @@ def test_two_processes_train_what_one_trains(kind: str, scheme: str, halves: lis
 @pytest.mark.parametrize("scheme", BACK)
 def test_a_gathered_state_goes_on_in_shards(scheme: str, halves: list[dict[Any, Any]]) -> None:
     assert halves[0]["back", scheme]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_scales_and_tables_train_in_two_processes(kind: str, halves: list[dict[Any, Any]]) -> None:
+    single = lc.prepare(net().float(), SIDE, trains="side")
+    before = {name: value.clone() for name, value in single.state_dict().items() if value.is_floating_point()}
+    train(single, single, [_TOKENS], torch.optim.SGD(single.parameters(), 0.01))
+    wanted, state = single.state_dict(), halves[0]["tuned", kind]
+    assert state.keys() == wanted.keys()
+    moved = {name for name, value in before.items() if not torch.equal(value, wanted[name])}
+    assert {name.rpartition(".")[2] for name in moved} == {"table/values", "scale/values", "bias"}
+    for name in before:
+        torch.testing.assert_close(state[name], wanted[name], rtol=1e-4, atol=1e-5)
+    other = lc.prepare(net(1).float(), SIDE, trains="side")
+    other.load_state_dict(state)
+    assert installed(lc.convert(other)).keys() == installed(lc.convert(single)).keys()
 
 
 def test_what_cannot_be_right_is_refused(halves: list[dict[Any, Any]]) -> None:

@@ -409,3 +409,41 @@ def test_methods_that_read_statistics_read_data() -> None:
     direct, _ = lc.compress(net(), lc.parse("GPTQ(2, 'channel')"), [x])
     scale = relaxations(model)[0].weight.scale  # type: ignore[union-attr]
     assert torch.equal(scale.forward(), installed(direct)["0.weight"].scale.forward())  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize(
+    "scheme", ["RTN(3, 'channel')", "KMeans(bits=2)", "Magnitude(0.5) >> KMeans(bits=2)", "LowRank(4)"]
+)
+def test_what_is_beside_the_codes_can_train_in_anybodys_loop(scheme: str, tmp_path: Path) -> None:
+    """Scales, tables and factors are parameters of the module that an optimizer finds; w, codes and masks stay."""
+    x, y = vectors(256, 100)
+    model = lc.prepare(net(), scheme, trains="side")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    originals = {name for name in before if name.endswith(".original")}
+    carried = {name for name in before if ".carried." in name}
+    assert len(originals) == 3
+    assert len(carried) >= 3
+    start, _ = loss_of(model.eval(), x, y).detach(), model.train()
+    train(model, 20)
+    assert loss_of(model.eval(), x, y) < start - 0.01
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name in originals), name
+    again = lc.prepare(net(), scheme, trains="side")
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        shown = model.eval()(x)
+        converted = lc.convert(again)
+        assert torch.equal(converted(x), shown)
+    codes = {name: weight.pack()[1] for name, weight in installed(converted).items()}
+    direct = {name: weight.pack()[1] for name, weight in installed(lc.convert(lc.prepare(net(), scheme))).items()}
+    for name, tensors in codes.items():
+        moved = [part for part, tensor in tensors.items() if not torch.equal(tensor, direct[name][part])]
+        assert moved
+        assert not any(part in ("codes", "mask") or part.endswith(".codes") for part in moved), (name, moved)
+    lc.save(converted, tmp_path)
+    assert torch.equal(lc.load_into(net(), tmp_path).eval()(x), shown)
+
+
+def test_what_can_train_is_named() -> None:
+    with pytest.raises(SchemeError, match="prepare: trains should be 'w' or 'side', got 'all'"):
+        lc.prepare(net(), "RTN(3, 'channel')", trains="all")  # type: ignore[arg-type]
