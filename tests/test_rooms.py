@@ -97,3 +97,13 @@ def test_nothing_that_computes_imports_what_draws() -> None:
 def test_only_commands_draw_on_a_terminal() -> None:
     drawing = [one for one in imports() if is_in(one.target, TERMINAL) and room(one.module) != "command"]
     assert drawing == []
+
+
+def test_weights_import_nothing_but_the_tensor_libraries() -> None:
+    """A weight can be read where no other library of models is installed."""
+    foreign = [
+        one
+        for one in imports()
+        if room(one.module) == "weights" and is_in(one.target, ("transformers", "huggingface_hub"))
+    ]
+    assert foreign == []

@@ -1,8 +1,9 @@
 """How easy the package is to read, in figures: `python tools/reading.py [--list WHAT] [ROOM...]`.
 
-Per room: lines, their mean length, lines over 120 characters, functions over 60 lines, calls with more than 5 positional arguments, and
-of the public functions that take a tensor the share whose docstring names shapes ("[out, in]"). An override without a docstring has that
-of its interface and is not counted. `--list long | functions | calls | shapes` names the places.
+Per room: lines, their mean length, lines over 120 characters, functions over 60 lines, calls with more than 5 positional
+arguments, and of the public functions that take a tensor the share whose docstring names shapes ("[out, in]", or "any
+shape"). States, which are tensors by name, have none; an override without a docstring has that of its interface, and is
+not counted. `--list long | functions | calls | shapes` names the places.
 """
 
 import argparse
@@ -14,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "laconic"
 LINE, FUNCTION, ARGUMENTS = 120, 60, 5
-SHAPE = re.compile(r"\[[a-zA-Z0-9_*]+(?:( or |, | / | x )[^\]]*)?\]")
+SHAPE = re.compile(r"\[[a-zA-Z0-9_*]+(?:( or |, | / | x )[^\]]*)?\]|\[\.\.\.[^\]]*\]|\bany shape\b")
+STATE = re.compile(r"(dict|Mapping)\[[^\[\]]*Tensor\]")
 KINDS = ("long", "functions", "calls", "shapes")
 
 
@@ -69,7 +71,10 @@ def takers(tree: ast.Module) -> Iterator[ast.FunctionDef]:
 def is_taker(function: ast.FunctionDef) -> bool:
     parameters = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
     types = [ast.unparse(p.annotation) for p in parameters if p.annotation is not None]
-    return not function.name.startswith("_") and any(re.search(r"\bTensor\b", text) for text in types)
+    public = not function.name.startswith("_") and not any(
+        "overload" in ast.unparse(d) for d in function.decorator_list
+    )
+    return public and any(re.search(r"\bTensor\b", STATE.sub("", text)) for text in types)
 
 
 def no_words(function: ast.FunctionDef) -> bool:

@@ -37,7 +37,9 @@ def forward(
 def backward(
     values: Tensor, start: Tensor, grad: Tensor, grad_last: Tensor, rule: Iteration, reduce: Reduce, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of values, in `dtype`, and of starting centroids, given those of decoded values and last centroids."""
+    """Gradients of values [tables, n, d], in `dtype`, and of starting centroids [tables, K, d], given those of decoded
+    values and last centroids, of the same shapes.
+    """
     into, first = torch.zeros(values.shape, dtype=start.dtype, device=values.device), torch.empty_like(start)
     for tables in _tables(values, start):
         points = Points(values[tables], None, start.dtype, reduce)

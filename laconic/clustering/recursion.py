@@ -123,7 +123,7 @@ def follow(points: Points, start: Tensor, rule: Iteration) -> Path:
 
 
 def decode_points(v: Tensor, c: Tensor, tau: float) -> Tensor:
-    """f(v) = A c."""
+    """f(v) = A c, for points v [tables, b, d] and centroids c [tables, K, d]."""
     return attention(v, c, tau).mT @ c
 
 
@@ -152,8 +152,8 @@ def decode_backward(points: Points, c: Tensor, grad: Tensor, rule: Iteration, in
 
 
 def follow_backward(points: Points, path: Path, grad: Tensor, rule: Iteration, into: Tensor) -> Tensor:
-    """The gradient at the first centroids, given `grad` at the last; adds h, the gradient of every single occurrence of
-    a point, to `into`.
+    """The gradient [tables, K, d] at the first centroids, given `grad` at the last; adds h, the gradient of every
+    single occurrence of a point, to `into`.
 
     One iteration back, with m_k = g_k / S_k, D_k = m_k . (v - c'_k) the derivative by A_k(v), and Q_k = A_k
     (D_k - sum_j A_j D_j): h(v) += sum_k A_k m_k + 2/tau Q_k c_k, and g_k <- 2/tau sum_v n Q_k (v - c_k), which is how

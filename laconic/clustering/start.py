@@ -50,8 +50,8 @@ def with_zero(tables: Tensor) -> Tensor:
 
 
 def temperature(weight: Tensor, relative: float, *, dimension: int = 1, scale: Tensor | None = None) -> float:
-    """tau = relative x variance of what is clustered x dimension, the mean squared distance of a vector from the mean
-    one.
+    """tau = relative x variance of what is clustered, vectors of W [out, in] / `scale` [out], x dimension, the mean
+    squared distance of a vector from the mean one.
 
     A constant tensor has no variance, and any temperature decodes it alike: `relative` itself is returned. Raises:
     SchemeError unless `relative` is positive and the variance finite.

@@ -45,7 +45,9 @@ def forward(
 def backward(
     values: Tensor, start: Tensor, grad: Tensor, grad_last: Tensor, rule: Iteration, reduce: Reduce, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of values, in `dtype`, and of starting centroids, given those of decoded values and last centroids."""
+    """Gradients of values [tables, n, d], in `dtype`, and of starting centroids [tables, K, d], given those of decoded
+    values and last centroids, of the same shapes.
+    """
     into, first = torch.empty(values.shape, dtype=dtype, device=values.device), torch.empty_like(start)
     for t, entries in enumerate(values.flatten(1)):
         column, g = _Column.of(entries, start.dtype, reduce), grad[t, :, 0]

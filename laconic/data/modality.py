@@ -106,7 +106,8 @@ def input_table(model: nn.Module) -> Tensor | None:
 
 
 def check_ids(model: nn.Module, tokens: Tensor, source: str, tokenizer: Any) -> None:
-    """Raises: DataError for a token id without a row in the model's embedding, naming tokenizer and embedding."""
+    """Raises: DataError for a token id in `tokens` [windows, length] without a row in the model's embedding, naming
+    tokenizer and embedding."""
     table = input_table(model)
     largest = int(tokens.max()) if tokens.numel() else 0
     if table is None or largest < len(table):

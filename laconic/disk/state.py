@@ -135,7 +135,7 @@ def _why_not(name: Any, value: Any) -> str | None:
 
 
 def plain_value(tensor: Tensor) -> Tensor:
-    """A tensor of a state as it is stored: on the CPU, contiguous, conjugates and signs carried out."""
+    """A tensor of any shape of a state as it is stored: on the CPU, contiguous, conjugates and signs carried out."""
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 

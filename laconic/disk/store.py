@@ -179,7 +179,7 @@ def amend_manifest(folder: Path, fields: dict[str, Any]) -> None:
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, NaNs included."""
+    """Whether two tensors of any shape are equal bit for bit, NaNs included."""
     same = a.dtype == b.dtype and a.shape == b.shape
     return same and (
         torch.equal(a, b) or torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -161,7 +161,7 @@ class Reader:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite, checked in parts that bound the working memory."""
+    """Whether no entry of a tensor of any shape is NaN or infinite, checked in parts that bound the working memory."""
     return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(1 << 24))
 
 
@@ -176,7 +176,7 @@ def checksum_of(tensors: Mapping[str, Tensor]) -> int:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, row by row, as files hold them; copied only where they do not lie so."""
+    """The bytes of a tensor of any shape, row by row, as files hold them; copied only where they do not lie so."""
     flat = tensor.detach().cpu().reshape(-1)
     if flat.stride() != (1,):  # of a single number it can be anything, and then it has no bytes to look at
         flat = flat.clone(memory_format=torch.contiguous_format)

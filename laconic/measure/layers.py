@@ -137,7 +137,7 @@ class _Counter(TorchDispatchMode):
 
 
 def nonzeros(tensor: Tensor) -> int:
-    """How many entries are not zero."""
+    """How many entries of a tensor of any shape are not zero."""
     return int(torch.count_nonzero(tensor.detach()))
 
 

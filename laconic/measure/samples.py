@@ -24,8 +24,8 @@ def samples_fit(checkpoint: Checkpoint) -> bool:
 def generation_samples(
     checkpoint: Checkpoint, out: Path, tokens: torch.Tensor, device: torch.device
 ) -> list[dict[str, str]]:
-    """What the original and the stored model write after the same prompt, greedily, each as a whole in memory in its
-    turn.
+    """What the original and the stored model write after the same prompt, the first of `tokens` [windows, length],
+    greedily, each as a whole in memory in its turn.
     """
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.trust_remote_code)
     limit = most_positions(checkpoint.skeleton) or _PROMPT + _ANSWER

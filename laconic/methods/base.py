@@ -18,7 +18,8 @@ from laconic.weights.relax import Relaxation, StraightThrough
 
 
 def _skipped(check: Callable[..., None]) -> Callable[..., None]:
-    """A check of hyper-parameters that waits until all of them have values, and names one whose type it cannot do with."""
+    """A check of hyper-parameters that waits until all of them have values, and names one whose type it cannot do
+    with."""
 
     @functools.wraps(check)
     def guarded(self: "Method") -> None:
@@ -59,9 +60,10 @@ _GUARDS = {
 class Method(ABC):
     """Chooses the point of a set of weights for one site: `method(site) -> Weight`.
 
-    A method is a frozen dataclass of its hyper-parameters; it may not change the site's tensors, and takes randomness from
-    `site.generator()` only. `needs` names the statistics it reads; empty means that it works without data.
-    Any hyper-parameter may be a `Free`, to be found by a search; until it has a value nothing is checked and nothing can be computed.
+    A method is a frozen dataclass of its hyper-parameters; it may not change the site's tensors, and takes randomness
+    from `site.generator()` only. `needs` names the statistics it reads; empty means that it works without data. Any
+    hyper-parameter may be a `Free`, to be found by a search; until it has a value nothing is checked and nothing can be
+    computed.
     """
 
     needs: ClassVar[Stats] = NONE
@@ -78,13 +80,16 @@ class Method(ABC):
 
     @abstractmethod
     def expected_bits(self, shape: tuple[int, int]) -> float:
-        """Bits the weight of an [out, in] matrix will take: exact where the format decides, an estimate where the values do.
+        """Bits the weight of an [out, in] matrix will take: exact where the format decides, an estimate where the
+        values do.
 
-        Raises: SchemeError when the method cannot treat a matrix of this shape. Nothing is computed, so a plan can be checked beforehand.
+        Raises: SchemeError when the method cannot treat a matrix of this shape. Nothing is computed, so a plan can be
+        checked beforehand.
         """
 
     def inner_shapes(self, parameter: str, shape: tuple[int, int]) -> list[tuple[int, int]]:
-        """The shapes of the matrices that the method in a hyper-parameter is given when this one treats an [out, in] matrix."""
+        """The shapes of the matrices that the method in a hyper-parameter is given when this one treats an [out, in]
+        matrix."""
         return [shape]
 
     @property
@@ -98,7 +103,8 @@ class Method(ABC):
         return False
 
     def together(self, sites: Sequence[Site]) -> list[Weight]:
-        """The weights of sites that read one input, in their order; each is found alone unless the method is `joint`."""
+        """The weights of sites that read one input, in their order; each is found alone unless the method is
+        `joint`."""
         return [self(site) for site in sites]
 
     @property
@@ -108,7 +114,8 @@ class Method(ABC):
 
     @property
     def rounds(self) -> Inputs | None:
-        """How its weights ask the layer to round its inputs (without a static range, which is not known yet); None if they do not."""
+        """How its weights ask the layer to round its inputs (without a static range, which is not known yet); None if
+        they do not."""
         return None
 
     @property
@@ -122,11 +129,13 @@ class Method(ABC):
         return False
 
     def relax(self, weight: Weight, W: Tensor) -> Relaxation:
-        """What stands in the place of W while it is trained towards a weight this method made of it: straight through, unless it is `soft`."""
+        """What stands in the place of W [out, in] while it is trained towards a weight this method made of it: straight
+        through, unless it is `soft`."""
         return StraightThrough(weight)
 
     def allocation(self) -> Allocation | None:
-        """How this method spreads one number (a global sparsity, a byte budget) over many sites, or None if each site stands alone."""
+        """How this method spreads one number (a global sparsity, a byte budget) over many sites, or None if each site
+        stands alone."""
         return None
 
     def __rshift__(self, other: "Method") -> "Method":
@@ -138,7 +147,8 @@ class Method(ABC):
         return Plus(self, other)
 
     def __repr__(self) -> str:
-        """The expression that makes this method: its first hyper-parameter, and the others that are not the defaults."""
+        """The expression that makes this method: its first hyper-parameter, and the others that are not the
+        defaults."""
         known = fields(self)  # type: ignore[arg-type]
         given = [
             f
@@ -195,10 +205,11 @@ def check_last(method: Method) -> None:
 
 @dataclass(frozen=True, repr=False)
 class Then(Method):
-    """first >> second: `second` encodes the entries that `first` keeps; of a `first` that prunes nothing, it re-encodes the result.
+    """first >> second: `second` encodes the entries that `first` keeps; of a `first` that prunes nothing, it re-encodes
+    the result.
 
-    The second method sees the values the first one chose and, as `site.mask`, which entries survive; error feedback respects the mask.
-    Source: Condensa section 3.1 (composition of operators).
+    The second method sees the values the first one chose and, as `site.mask`, which entries survive; error feedback
+    respects the mask. Source: Condensa section 3.1 (composition of operators).
     """
 
     first: Method
@@ -295,7 +306,8 @@ class Then(Method):
 
 @dataclass(frozen=True, repr=False)
 class Plus(Method):
-    """first + second: the weight is their sum, `second` encoding the residual W - W_hat of `first` under the same statistics.
+    """first + second: the weight is their sum, `second` encoding the residual W - W_hat of `first` under the same
+    statistics.
 
     Source: EoRA (Liu et al. 2024) section 3 for a low-rank second term; any two methods compose.
     """

@@ -107,7 +107,7 @@ class LowRank(Method):
         return self.stored(site, A, B)
 
     def stored(self, site: Site, A: Tensor, B: Tensor) -> Factors:
-        """The product A B of given factors as it is stored; noted where that saves nothing."""
+        """The product A B of given factors A [out, r], B [r, in] as it is stored; noted where that saves nothing."""
         if self.factors is None:
             weight = Factors.of(A, B)
         else:

@@ -15,7 +15,8 @@ Batch = Any
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Tensors anywhere inside mappings (which become dicts), lists and tuples, changed; everything else as it is."""
+    """Tensors of any shape anywhere inside mappings (which become dicts), lists and tuples, changed; everything else as
+    it is."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):

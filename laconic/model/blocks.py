@@ -345,7 +345,8 @@ class BlockModel:
         return self.blocks[i](hidden, *args, **kwargs)
 
     def run(self, i: int, hidden: Tensor, calls: Calls) -> Tensor:
-        """Block i's answer to a hidden state, with the other arguments the model gave it."""
+        """Block i's answer to a hidden state [batch, ..., width], of the same shape, with the other arguments the model
+        gave it."""
         args, kwargs = calls.arguments[i]
         output = self._called(i, hidden.to(self.device), _fresh(args), _fresh(kwargs))
         return output if isinstance(output, Tensor) else output[0]
@@ -378,7 +379,8 @@ class BlockModel:
         return notes[0].hidden
 
     def tail(self, hidden: Tensor, batch: Batch) -> Any:
-        """The model's output, given the last block's answer; what lies outside the chain must be held."""
+        """The model's output, given the last block's answer [batch, ..., width]; what lies outside the chain must be
+        held."""
         final = hidden.to(self.device)
         with self._stands([], lambda _: self._formed(final)):
             return call(self.model, to_device(batch, self.device))

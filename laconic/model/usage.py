@@ -30,7 +30,7 @@ class Owners(dict[int, list[tuple[T, Tensor]]]):
             self.setdefault(tensor.untyped_storage()._cdata, []).append((key, tensor))
 
     def of(self, w: Tensor) -> tuple[T, Tensor] | None:
-        """The parameter that holds every entry of w, or None."""
+        """The parameter that holds every entry of w (any shape), or None."""
         start, stop = _extent(w)
         for key, tensor in self.get(w.untyped_storage()._cdata, ()):
             first, last = _extent(tensor)
@@ -58,7 +58,8 @@ class Place:
 
 
 def place_of(product: Product, view: View, groups: int, parameter: Tensor) -> Place | None:
-    """Where the operand of a product lies in a parameter it is a view of; None where that is no part of its matrix."""
+    """Where the operand of a product lies in a parameter of any shape it is a view of; None where that is no part of
+    its matrix."""
     if product.kind != "product":
         return Place(True) if product.w.numel() == parameter.numel() else None
     turned = view.turned(parameter)
@@ -111,8 +112,8 @@ class Use:
 
 
 def use_of(product: Product, parameter: Tensor) -> Use | None:
-    """The matrix of which a product's operand is all, or whole matrices out of several; None where it is something
-    else.
+    """The matrix [out, in] of which a product's operand is all, or whole matrices out of several; None where it is
+    something else.
     """
     shape, w = tuple(parameter.shape), product.w
     if product.kind != "product":

@@ -65,7 +65,8 @@ class Layout(NamedTuple):
         return (self.stop - self.start) // self.dtype.itemsize
 
     def on(self, flat: Tensor, at: int) -> Tensor:
-        """The view over bytes `flat`, which begin at byte `at` of the storage that the view is of."""
+        """The view, of its own shape, over bytes `flat` [n], which begin at byte `at` of the storage that the view is
+        of."""
         offset = flat.storage_offset() + self.start - at
         empty = torch.empty(0, dtype=self.dtype, device=flat.device)
         return empty.set_(flat.untyped_storage(), offset // self.dtype.itemsize, self.size, self.stride)

@@ -12,8 +12,8 @@ from laconic.offload.held import CHUNK
 def agree(
     group: "dist.ProcessGroup | None", device: torch.device, about: Sequence[int] = (), part: Tensor | None = None
 ) -> bool:
-    """Whether every learner of the group has such a part, and with the same bytes. Collective; with no group there is
-    nobody to agree with.
+    """Whether every learner of the group has such a part [n], and with the same bytes. Collective; with no group there
+    is nobody to agree with.
     """
     if group is None:
         return False

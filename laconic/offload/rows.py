@@ -91,14 +91,15 @@ class Rows:
         self.weights, self.ranked = [], None
 
     def candidates(self, t: Tensor, view: Layout) -> list[Followed]:
-        """The weights of which a tensor could be a row map, by its size alone, so that all learners find the same."""
+        """The weights of which a tensor of any shape could be a row map, by its size alone, so that all learners find
+        the same."""
         if t.element_size() not in _INTEGERS or view.entries != t.numel():
             return []
         return [w for w in self.weights if t.numel() % w.n == 0 and w.weight.device == t.device]
 
     def find(self, t: Tensor, candidates: list[Followed]) -> RowMap | None:
-        """The tensor as a row map of one of the candidates. Cost: a few thousand rows per candidate, and two passes
-        over a tensor that is one.
+        """The tensor t [rows, ...] as a row map of one of the candidates. Cost: a few thousand rows per candidate, and
+        two passes over a tensor that is one.
         """
         found = next((hit for w in candidates if (hit := self._row_map(w, t)) is not None), None)
         if found is not None:  # what is saved next is likely of this weight or of the one after it

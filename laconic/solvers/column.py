@@ -40,10 +40,11 @@ class ColumnSet(Protocol):
     span: int | None
 
     def nearest(self, w: Tensor, j: int, metric: Tensor | None = None) -> Tensor:
-        """See `ColumnWeight.nearest`."""
+        """The admissible values nearest to w [rows, columns], for columns j : j + columns; see
+        `ColumnWeight.nearest`."""
 
     def right_inverse(self, W: Tensor) -> tuple[()]:
-        """Take the solved matrix, whose columns are all admissible."""
+        """Take the solved matrix [rows, n], whose columns are all admissible."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _factor_one(H: Tensor, order: Tensor, damping: float, said: dict[str, list[i
 
 
 def layout(weight: ColumnSet, H: Tensor, act_order: bool) -> Tensor:
-    """The order in which columns are laid out for a sweep that runs from the last to the first, whole units
+    """The order [n] in which columns are laid out for a sweep that runs from the last to the first, whole units
     together.
     """
     units = torch.arange(H.shape[-1]).view(-1, weight.columns)
@@ -120,7 +121,8 @@ def layout(weight: ColumnSet, H: Tensor, act_order: bool) -> Tensor:
 
 
 def solve(weight: ColumnSet, site: Site, sweep: Sweep, fit: Fit | None = None, L: Tensor | None = None) -> None:
-    """Move `weight` to the point of its set that error feedback finds for `site`, by its Hessian.
+    """Move `weight` to the point of its set that error feedback finds for `site`, by its Hessian or its factor L
+    [groups, n, n].
 
     `fit` is called when the sweep enters a span of columns that share side information (or, with act_order, for all
     spans beforehand). Entries outside `site.mask` become zero, and their error is fed forward like any other. `L` is

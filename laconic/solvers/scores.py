@@ -57,7 +57,7 @@ def gather(criterion: str) -> Callable[[Tensor, int], Tensor]:
 
 
 def finish(totals: Tensor, sizes: Tensor, criterion: str) -> Tensor:
-    """The scores, from joined terms and the number of entries they come from."""
+    """The scores [n], from joined terms [n] and the number of entries [n] that they come from."""
     return totals.sqrt() if criterion == "l2" else totals / sizes if criterion == "mean" else totals
 
 
@@ -72,7 +72,7 @@ def block_scores(site: Site, blocks: Blocks, criterion: str) -> Tensor:
 
 
 def relative(scores: Tensor, scale: str) -> Tensor:
-    """The scores of one layer, divided by their root mean square for `scale="layer"`."""
+    """The scores [n] of one layer, divided by their root mean square for `scale="layer"`."""
     size = float(scores.double().square().mean().sqrt()) if scale == "layer" and scores.numel() else 0.0
     return scores / size if size > 0 else scores
 

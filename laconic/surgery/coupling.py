@@ -54,7 +54,7 @@ class Coupling:
 
 
 def remove(model: nn.Module, coupling: Coupling, dead: Tensor) -> None:
-    """Cut channels out of every port that holds them. At least one index of each port must stay."""
+    """Cut the channels `dead` [n] out of every port that holds them. At least one index of each port must stay."""
     made: Made = {}
     for port in coupling.ports:
         keep = (~torch.isin(port.ids, dead)).nonzero().flatten()

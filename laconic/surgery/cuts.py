@@ -187,7 +187,7 @@ class Cuts(TorchFunctionMode):
             yield
 
     def behind(self, tensor: Tensor) -> list[Leaf]:
-        """The leaves a tensor was made of."""
+        """The leaves a tensor of any shape was made of."""
         found: dict[int, Leaf] = {}
         seen: set[Any] = set()
         todo = [tensor.grad_fn]

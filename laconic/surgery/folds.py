@@ -108,7 +108,7 @@ def _scale(network: nn.Module, fold: Fold, random: Tensor) -> None:
 
 
 def multiplied(source: Feeder, name: str, parameter: Tensor, t: Tensor) -> Tensor:
-    """A source's parameter with its channels multiplied by t."""
+    """A source's parameter [channels, ...] with its channels multiplied by t [channels]."""
     if source.slot is not None and name == source.names[0]:
         return source.slot.view.restore(source.slot.view.matrix(parameter) * row_factors(source, t).unsqueeze(1))
     offset = source.offset if name == source.names[0] else 0.0
@@ -116,5 +116,5 @@ def multiplied(source: Feeder, name: str, parameter: Tensor, t: Tensor) -> Tenso
 
 
 def row_factors(source: Feeder, t: Tensor) -> Tensor:
-    """The factor of every row, in every group (expert) of the source's site."""
+    """The factor [rows] of every row for t [channels], in every group (expert) of the source's site."""
     return t.repeat(source.slot.rows // source.channels) if source.slot is not None else t

@@ -87,7 +87,7 @@ def held(module: nn.Module, side: str) -> Iterator[tuple[str, int, Tensor, int]]
 
 
 def spread(indices: Tensor, block: int) -> Tensor:
-    """The entries that belong to some indices, when each index has `block` entries."""
+    """The entries [n x block] that belong to some indices [n], when each index has `block` entries."""
     return (indices[:, None] * block + torch.arange(block)).flatten()
 
 
@@ -105,7 +105,8 @@ def speaks(module: nn.Module, side: str) -> Tensor:
 
 @torch.no_grad()
 def hush(module: nn.Module, side: str, indices: Tensor) -> None:
-    """Set to zero what else than its weight rows makes a channel speak: biases, and scale, shift and mean of norms."""
+    """Set to zero what else than its weight rows makes the channels `indices` [n] speak: biases, and scale, shift and
+    mean of norms."""
     for name, dimension, tensor, block in held(module, side):
         if name != "running_var" and not (name == "weight" and produces(module, side)):
             tensor.index_fill_(dimension, spread(indices, block).to(tensor.device), 0)
@@ -117,7 +118,7 @@ Made = dict[tuple[int, int, bytes], Tensor]
 
 @torch.no_grad()
 def cut(module: nn.Module, side: str, keep: Tensor, made: Made) -> None:
-    """Keep only some indices of a port, in order; tensors are replaced, counts follow."""
+    """Keep only some indices `keep` [n] of a port, in order; tensors are replaced, counts follow."""
     before = extent(module, side)
     changed = parts(module, side)
     for name, dimension, tensor, block in list(held(module, side)):

@@ -140,7 +140,8 @@ class Watch(TorchFunctionMode):
         return stand
 
     def behind(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The layers whose outputs a tensor was made of, without another product in between, and these outputs."""
+        """The layers whose outputs a tensor of any shape was made of, without another product in between, and these
+        outputs."""
         return {self.made_by[node]: self.outputs[node] for node in walk(tensor, self.made_by)[0]}
 
     def _enter(self, path: str, inputs: tuple[Any, ...], linear: bool) -> None:
@@ -177,8 +178,8 @@ class Watch(TorchFunctionMode):
 
 
 def walk(tensor: Tensor, stops: Any) -> tuple[list[Any], list[Tensor]]:
-    """The first nodes of `stops` behind a tensor in the autograd graph, and the leaves reached without passing one, or
-    any other product.
+    """The first nodes of `stops` behind a tensor of any shape in the autograd graph, and the leaves reached without
+    passing one, or any other product.
     """
     if tensor.grad_fn is None:
         return [], [tensor] if tensor.requires_grad else []

@@ -96,8 +96,8 @@ def answers(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 
 def apart(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """max |a - b| / max |a| over corresponding tensors, the largest; infinity where shapes differ or a value is not
-    finite.
+    """max |a - b| / max |a| over corresponding tensors of any shape, the largest; infinity where shapes differ or a
+    value is not finite.
     """
     if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")

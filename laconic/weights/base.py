@@ -20,15 +20,17 @@ BIAS = "bias"
 class Weight(nn.Module, ABC):
     """A point of a set of matrices W [out, in] that take few bits.
 
-    `forward()` decodes (D), `right_inverse(W)` projects W onto the set and keeps the side information (scales, tables, masks): the C of
-    "minimise L(w) subject to w = D(Theta)". The two names are those of `torch.nn.utils.parametrize`, with which a Weight is installed.
-    Float state is held as parameters with `requires_grad=False`, so a recovery method only has to switch on what it trains.
-    `inputs`, which a method sets on the weight it returns, asks that the layer's inputs are rounded too, whenever it runs
-    (`weights.demands`); like `output_bias` it belongs to the whole weight, never to a part of one.
+    `forward()` decodes (D), `right_inverse(W)` projects W onto the set and keeps the side information (scales, tables,
+    masks): the C of "minimise L(w) subject to w = D(Theta)". The two names are those of `torch.nn.utils.parametrize`,
+    with which a Weight is installed. Float state is held as parameters with `requires_grad=False`, so a recovery method
+    only has to switch on what it trains. `inputs`, which a method sets on the weight it returns, asks that the layer's
+    inputs are rounded too, whenever it runs (`weights.demands`); like `output_bias` it belongs to the whole weight,
+    never to a part of one.
 
-    A weight is made of `parts()`, weights too, and of tensors of its `own()`. Size, canonical form, checks of a stored spec, and words are
-    walks over parts, written once. A class whose parts are attributes names them in `part_names`; one that takes its parts by these names and
-    stores nothing beside them needs no more than `forward` and `right_inverse`.
+    A weight is made of `parts()`, weights too, and of tensors of its `own()`. Size, canonical form, checks of a stored
+    spec, and words are walks over parts, written once. A class whose parts are attributes names them in `part_names`;
+    one that takes its parts by these names and stores nothing beside them needs no more than `forward` and
+    `right_inverse`.
 
     Source: Carreira-Perpinan 2017, "Model compression as constrained optimization", eq. 1; Condensa section 3.
     """
@@ -93,7 +95,8 @@ class Weight(nn.Module, ABC):
         return self.own_bits() + sum(self.part_bits(name, part) for name, part in self.parts().items())
 
     def nonzero_bits(self) -> int:
-        """Stored bits of the values that are not zero: plain values and what survives a mask are counted, codes and their scales in full."""
+        """Stored bits of the values that are not zero: plain values and what survives a mask are counted, codes and
+        their scales in full."""
         return self.own_bits() + sum(part.nonzero_bits() for part in self.parts().values())
 
     def pack(self) -> tuple[Spec, dict[str, Tensor]]:
@@ -113,14 +116,16 @@ class Weight(nn.Module, ABC):
 
     @classmethod
     def tensors_in(cls, spec: Spec) -> tuple[str, ...]:
-        """The names of the tensors of `own` that a spec asks for. Raises: CheckpointError for a spec that nothing may be read by."""
+        """The names of the tensors of `own` that a spec asks for. Raises: CheckpointError for a spec that nothing may
+        be read by."""
         return ()
 
     @classmethod
     def read(cls, packed: "Packed") -> Self:
         """The weight with the given spec, tensors and parts; by default the class called with its parts.
 
-        Raises: CheckpointError, SchemeError, KeyError, TypeError, ValueError or IndexError where they do not fit together.
+        Raises: CheckpointError, SchemeError, KeyError, TypeError, ValueError or IndexError where they do not fit
+        together.
         """
         return cls(**packed.all_parts())
 
@@ -148,8 +153,9 @@ class Weight(nn.Module, ABC):
 class ColumnWeight(Weight):
     """A Weight whose columns can be chosen one unit after the other, which is all that the column solver needs.
 
-    `columns` input columns are rounded together (the dimension of a vector codebook); `span` columns share side information that can be
-    fitted when a sweep reaches them (a group's scale, a block's mask), or None when nothing is left to fit.
+    `columns` input columns are rounded together (the dimension of a vector codebook); `span` columns share side
+    information that can be fitted when a sweep reaches them (a group's scale, a block's mask), or None when nothing is
+    left to fit.
     """
 
     columns: int = 1
@@ -157,7 +163,8 @@ class ColumnWeight(Weight):
 
     @abstractmethod
     def fit(self, w: Tensor, j: int = 0, importance: Tensor | None = None) -> None:
-        """Fit the side information of columns j : j + k to w [out, k], errors weighted by `importance` ([1, k] or [out, k])."""
+        """Fit the side information of columns j : j + k to w [out, k], errors weighted by `importance` ([1, k] or [out,
+        k])."""
 
     @abstractmethod
     def nearest(self, w: Tensor, j: int, metric: Tensor | None = None) -> Tensor:
@@ -168,7 +175,8 @@ class ColumnWeight(Weight):
 
 
 class EntryWeight(ColumnWeight):
-    """A ColumnWeight that stores a code per entry, so a sparse weight can store the codes of its surviving entries only.
+    """A ColumnWeight that stores a code per entry, so a sparse weight can store the codes of its surviving entries
+    only.
 
     `keep` (bool [out, in], default all) says which entries are stored; the others decode to anything.
     """
@@ -194,8 +202,8 @@ class EntryWeight(ColumnWeight):
 class Packed:
     """A packed weight while its class reads it; none of it is to be trusted.
 
-    `spec`; `tensors` of the weight and all its parts, by their names within it; `shape` [out, in]; `parts`, their specs; `keep` (bool
-    [out, in]), the entries that are stored of a part of a sparse weight, None for all.
+    `spec`; `tensors` of the weight and all its parts, by their names within it; `shape` [out, in]; `parts`, their
+    specs; `keep` (bool [out, in]), the entries that are stored of a part of a sparse weight, None for all.
     """
 
     spec: Spec
@@ -221,7 +229,8 @@ class Packed:
         return {name: self.part(name) for name in self.parts}
 
     def survivors(self, name: str, mask: Tensor) -> EntryWeight:
-        """A part that has to be there and of which only the entries of `mask` (bool [out, in]) are stored. Raises: CheckpointError."""
+        """A part that has to be there and of which only the entries of `mask` (bool [out, in]) are stored. Raises:
+        CheckpointError."""
         return unpack(self._spec_of(name), nested(self.tensors, name), mask)
 
     def _spec_of(self, name: str) -> Any:
@@ -257,7 +266,8 @@ def every_part(weight: Weight) -> Iterator[Weight]:
 
 
 def check_parts(weight: Weight) -> None:
-    """Raises SchemeError for `inputs` that are no Inputs, and for what a part of the weight asks of a layer: nobody would heed it."""
+    """Raises SchemeError for `inputs` that are no Inputs, and for what a part of the weight asks of a layer: nobody
+    would heed it."""
     if not isinstance(weight.inputs, Inputs | None):
         raise SchemeError(f"{weight.kind}: inputs should be an Inputs or None, got {weight.inputs!r}")
     for part in every_part(weight):
@@ -272,7 +282,8 @@ def check_parts(weight: Weight) -> None:
 
 
 def pack(weight: Weight) -> tuple[Spec, dict[str, Tensor]]:
-    """A whole weight in canonical form, `inputs` included; `unpack` is the inverse. Raises: SchemeError as `check_parts`."""
+    """A whole weight in canonical form, `inputs` included; `unpack` is the inverse. Raises: SchemeError as
+    `check_parts`."""
     check_parts(weight)
     spec, tensors = weight.pack()
     return (spec if weight.inputs is None else spec | weight.inputs.to_spec()), tensors
@@ -287,7 +298,8 @@ def unpack(spec: Spec, tensors: dict[str, Tensor], keep: Tensor) -> EntryWeight:
 
 
 def unpack(spec: Spec, tensors: dict[str, Tensor], keep: Tensor | None = None) -> Weight:
-    """The packed weight of any kind; with `keep`, of a kind that stores a code per entry. Raises: CheckpointError for anything else."""
+    """The packed weight of any kind; with `keep`, of a kind that stores a code per entry. Raises: CheckpointError for
+    anything else."""
     cls = class_of(spec)
     if keep is not None and not issubclass(cls, EntryWeight):
         raise CheckpointError(f"the values of a sparse weight cannot be of kind {cls.kind!r}")
@@ -297,7 +309,8 @@ def unpack(spec: Spec, tensors: dict[str, Tensor], keep: Tensor | None = None) -
 
 
 def class_of(spec: Any) -> type[Weight]:
-    """The class that a spec names by its `kind`, wherever it is defined; of two of one name the one that was defined last.
+    """The class that a spec names by its `kind`, wherever it is defined; of two of one name the one that was defined
+    last.
 
     Raises: CheckpointError for a kind that is not known.
     """
@@ -317,11 +330,11 @@ def asks_its_layer(spec: Spec) -> bool:
 
 
 def parameter(x: Tensor) -> nn.Parameter:
-    """A float state: trainable on request, frozen by default."""
+    """A float state of any shape: trainable on request, frozen by default."""
     return nn.Parameter(x.detach().clone(), requires_grad=False)
 
 
 def check_matrix(W: Tensor, shape: tuple[int, int], kind: str) -> None:
-    """Raises SchemeError unless W has this weight's shape."""
+    """Raises SchemeError unless W [out, in] has this weight's shape."""
     if tuple(W.shape) != tuple(shape):
         raise SchemeError(f"{kind}: expected a matrix of shape {tuple(shape)}, got {tuple(W.shape)}")

@@ -13,10 +13,11 @@ from laconic.errors import SchemeError
 
 @dataclass(frozen=True)
 class Blocks:
-    """A tensor of shape `dims` cut into blocks of shape `block` (edge blocks are what is left), of which W [out, in] is a reshape.
+    """A tensor of shape `dims` cut into blocks of shape `block` (edge blocks are what is left), of which W [out, in] is
+    a reshape.
 
-    W's rows are the first dimensions of the tensor, in order: `dims` of a 2-D convolution are (out, in / groups, height, width).
-    Raises: SchemeError unless both are as many positive integers.
+    W's rows are the first dimensions of the tensor, in order: `dims` of a 2-D convolution are (out, in / groups,
+    height, width). Raises: SchemeError unless both are as many positive integers.
     """
 
     dims: tuple[int, ...]
@@ -44,7 +45,8 @@ class Blocks:
         return shape[0] in rows and shape[0] * shape[1] == math.prod(self.dims)
 
     def reduce(self, x: Tensor, how: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """One number per block [grid] from non-negative entries x (of W's or the tensor's shape); `how(x, dim)` is a sum or a maximum."""
+        """One number per block [grid] from non-negative entries x (of W's or the tensor's shape); `how(x, dim)` is a
+        sum or a maximum."""
         x = x.reshape(self.dims)
         for i, (n, b, g) in enumerate(zip(self.dims, self.block, self.grid, strict=True)):
             width = min(b, n)
@@ -68,5 +70,5 @@ class Blocks:
         return values.reshape(shape)
 
     def corners(self, mask: Tensor) -> Tensor:
-        """The first entry of every block of a mask: the inverse of `spread`."""
+        """The first entry of every block of a mask [out, in], as [grid]: the inverse of `spread`."""
         return mask.reshape(self.dims)[tuple(slice(None, None, b) for b in self.block)]

@@ -18,8 +18,9 @@ _DISTANCES = 1 << 24  # distances held at a time while entries are assigned
 class Codebook(EntryWeight):
     """W[r, d c : d c + d] = row_scale[r] * table[t, codes[r, c]] with t = r // rows_per_table.
 
-    `bits` 1-16 give tables of 2**bits entries of `dimension` values. One table for the matrix, or one for every `rows_per_table` rows.
-    `row_scale=True` stores a bfloat16 factor per row. Bits: bits x entries / dimension (or their entropy) + tables x 2**bits x dimension x 16.
+    `bits` 1-16 give tables of 2**bits entries of `dimension` values. One table for the matrix, or one for every
+    `rows_per_table` rows. `row_scale=True` stores a bfloat16 factor per row. Bits: bits x entries / dimension (or their
+    entropy) + tables x 2**bits x dimension x 16.
     """
 
     kind = "codebook"
@@ -67,7 +68,8 @@ class Codebook(EntryWeight):
         return decoded * self.row_scale.forward().t()[start:stop] if self.row_scale is not None else decoded
 
     def right_inverse(self, W: Tensor) -> tuple[()]:
-        """Nearest table entry for every d columns, by Euclidean distance; the tables stay. Cost: entries x 2**bits."""
+        """Nearest table entry for every d columns of W [out, in], by Euclidean distance; the tables stay. Cost: entries
+        x 2**bits."""
         check_matrix(W, self.shape, "Codebook")
         with torch.no_grad():
             found = self._assign(W.detach().unflatten(1, (-1, self.columns)).float(), None)
@@ -75,7 +77,7 @@ class Codebook(EntryWeight):
         return ()
 
     def fit(self, w: Tensor, j: int = 0, importance: Tensor | None = None) -> None:
-        """Nothing to fit during a sweep: the tables come from a clustering method (see `methods.kmeans`)."""
+        """Nothing to fit to w [out, k] during a sweep: the tables come from a clustering (see `solvers.tables`)."""
 
     def set_tables(self, tables: Tensor, row_scale: Tensor | None = None) -> None:
         """Install tables [tables, 2**bits, dimension] and, if this set has them, row scales [rows]."""
@@ -165,7 +167,8 @@ class _Nearest1d:
 
 
 def codebook_bits(shape: tuple[int, int], bits: int, dimension: int, rows_per_table: int | None) -> int:
-    """The bits of a Codebook weight with densely packed codes, from its description alone. Raises: SchemeError as the constructor does."""
+    """The bits of a Codebook weight with densely packed codes, from its description alone. Raises: SchemeError as the
+    constructor does."""
     _check(shape, bits, dimension, rows_per_table, "dense")
     tables = shape[0] // (rows_per_table or shape[0])
     return 8 * codes.dense_bytes(shape[0] * shape[1] // dimension, bits) + 16 * tables * 2**bits * dimension

@@ -1,4 +1,5 @@
-"""Weights made of weights: sums, row and column scalings, column permutations, and views of a weight that lives elsewhere."""
+"""Weights made of weights: sums, row and column scalings, column permutations, and views of a weight that lives
+elsewhere."""
 
 from typing import Any, Self, TypeVar
 
@@ -16,7 +17,8 @@ F = TypeVar("F", bound=Form)
 class Sum(Weight):
     """W = sum of the terms, each a Weight of the same shape. Bits: those of the terms.
 
-    `right_inverse` projects what the earlier terms leave over onto the next one; it is one pass, so it is not idempotent for lossy terms.
+    `right_inverse` projects what the earlier terms leave over onto the next one; it is one pass, so it is not
+    idempotent for lossy terms.
     """
 
     kind = "sum"
@@ -73,7 +75,8 @@ class Sum(Weight):
 
 
 class Scaled(ColumnWeight):
-    """W = diag(rows) weight diag(columns), each factor an optional Weight of shape [1, out] or [1, in]. Bits: those of all parts."""
+    """W = diag(rows) weight diag(columns), each factor an optional Weight of shape [1, out] or [1, in]. Bits: those of
+    all parts."""
 
     kind = "scaled"
     part_names = ("weight", "row_scale", "column_scale")
@@ -110,7 +113,8 @@ class Scaled(ColumnWeight):
             return rows * self.column_scale.forward()[:, j : j + width] if self.column_scale is not None else rows
 
     def fit(self, w: Tensor, j: int = 0, importance: Tensor | None = None) -> None:
-        """Fit the inner weight to w / (row x column factor); the factors stay. Errors there count factor**2 as much."""
+        """Fit the inner weight to w [out, k] / (row x column factor); the factors stay. Errors there count factor**2 as
+        much."""
         factor = self._columns(j, w.shape[1])
         weights = importance if importance is not None else torch.ones(1, device=w.device)
         self._inner.fit(w / factor, j, (weights * factor**2).expand_as(w))
@@ -225,7 +229,7 @@ class Shared(Weight):
         return view.t() if self.transposed else view
 
     def right_inverse(self, W: Tensor) -> tuple[()]:
-        """Project the owner so that this view is W; the rows outside the view keep their values."""
+        """Project the owner so that this view is W [out, in]; the rows outside the view keep their values."""
         check_matrix(W, self.shape, "Shared")
         whole = self.owner.forward().detach().clone()
         whole[self.window[0] : self.window[1]] = (W.t() if self.transposed else W).to(whole.dtype)

@@ -27,7 +27,8 @@ class Cast(torch.autograd.Function):
 class Dense(EntryWeight):
     """Every entry in `dtype`: W = values. Bits: 16 or 32 per entry.
 
-    The values are kept in the computing precision and rounded at every decode, so what is computed is what is stored, also after training.
+    The values are kept in the computing precision and rounded at every decode, so what is computed is what is stored,
+    also after training.
     """
 
     kind = "dense"
@@ -56,7 +57,7 @@ class Dense(EntryWeight):
         return ()
 
     def fit(self, w: Tensor, j: int = 0, importance: Tensor | None = None) -> None:
-        """Nothing to fit."""
+        """Nothing to fit to w [out, k]."""
 
     def nearest(self, w: Tensor, j: int, metric: Tensor | None = None) -> Tensor:
         return w.to(DTYPES[self.dtype]).to(w.dtype)

@@ -1,15 +1,17 @@
 """Lossless entropy coding of integer matrices with asymmetric numeral systems, in independent streams per tile of rows.
 
-A matrix of codes [rows, columns] is cut into tiles of whole rows; each tile is one ANS stream, so tiles decode in parallel and at random.
-The probability tables are static and stored with the matrix. Columns may be sorted into a few classes with a table each (a column that
-matters more has a finer step, hence a wider distribution); one class is used where more would not pay for their tables.
+A matrix of codes [rows, columns] is cut into tiles of whole rows; each tile is one ANS stream, so tiles decode in
+parallel and at random. The probability tables are static and stored with the matrix. Columns may be sorted into a few
+classes with a table each (a column that matters more has a finer step, hence a wider distribution); one class is used
+where more would not pay for their tables.
 
-Tensors: `codes` int32, the words of all streams; `head` uint8, all that is needed to read them: seven int32 (see `_Head`), where each
-stream ends, the values outside the tables, the tables [classes, symbols] of probabilities 2**(-q / 12), and (with several classes) the
-4-bit class of every column.
-Reaches the empirical entropy of the classes within 1e-3 bit per code plus about 12 bytes per tile.
+Tensors: `codes` int32, the words of all streams; `head` uint8, all that is needed to read them: seven int32 (see
+`_Head`), where each stream ends, the values outside the tables, the tables [classes, symbols] of probabilities 2**(-q /
+12), and (with several classes) the 4-bit class of every column. Reaches the empirical entropy of the classes within
+1e-3 bit per code plus about 12 bytes per tile.
 
-Source: Duda 2013 (ANS); the coder is `constriction` (Bamler 2022), 50 to 70 million symbols decoded per second on one core, half as many encoded.
+Source: Duda 2013 (ANS); the coder is `constriction` (Bamler 2022), 50 to 70 million symbols decoded per second on one
+core, half as many encoded.
 """
 
 from collections.abc import Iterator
@@ -73,7 +75,8 @@ def _entropy_bits(counts: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class _Symbols:
-    """Codes [rows, columns] as symbols 0 ... high - low, those outside clipped, a few rows at a time: a large matrix is never copied whole."""
+    """Codes [rows, columns] as symbols 0 ... high - low, those outside clipped, a few rows at a time: a large matrix is
+    never copied whole."""
 
     codes: np.ndarray
     low: int
@@ -113,7 +116,8 @@ class _Symbols:
 
 
 def _classify(symbols: _Symbols) -> tuple[np.ndarray, np.ndarray]:
-    """A class per column, and the counts of every class: by the columns' mean magnitude in half-octave steps, if that pays."""
+    """A class per column, and the counts of every class: by the columns' mean magnitude in half-octave steps, if that
+    pays."""
     columns = symbols.codes.shape[1]
     single = np.zeros(columns, np.int64)
     counts = symbols.count(single, 1)
@@ -172,12 +176,14 @@ class _Head:
 
 
 def least_bytes(shape: tuple[int, int]) -> int:
-    """Bytes that `encode` takes for a matrix [rows, columns] whose codes are all equal: the head's fields, where each tile ends, one table."""
+    """Bytes that `encode` takes for a matrix [rows, columns] whose codes are all equal: the head's fields, where each
+    tile ends, one table."""
     return 28 + 4 * -(-shape[0] // max(1, TILE // shape[1])) + 2
 
 
 def encode(codes: np.ndarray) -> dict[str, Tensor]:
-    """Integer codes [rows, columns] as tensors. Cost: one pass for the tables, one for the streams; a few million bytes beside the codes."""
+    """Integer codes [rows, columns] as tensors. Cost: one pass for the tables, one for the streams; a few million bytes
+    beside the codes."""
     rows, columns = codes.shape
     if codes.size == 0:
         return {"codes": torch.empty(0, dtype=torch.int32), "head": torch.empty(0, dtype=torch.uint8)}
@@ -212,7 +218,7 @@ def decode(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     if shape[0] * shape[1] == 0:
         return torch.zeros(shape, dtype=torch.int32)
     words, head = _arrays(tensors, shape)
-    decoded = _decode(words, head, range(len(head.ends)))
+    decoded = _decode(words, head)
     if len(head.outside):
         edge = (decoded == head.low) | (decoded == head.low + head.table.shape[1] - 1)
         if int(edge.sum()) != len(head.outside):
@@ -223,23 +229,17 @@ def decode(tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     return torch.from_numpy(decoded)
 
 
-def decode_tiles(tensors: dict[str, Tensor], shape: tuple[int, int], first: int, last: int) -> tuple[int, Tensor]:
-    """The codes of tiles first to last only: their first row and the codes [rows, columns]; values outside the tables stay clipped."""
-    words, head = _arrays(tensors, shape)
-    return first * head.tile, torch.from_numpy(_decode(words, head, range(first, min(last + 1, len(head.ends)))))
-
-
-def _decode(words: np.ndarray, head: _Head, tiles: range) -> np.ndarray:
+def _decode(words: np.ndarray, head: _Head) -> np.ndarray:
     rows, columns = head.shape
     models = _models(head.table)
     members = [np.flatnonzero(head.classes == k) for k in range(len(models))]
-    out = np.empty((min(rows, tiles.stop * head.tile) - tiles.start * head.tile, columns), np.int32)
-    for t in tiles:
+    out = np.empty((rows, columns), np.int32)
+    for t in range(len(head.ends)):
         try:
             coder = constriction.stream.stack.AnsCoder(words[head.ends[t - 1] if t else 0 : head.ends[t]])
         except ValueError as error:
             raise CheckpointError(f"entropy-coded codes: stream {t} is damaged: {error}") from error
-        part = out[(t - tiles.start) * head.tile : (t - tiles.start + 1) * head.tile]
+        part = out[t * head.tile : (t + 1) * head.tile]
         for model, member in zip(models, members, strict=True):
             part[:, member] = coder.decode(model, part.shape[0] * len(member)).reshape(part.shape[0], len(member))
     out += np.int32(head.low)

@@ -1,8 +1,9 @@
 """What an engine may take a weight for: a grid of integers with steps, or codes into tables; exactly, or not at all.
 
-`as_grid(weight)` and `as_table(weight)` are what exporters ask. A Weight proposes a form (`grid_form`, `table_form`), seen through scales,
-permutations and masks as far as its own arithmetic allows; here the proposal is decoded and compared bit for bit with what the weight decodes
-to. Products of floats associate only where nothing is rounded on the way, so the comparison, and no argument, decides.
+`as_grid(weight)` and `as_table(weight)` are what exporters ask. A Weight proposes a form (`grid_form`, `table_form`),
+seen through scales, permutations and masks as far as its own arithmetic allows; here the proposal is decoded and
+compared bit for bit with what the weight decodes to. Products of floats associate only where nothing is rounded on the
+way, so the comparison, and no argument, decides.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +20,8 @@ _WIDEST = 16  # bits of the codes that a table may have
 
 
 class Form(ABC):
-    """A matrix W [out, in] as integer codes and a few floats; every change gives another form, or None where it cannot be exact."""
+    """A matrix W [out, in] as integer codes and a few floats; every change gives another form, or None where it cannot
+    be exact."""
 
     codes: Tensor
 
@@ -56,9 +58,10 @@ class Form(ABC):
 class Grid(Form):
     """W[r, c] = scale[r, g] * (codes[r, c] - zero[r, g]) with g = c // group.
 
-    `codes` [out, in], of a signed integer type, from -2**(bits - 1) to 2**(bits - 1) - 1; `scale` [out, in / group], float; `zero`
-    [out, in / group], float, or None for a symmetric grid. For unsigned codes subtract `low` from both codes and zero. A zero need not be an
-    integer: `integer_zero` says whether it is one, in the range of the codes. The one-bit set -s/2, s/2 has the zero -0.5 everywhere.
+    `codes` [out, in], of a signed integer type, from -2**(bits - 1) to 2**(bits - 1) - 1; `scale` [out, in / group],
+    float; `zero` [out, in / group], float, or None for a symmetric grid. For unsigned codes subtract `low` from both
+    codes and zero. A zero need not be an integer: `integer_zero` says whether it is one, in the range of the codes. The
+    one-bit set -s/2, s/2 has the zero -0.5 everywhere.
     """
 
     codes: Tensor
@@ -110,14 +113,14 @@ class Grid(Form):
         return replace(self, scale=self.scale * factor[:, None])
 
     def times_columns(self, factor: Tensor) -> "Grid | None":
-        """Exact only where the factor is one number in every group of columns."""
+        """W diag(factor [in]): exact only where the factor is one number in every group of columns."""
         grouped = factor.unflatten(0, (-1, self.group))
         if not bool((grouped == grouped[:, :1]).all()):
             return None
         return replace(self, scale=self.scale * grouped[:, 0])
 
     def reordered(self, order: Tensor) -> "Grid | None":
-        """Only where the columns of every new group come from one old group."""
+        """Columns in the order [in]: only where those of every new group come from one old group."""
         owner = (order // self.group).unflatten(0, (-1, self.group))
         if not bool((owner == owner[:, :1]).all()):
             return None
@@ -137,7 +140,8 @@ class Grid(Form):
 class Table(Form):
     """W[r, d c : d c + d] = values[r // rows_per_table, codes[r, c]] with d = dimension.
 
-    `codes` [out, in / d], of an integer type, from 0; `values` [tables, entries, d], float; a table serves `rows_per_table` rows.
+    `codes` [out, in / d], of an integer type, from 0; `values` [tables, entries, d], float; a table serves
+    `rows_per_table` rows.
     """
 
     codes: Tensor
@@ -163,7 +167,8 @@ class Table(Form):
         return Table(codes, values, self.rows_per_table) if whole else None
 
     def times_rows(self, factor: Tensor) -> "Table | None":
-        """With a table per row where one serves rows of different factors, unless such a table is larger than its row."""
+        """diag(factor [out]) W: with a table per row where one serves rows of different factors, unless such a table is
+        larger than its row."""
         grouped = factor.unflatten(0, (-1, self.rows_per_table))
         if bool((grouped == grouped[:, :1]).all()):
             return replace(self, values=self.values * grouped[:, :1, None])
@@ -173,14 +178,14 @@ class Table(Form):
         return Table(self.codes, own * factor[:, None, None], 1)
 
     def times_columns(self, factor: Tensor) -> "Table | None":
-        """Exact only where every unit of columns has the same factors."""
+        """W diag(factor [in]): exact only where every unit of columns has the same factors."""
         units = factor.unflatten(0, (-1, self.dimension))
         if not bool((units == units[:1]).all()):
             return None
         return replace(self, values=self.values * units[0])
 
     def reordered(self, order: Tensor) -> "Table | None":
-        """Only where whole units of columns are moved."""
+        """Columns in the order [in]: only where whole units of columns are moved."""
         units = order.unflatten(0, (-1, self.dimension))
         first = units[:, 0] // self.dimension
         if not torch.equal(units, first[:, None] * self.dimension + torch.arange(self.dimension, device=order.device)):
@@ -188,7 +193,7 @@ class Table(Form):
         return replace(self, codes=self.codes[:, first])
 
     def masked(self, mask: Tensor) -> "Table | None":
-        """Only where the tables of the masked rows hold a zero."""
+        """W where the mask [out, in] is set, else 0: only where the tables of the masked rows hold a zero."""
         zeros = (self.values == 0).all(2)
         lacking = ~zeros.any(1).repeat_interleave(self.rows_per_table)
         if self.dimension > 1 or bool((lacking & ~mask.all(1)).any()):
@@ -211,10 +216,12 @@ class Decodes(Protocol):
 
 @torch.no_grad()
 def as_grid(weight: Decodes) -> Grid | None:
-    """The weight as integers times steps, whose `decode()` equals `weight.forward()` bit for bit; None where there is no such grid.
+    """The weight as integers times steps, whose `decode()` equals `weight.forward()` bit for bit; None where there is
+    no such grid.
 
-    Entropy-coded codes are decoded; unbounded ones have the bits that they need. A table whose values in use lie on one grid is a grid too.
-    What the weight asks of its layer (rounded inputs, an output bias) is no part of it. Cost: decodes the weight once or twice.
+    Entropy-coded codes are decoded; unbounded ones have the bits that they need. A table whose values in use lie on one
+    grid is a grid too. What the weight asks of its layer (rounded inputs, an output bias) is no part of it. Cost:
+    decodes the weight once or twice.
     """
     grid = weight.grid_form()
     if grid is None or not _is(weight, grid):
@@ -225,9 +232,11 @@ def as_grid(weight: Decodes) -> Grid | None:
 
 @torch.no_grad()
 def as_table(weight: Decodes) -> Table | None:
-    """The weight as codes into tables, whose `decode()` equals `weight.forward()` bit for bit; None where there is no such table.
+    """The weight as codes into tables, whose `decode()` equals `weight.forward()` bit for bit; None where there is no
+    such table.
 
-    A grid with one scale per row or one in all is a table too, unless a row's table would be larger than the row. Cost: as `as_grid`.
+    A grid with one scale per row or one in all is a table too, unless a row's table would be larger than the row. Cost:
+    as `as_grid`.
     """
     table = weight.table_form()
     if table is None or not _is(weight, table):
@@ -237,7 +246,7 @@ def as_table(weight: Decodes) -> Table | None:
 
 
 def bits_needed(codes: Tensor) -> int:
-    """The least b for which all codes lie from -2**(b - 1) to 2**(b - 1) - 1."""
+    """The least b for which all codes (any shape) lie from -2**(b - 1) to 2**(b - 1) - 1."""
     low, high = int(codes.min()), int(codes.max())
     return 1 + max(max(-low - 1, 0).bit_length(), max(high, 0).bit_length())
 
@@ -272,7 +281,8 @@ def _table_of(grid: Grid) -> Table | None:
 
 
 def _grid_of(table: Table) -> Grid | None:
-    """A table whose values in use are first + k step with integers k, one first and one step for each table; else None."""
+    """A table whose values in use are first + k step with integers k, one first and one step for each table; else
+    None."""
     if table.dimension > 1:
         return None
     owner = torch.arange(len(table.codes), device=table.codes.device) // table.rows_per_table

@@ -19,8 +19,9 @@ from laconic.weights.demands import Demands, check_demands, set_demands
 class View:
     """A parameter of `shape` seen as W [out, in]: the first `lead` dimensions are rows, the others columns.
 
-    `transposed` swaps the last two dimensions first, for layers that compute x W (GPT-2's Conv1D, some packed experts). `dims`, if given, is
-    what the parameter is reshaped to before: the matrices a flat parameter holds below one another, say.
+    `transposed` swaps the last two dimensions first, for layers that compute x W (GPT-2's Conv1D, some packed experts).
+    `dims`, if given, is what the parameter is reshaped to before: the matrices a flat parameter holds below one
+    another, say.
     """
 
     shape: tuple[int, ...]
@@ -43,7 +44,8 @@ class View:
         return (*self.laid[:-2], self.laid[-1], self.laid[-2]) if self.transposed else self.laid
 
     def turned(self, parameter: Tensor) -> Tensor:
-        """The parameter with its outputs before its inputs; of more than two dimensions where it holds several matrices or a kernel."""
+        """The parameter with its outputs before its inputs; of more than two dimensions where it holds several matrices
+        or a kernel."""
         laid = parameter if self.dims is None else parameter.reshape(self.dims)
         return laid.transpose(-1, -2) if self.transposed else laid
 
@@ -52,7 +54,7 @@ class View:
         return self.turned(parameter).reshape(self.matrix_shape)
 
     def restore(self, W: Tensor) -> Tensor:
-        """The inverse of `matrix`."""
+        """The inverse of `matrix`: the parameter, in its own shape, of W [out, in]."""
         turned = W.reshape(self._turned)
         laid = turned.transpose(-1, -2) if self.transposed else turned
         return laid if self.dims is None else laid.reshape(self.shape)
@@ -64,7 +66,8 @@ class View:
 
 
 class Installed(nn.Module):
-    """The parametrization that puts a Weight in a parameter's place, in that parameter's own shape and type (which follows the module's)."""
+    """The parametrization that puts a Weight in a parameter's place, in that parameter's own shape and type (which
+    follows the module's)."""
 
     like: Tensor
 
@@ -85,11 +88,13 @@ class Installed(nn.Module):
 
 
 def install(module: nn.Module, name: str, weight: Weight, view: View) -> None:
-    """Let `weight` take the place of `module.name`: reading decodes it, assigning projects onto its set. Its codes are not touched.
+    """Let `weight` take the place of `module.name`: reading decodes it, assigning projects onto its set. Its codes are
+    not touched.
 
-    With `inputs` the module rounds its inputs from now on, with an `output_bias` it adds that; without, it does not any more. A tie is
-    installed by calling this once per user with the same Weight object. A Weight that is installed already is replaced.
-    Raises: SchemeError where the module can do no such thing, or the parameter has another parametrization.
+    With `inputs` the module rounds its inputs from now on, with an `output_bias` it adds that; without, it does not any
+    more. A tie is installed by calling this once per user with the same Weight object. A Weight that is installed
+    already is replaced. Raises: SchemeError where the module can do no such thing, or the parameter has another
+    parametrization.
     """
     check_demands(module, weight, f"{type(module).__name__}.{name}")
     installed = Installed(weight, view, getattr(module, name).dtype)
@@ -110,7 +115,8 @@ def install(module: nn.Module, name: str, weight: Weight, view: View) -> None:
 
 
 def installed(module: nn.Module) -> dict[str, Weight]:
-    """Every Weight installed below `module`, by the dotted name of the parameter it replaces; a tie appears under each of its names."""
+    """Every Weight installed below `module`, by the dotted name of the parameter it replaces; a tie appears under each
+    of its names."""
     return {name: chain.weight for name, (_, chain) in installations(module).items()}
 
 
@@ -128,9 +134,10 @@ def installations(module: nn.Module) -> dict[str, tuple[nn.Module, Installed]]:
 def bake(module: nn.Module) -> None:
     """Replace every installed Weight below `module` by the dense parameter it decodes to; ties stay one parameter.
 
-    What is computed stays the same: a layer that rounds its inputs goes on doing so, and an output bias goes into the layer's own bias where it
-    has one to itself (up to the rounding of that sum) and is added as before where not. The parameters require a gradient, as those of any module
-    do: torch chooses products by that flag even where no gradient is taken, and a frozen LSTM's decoder ran at 3/4 of its speed.
+    What is computed stays the same: a layer that rounds its inputs goes on doing so, and an output bias goes into the
+    layer's own bias where it has one to itself (up to the rounding of that sum) and is added as before where not. The
+    parameters require a gradient, as those of any module do: torch chooses products by that flag even where no gradient
+    is taken, and a frozen LSTM's decoder ran at 3/4 of its speed.
     """
     dense: dict[int, nn.Parameter] = {}
     biases = Counter(
@@ -167,7 +174,8 @@ def _into_own_bias(layer: nn.Module, demands: Demands | None) -> Demands | None:
 
 
 def own_class(module: nn.Module) -> None:
-    """Give a parametrized module a class of its own: a deep copy shares the one torch made, and removal would take the original's property."""
+    """Give a parametrized module a class of its own: a deep copy shares the one torch made, and removal would take the
+    original's property."""
     shared = type(module)
     module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
 

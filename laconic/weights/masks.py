@@ -1,5 +1,5 @@
-"""Which entries survive, on disk: a bit per entry or block, a combination's index per n:m group, column indices, whole rows and columns, or
-an entropy-coded bit per entry."""
+"""Which entries survive, on disk: a bit per entry or block, a combination's index per n:m group, column indices, whole
+rows and columns, or an entropy-coded bit per entry."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +18,13 @@ from laconic.weights.blocks import Blocks
 from laconic.weights.codes import dense_bytes, pack_dense, unpack_dense
 
 Pattern = str | tuple[int, int] | Blocks
-"""'unstructured', 'n:m' with n kept of every m neighbouring columns, or blocks kept or dropped whole: (rows, columns) that tile the matrix,
-or any `Blocks` of the tensor the matrix is a view of."""
+"""'unstructured', 'n:m' with n kept of every m neighbouring columns, or blocks kept or dropped whole: (rows, columns)
+that tile the matrix, or any `Blocks` of the tensor the matrix is a view of."""
 
 
 def n_of_m(pattern: Pattern) -> tuple[int, int] | None:
-    """(n, m) of an 'n:m' pattern, else None. Raises: SchemeError for a string that is neither that nor 'unstructured'."""
+    """(n, m) of an 'n:m' pattern, else None. Raises: SchemeError for a string that is neither that nor
+    'unstructured'."""
     if not isinstance(pattern, str) or pattern == "unstructured":
         return None
     n, colon, m = pattern.partition(":")
@@ -47,7 +48,8 @@ def check_pattern(pattern: Pattern, shape: tuple[int, int]) -> None:
 
 
 def choose(score: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
-    """The mask that keeps the highest scores [rows, columns]: exactly n of m, or exactly round(sparsity x units) units dropped."""
+    """The mask that keeps the highest scores [rows, columns]: exactly n of m, or exactly round(sparsity x units) units
+    dropped."""
     group = n_of_m(pattern)
     if group:
         n, m = group
@@ -63,7 +65,8 @@ def choose(score: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
 
 
 def blocks_of(pattern: Pattern, shape: tuple[int, int]) -> Blocks:
-    """The blocks that a pattern keeps or drops whole, of a matrix of this shape; single entries if it is unstructured."""
+    """The blocks that a pattern keeps or drops whole, of a matrix of this shape; single entries if it is
+    unstructured."""
     if isinstance(pattern, Blocks):
         return pattern
     return Blocks(shape, (1, 1) if isinstance(pattern, str) else pattern)
@@ -139,7 +142,7 @@ def _cheapest(mask: Tensor) -> _Coding:
 
 
 def mask_bytes(mask: Tensor, pattern: Pattern) -> int:
-    """Bytes of the tensors `store_mask` would write."""
+    """Bytes of the tensors that `store_mask` would write for a mask [out, in]."""
     group = n_of_m(pattern)
     if group:
         return dense_bytes(mask.numel() // group[1], (comb(group[1], group[0]) - 1).bit_length())
@@ -155,7 +158,8 @@ def density_of(pattern: Pattern, sparsity: float) -> float:
 
 
 def expected_mask_bits(shape: tuple[int, int], pattern: Pattern, sparsity: float) -> float:
-    """Bits a mask will take, from its description alone. Raises: SchemeError when the pattern does not tile the shape."""
+    """Bits a mask will take, from its description alone. Raises: SchemeError when the pattern does not tile the
+    shape."""
     check_pattern(pattern, shape)
     entries = shape[0] * shape[1]
     group = n_of_m(pattern)
@@ -194,7 +198,8 @@ def mask_tensors(spec: Any) -> tuple[str, ...]:
 
 
 def restore_mask(spec: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, int], pattern: Pattern) -> Tensor:
-    """The inverse of `store_mask`. Raises: CheckpointError when the stored bytes are not a mask of this shape and pattern."""
+    """The inverse of `store_mask`. Raises: CheckpointError when the stored bytes are not a mask of this shape and
+    pattern."""
     check_pattern(pattern, shape)
     if not isinstance(spec, dict):
         raise CheckpointError(f"sparse: expected a mask's spec, found {type(spec).__name__}")

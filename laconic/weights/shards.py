@@ -1,4 +1,5 @@
-"""Tensors whose parts lie in several processes: what they are asked, and how a computation on the whole of one is its own again."""
+"""Tensors whose parts lie in several processes: what they are asked, and how a computation on the whole of one is its
+own again."""
 
 from collections.abc import Callable
 
@@ -6,7 +7,8 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor, by_rows: bool = False) -> bool:
-    """Whether a tensor is a DTensor; with `by_rows`, one that is split along its first dimension over the one dimension of a mesh."""
+    """Whether a tensor of any shape is a DTensor; with `by_rows`, one that is split along its first dimension over the
+    one dimension of a mesh."""
     if type(tensor) in (Tensor, nn.Parameter):
         return False
     from torch.distributed.tensor import DTensor, Shard
@@ -17,7 +19,7 @@ def is_sharded(tensor: Tensor, by_rows: bool = False) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A DTensor gathered in every process; any other tensor itself."""
+    """A DTensor of any shape gathered in every process; any other tensor itself."""
     if not is_sharded(tensor):
         return tensor
     from torch.distributed.tensor import DTensor
@@ -27,7 +29,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def on_whole(compute: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """compute(tensor) for a DTensor: every process gathers it, computes the same, and keeps its part of the result. Differentiable.
+    """compute(tensor) for a DTensor of any shape: every process gathers it, computes the same, and keeps its part of
+    the result. Differentiable.
 
     `compute` maps a plain tensor to one of the same shape. Cost: an all-gather per pass.
     """

@@ -28,9 +28,10 @@ _DIMS = 8  # of a tensor whose blocks a damaged spec may name: more would be pad
 class Sparse(ColumnWeight):
     """W = mask * values: zero outside the mask, and `values` (a Weight that stores a code per entry) inside it.
 
-    `pattern`: 'unstructured', 'n:m' (n kept of m neighbours), a block (rows, columns) or n-D `Blocks`. `sparsity` is the share of zeros that
-    `fit` aims at; the mask says what it is. Bits: those of the surviving values + the mask (the cheaper of a bit map and column indices for
-    unstructured masks, or a bit per row and column where whole ones were cut; log2 of the number of combinations per n:m group; one per block).
+    `pattern`: 'unstructured', 'n:m' (n kept of m neighbours), a block (rows, columns) or n-D `Blocks`. `sparsity` is
+    the share of zeros that `fit` aims at; the mask says what it is. Bits: those of the surviving values + the mask (the
+    cheaper of a bit map and column indices for unstructured masks, or a bit per row and column where whole ones were
+    cut; log2 of the number of combinations per n:m group; one per block).
     """
 
     kind = "sparse"
@@ -64,7 +65,8 @@ class Sparse(ColumnWeight):
         return self.values.right_inverse(W)
 
     def fit(self, w: Tensor, j: int = 0, importance: Tensor | None = None) -> None:
-        """Choose the mask of columns j : j + k: keep the largest importance x w**2; then fit the values' side information to what is kept."""
+        """Choose the mask of columns j : j + k of w [out, k]: keep the largest importance x w**2; then fit the values'
+        side information to what is kept."""
         if isinstance(self.pattern, Blocks) and w.shape[1] != self.shape[1]:
             raise SchemeError(
                 f"Sparse: n-D blocks are chosen over all {self.shape[1]} columns at once, not {w.shape[1]} of them"

@@ -1,4 +1,5 @@
-"""Uniform grids: integers times a step, with the steps per tensor, per row or per group of columns, and quantizable themselves."""
+"""Uniform grids: integers times a step, with the steps per tensor, per row or per group of columns, and quantizable
+themselves."""
 
 from typing import Literal, Self
 
@@ -20,9 +21,10 @@ _ROWS = 1 << 22  # entries handled at a time when a large matrix is encoded: bou
 class Uniform(EntryWeight):
     """W[r, c] = scale[g, r] * (codes[r, c] - zero[g, r]), with g = c // group.
 
-    `bits` 1-8, or None for UNBOUNDED integers (entropy-coded: one step, any rate). `group`: columns that share a scale, "channel" for one
-    per row, "tensor" for one in all. Symmetric sets have no zero (1 bit symmetric: the two values -scale/2 and scale/2). `zero` is an
-    integer of `bits` bits or a float. `second=(bits, columns)` stores scales and zeros as Uniform sets of their own, in groups along the rows.
+    `bits` 1-8, or None for UNBOUNDED integers (entropy-coded: one step, any rate). `group`: columns that share a scale,
+    "channel" for one per row, "tensor" for one in all. Symmetric sets have no zero (1 bit symmetric: the two values
+    -scale/2 and scale/2). `zero` is an integer of `bits` bits or a float. `second=(bits, columns)` stores scales and
+    zeros as Uniform sets of their own, in groups along the rows.
 
     Bits: bits x entries (or their entropy with codec "ans") + those of scale and zero, two matrices [groups, rows].
     """
@@ -105,9 +107,11 @@ class Uniform(EntryWeight):
         return ()
 
     def fit(self, w: Tensor, j: int = 0, importance: Tensor | None = None, clip: Clip = "minmax") -> None:
-        """Fit scales and zeros of columns j : j + k to w by the range of each group, or by least weighted squared error (`clip="mse"`).
+        """Fit scales and zeros of columns j : j + k to w [out, k] by the range of each group, or by least weighted
+        squared error (`clip="mse"`).
 
-        Unbounded sets keep their step: it is what the rate is chosen by. Raises: SchemeError for columns that are not whole groups.
+        Unbounded sets keep their step: it is what the rate is chosen by. Raises: SchemeError for columns that are not
+        whole groups.
         """
         if self.bit_width is None:
             return
@@ -210,7 +214,8 @@ def uniform_bits(
     zero: Literal["integer", "float"] = "integer",
     second: tuple[int, int] | None = None,
 ) -> int:
-    """The bits of a Uniform weight with densely packed codes, from its description alone. Raises: SchemeError as the constructor does."""
+    """The bits of a Uniform weight with densely packed codes, from its description alone. Raises: SchemeError as the
+    constructor does."""
     _check(shape, bits, group, "dense")
     groups = shape[1] // group if isinstance(group, int) else 1
     rows = 1 if group == "tensor" else shape[0]
@@ -256,7 +261,8 @@ def _zeros(side: tuple[int, int], bits: int, zero: str) -> Weight:
 
 
 def _write(weight: Weight, first: int, rows: Tensor) -> None:
-    """Overwrite rows first : first + k of a side matrix. Rows of these sets are independent of each other, except under one fixed step."""
+    """Overwrite rows first : first + k of a side matrix. Rows of these sets are independent of each other, except under
+    one fixed step."""
     if isinstance(weight, Dense):
         part = Dense((len(rows), weight.shape[1]), dtype=weight.dtype)
         part.right_inverse(rows)
