@@ -30,7 +30,7 @@ def dkm_naive(
     groups = exact.reshape(len(centroids), -1, centroids.shape[-1])
     assert rows_per_table is None or rows_per_table * len(centroids) == len(weight)
     done = [
-        _one_table(w, c, tau, iterations, tolerance, zero)
+        _one_table(w, c, tau=tau, iterations=iterations, tolerance=tolerance, zero=zero)
         for w, c in zip(groups, centroids.to(exact.dtype), strict=True)
     ]
     decoded = torch.stack([part for part, _ in done]).reshape(weight.shape)

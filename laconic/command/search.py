@@ -116,7 +116,15 @@ def search(
         )
 
         def ready(model: "nn.Module") -> None:
-            check_first(model, chosen, goals, within(keep), asked or usual_recovery(chosen, model), out, options)
+            check_first(
+                model,
+                chosen,
+                goals=goals,
+                keep=within(keep),
+                how=asked or usual_recovery(chosen, model),
+                out=out,
+                options=options,
+            )
 
         with ExitStack() as stack:
             stack.enter_context(locked(out, shared=True))
@@ -135,7 +143,9 @@ def search(
             )
             result, notes = found.result, []
             if source is not None:
-                notes = _complete(out, found.model, model, source, trained.sample(), trust_remote_code)
+                notes = _complete(
+                    out, found.model, original=model, source=source, example=trained.sample(), trusted=trust_remote_code
+                )
                 result = with_sizes(result, found.path)
                 publish(out, result, write_search_page)
         for text in notes:

@@ -94,7 +94,14 @@ def read_inputs(checkpoint: Checkpoint, request: Request, calibrated: bool) -> G
         model, checkpoint.path, tokenizer_of, request.length, request.seed, trusted=request.trust_remote_code
     )
     data = None if own else request.data
-    windows, test = reader.both(data, request.samples, request.test, request.test_tokens, calibrated, request.evaluate)
+    windows, test = reader.both(
+        data,
+        request.samples,
+        test=request.test,
+        test_tokens=request.test_tokens,
+        calibrated=calibrated,
+        measured=request.evaluate,
+    )
     for given in (windows, test if request.test is not None or windows is None else None):
         if given is not None:
             check_call(checkpoint, given.first(1).batches(1)[0], given.source)
@@ -112,7 +119,7 @@ def read_inputs(checkpoint: Checkpoint, request: Request, calibrated: bool) -> G
     }
     if vocabulary is not None:
         digest["start"] = list(vocabulary.start)
-    return Given(windows, test, vocabulary, tokenizer, digest, notes)
+    return Given(windows, test, vocabulary=vocabulary, tokenizer=tokenizer, digest=digest, notes=notes)
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> Any:

@@ -99,7 +99,11 @@ class Reader:
         if not text.strip():
             raise DataError(f"{name}: the text is empty; {samples * self.length:,} tokens are needed")
         windows = (
-            calibration_windows(text, self.tokenizer(), samples, self.length, self.seed, name) if calibrated else None
+            calibration_windows(
+                text, self.tokenizer(), samples=samples, length=self.length, seed=self.seed, source=name
+            )
+            if calibrated
+            else None
         )
         held = self._windows(last, test_tokens, f"the last tenth of {name}") if measured else None
         return self._checked(windows), self._checked(held)

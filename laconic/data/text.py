@@ -337,7 +337,9 @@ def sample_windows(
     first, then stochastic.
     """
     rows = []
-    for ids in sampled_batches(model, samples, length, _generator(seed), batch, vocabulary):
+    for ids in sampled_batches(
+        model, samples, length=length, generator=_generator(seed), batch=batch, vocabulary=vocabulary
+    ):
         rows.append(ids)
         if progress is not None:
             progress(len(ids))

@@ -124,7 +124,9 @@ def _write(out: Path, rows: list[dict[str, Any]], report: Report) -> dict[str, A
         f"{families[0]}."
         for bits in dict.fromkeys(row["bits"] for row in rows)
     ]
-    write_comparison(out / "index.html", "Three schemes at 4, 3 and 2 bits", facts, reference, rows, words)
+    write_comparison(
+        out / "index.html", "Three schemes at 4, 3 and 2 bits", facts=facts, reference=reference, rows=rows, words=words
+    )
     result = {"reference": reference, "rows": rows, "facts": facts}
     write_json(out / "demo.json", result, indent=1)
     return result

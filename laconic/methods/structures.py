@@ -57,7 +57,9 @@ class Structures(Pruning):
         return alone.resolve()[site.name](site)
 
     def allocation(self) -> Allocation:
-        return Channels(self, self.kinds, self.sparsity, self.criterion, self.scale, self.align)
+        return Channels(
+            self, self.kinds, sparsity=self.sparsity, criterion=self.criterion, scale=self.scale, align=self.align
+        )
 
 
 @dataclass(frozen=True, repr=False)

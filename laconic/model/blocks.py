@@ -126,7 +126,12 @@ def _split(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Block
         )
     version = 0 if hidden.is_inference() else hidden._version
     return _BlockCall(
-        number, key, hidden, rest, {name: value for name, value in kwargs.items() if name != key}, version
+        number,
+        key,
+        hidden=hidden,
+        args=rest,
+        kwargs={name: value for name, value in kwargs.items() if name != key},
+        version=version,
     )
 
 

@@ -41,7 +41,7 @@ def products(func: Any, args: Any, kwargs: Any) -> list[Product]:
 def _linear(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> list[Product]:
     if weight.dim() != 2:
         return []
-    return [Product(weight, (), (0,), (1,), lambda: _flat(input.detach()), _flat)]
+    return [Product(weight, (), rows=(0,), columns=(1,), inputs=lambda: _flat(input.detach()), outputs=_flat)]
 
 
 def _matmul(input: Tensor, other: Tensor | None = None, *, mat2: Tensor | None = None, **_: Any) -> list[Product]:
@@ -62,10 +62,10 @@ def _on_the_right(x: Tensor, w: Tensor) -> Product:
     return Product(
         w,
         _numbering(w),
-        (w.dim() - 1,),
-        (w.dim() - 2,),
-        inputs,
-        lambda y: _grouped(y.unsqueeze(-2) if vector else y, matrices),
+        rows=(w.dim() - 1,),
+        columns=(w.dim() - 2,),
+        inputs=inputs,
+        outputs=lambda y: _grouped(y.unsqueeze(-2) if vector else y, matrices),
     )
 
 
@@ -78,10 +78,10 @@ def _on_the_left(w: Tensor, x: Tensor) -> Product:
     return Product(
         w,
         _numbering(w),
-        (w.dim() - 2,),
-        (w.dim() - 1,),
-        inputs,
-        lambda y: _grouped((y.unsqueeze(-1) if vector else y).mT, matrices),
+        rows=(w.dim() - 2,),
+        columns=(w.dim() - 1,),
+        inputs=inputs,
+        outputs=lambda y: _grouped((y.unsqueeze(-1) if vector else y).mT, matrices),
     )
 
 
@@ -108,10 +108,10 @@ def _turned(product: Product) -> Product:
     return Product(
         product.w,
         (),
-        product.rows,
-        product.columns,
-        product.inputs,
-        lambda y: y.reshape(len(product.w), -1).mT.unsqueeze(0),
+        rows=product.rows,
+        columns=product.columns,
+        inputs=product.inputs,
+        outputs=lambda y: y.reshape(len(product.w), -1).mT.unsqueeze(0),
     )
 
 
@@ -122,13 +122,27 @@ def _grouped_mm(mat_a: Tensor, mat_b: Tensor, offs: Tensor | None = None, *_: An
     if mat_a.dim() != 2 or mat_b.dim() != 3:
         return []
     if mat_b.is_meta:
-        return [Product(mat_b, (0,), (2,), (1,), lambda: mat_a.detach().unsqueeze(0), lambda y: y.unsqueeze(0))]
+        return [
+            Product(
+                mat_b,
+                (0,),
+                rows=(2,),
+                columns=(1,),
+                inputs=lambda: mat_a.detach().unsqueeze(0),
+                outputs=lambda y: y.unsqueeze(0),
+            )
+        ]
     ends = [0, *offs.tolist()]
 
     def of_expert(e: int) -> Product:
         own = slice(ends[e], ends[e + 1])
         return Product(
-            mat_b[e], (), (1,), (0,), lambda: mat_a.detach()[own].unsqueeze(0), lambda y: y[own].unsqueeze(0)
+            mat_b[e],
+            (),
+            rows=(1,),
+            columns=(0,),
+            inputs=lambda: mat_a.detach()[own].unsqueeze(0),
+            outputs=lambda y: y[own].unsqueeze(0),
         )
 
     return [of_expert(e) for e in range(len(mat_b))]
@@ -150,13 +164,34 @@ def _conv(
     def outputs(y: Tensor) -> Tensor:
         return _flat(y.movedim(1 if y.dim() == weight.dim() else 0, -1))[0].unflatten(1, (groups, -1)).transpose(0, 1)
 
-    return [Product(weight, (), (0,), tuple(range(1, weight.dim())), inputs, outputs, "convolution", groups)]
+    return [
+        Product(
+            weight,
+            (),
+            rows=(0,),
+            columns=tuple(range(1, weight.dim())),
+            inputs=inputs,
+            outputs=outputs,
+            kind="convolution",
+            groups=groups,
+        )
+    ]
 
 
 def _lookup(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> list[Product]:
     if weight.dim() != 2:
         return []
-    return [Product(weight, (), (0,), (1,), lambda: input.detach().reshape(1, -1, 1), _flat, "lookup")]
+    return [
+        Product(
+            weight,
+            (),
+            rows=(0,),
+            columns=(1,),
+            inputs=lambda: input.detach().reshape(1, -1, 1),
+            outputs=_flat,
+            kind="lookup",
+        )
+    ]
 
 
 def _einsum(equation: Any, *operands: Any, **_: Any) -> list[Product]:
@@ -205,7 +240,14 @@ def _einsum_with(of_w: str, of_x: str, out: str, w: Tensor, x: Tensor) -> Produc
         return turned.reshape(sizes[: len(batch)].numel(), -1, sizes[len(batch) + len(tokens) :].numel())
 
     numbers, outs, ins = (tuple(of_w.index(letter) for letter in letters) for letters in (batch, rows, columns))
-    return Product(w, numbers, outs, ins, lambda: brought(x.detach(), of_x, columns), lambda y: brought(y, out, rows))
+    return Product(
+        w,
+        numbers,
+        rows=outs,
+        columns=ins,
+        inputs=lambda: brought(x.detach(), of_x, columns),
+        outputs=lambda y: brought(y, out, rows),
+    )
 
 
 def _flat(t: Tensor) -> Tensor:

@@ -77,7 +77,9 @@ def offload_saved(
     stay = [*keep.parameters(), *keep.buffers()] if isinstance(keep, nn.Module) else list(keep)
     kept = {id(t.untyped_storage()): t.untyped_storage() for t in stay if t.layout is torch.strided}
     saved = Saved()
-    packer = Packer(saved, marshal, Rows.of(weights), unique, shard, kept, copy, pinned)
+    packer = Packer(
+        saved, marshal, rows=Rows.of(weights), unique=unique, group=shard, keep=kept, copy=copy, pinned=pinned
+    )
     try:
         with torch.autograd.graph.saved_tensors_hooks(packer.pack, packer.unpack):
             yield saved

@@ -124,13 +124,13 @@ def _build(node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.k
             example = f"{right}({ast.unparse(ast.Call(ast.Name(right), args, keywords)).partition('(')[2]}"
             raise SchemeError(f"scheme: unknown method {name!r}; did you mean {example}?")
         raise SchemeError(f"scheme: unknown method {name!r} in {where(node)}{nearest(name, list(known))}")
-    return instance("scheme", node, known[name], args, keywords, _value)
+    return instance("scheme", node, cls=known[name], args=args, keywords=keywords, value=_value)
 
 
 def _value(node: ast.expr) -> Any:
     """A literal, a float('inf'), a Free, a method given to a method, or a tuple of these."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Free":
-        return instance("scheme", node, Free, node.args, node.keywords, _value, typed=False)
+        return instance("scheme", node, cls=Free, args=node.args, keywords=node.keywords, value=_value, typed=False)
     if isinstance(node, ast.Tuple):
         return tuple(_value(item) for item in node.elts)
     if isinstance(node, ast.Call | ast.Name) or (

@@ -118,7 +118,7 @@ def explained(
     x = _rounded(axis.value(float(u)) for u in axis.shown())
     mean, deviation, acquisition = (_rounded(values) for values in process)
     within = tuple(a if domain[0] < at < domain[1] else None for at, a in zip(x, acquisition, strict=True))
-    return Proposal(s, domain, x, mean, deviation, within, exhausted, wait)
+    return Proposal(s, domain, x=x, mean=mean, deviation=deviation, acquisition=within, exhausted=exhausted, wait=wait)
 
 
 def _rounded(values: Iterable[float]) -> tuple[float, ...]:

@@ -46,7 +46,7 @@ def search(
     Source: Condensa sections 3.2 to 3.4, listing 1. Cost: `trials` recoveries, less what warm starts and early stops
     save.
     """
-    task = Task(train, validation, test, loss, score, example)
+    task = Task(train, validation, test=test, loss=loss, score=score, example=example)
     goals = tuple(objective) if isinstance(objective, list | tuple) else (objective,)
     return search_task(
         model,
@@ -73,4 +73,15 @@ def search_task(
     progress: Progress,
 ) -> Found:
     """`search` for a Task."""
-    return run_search(model, scheme, task, goals, keep, how, out, options, progress, draw=write_search_page)
+    return run_search(
+        model,
+        scheme,
+        task=task,
+        goals=goals,
+        keep=keep,
+        how=how,
+        out=out,
+        options=options,
+        progress=progress,
+        draw=write_search_page,
+    )

@@ -136,15 +136,20 @@ def propose(
         chosen = best_of(grid, process.acquisition(grid))
         if rule.name == "two-sided":
             chosen = _safe(chosen, low, high, len(told), rule.tolerance)
-    known = _is_exhausted(history, axis.value(chosen), level, bounds, rule, axis)
-    believed = _is_exhausted(told, axis.value(chosen), level, bounds, rule, axis)
+    known = _is_exhausted(history, axis.value(chosen), level=level, bounds=bounds, rule=rule, axis=axis)
+    believed = _is_exhausted(told, axis.value(chosen), level=level, bounds=bounds, rule=rule, axis=axis)
     over = known and (
         not pending or rule.name == "two-sided"
     )  # what the domain shows is certain; what the process shows may change
     shown = axis.shown()
     picture = (*process.scores(shown), process.acquisition(shown))
     return explained(
-        axis.short(chosen), domain(history, level, bounds, rule), axis, picture, over, believed and not over
+        axis.short(chosen),
+        domain(history, level, bounds, rule),
+        axis=axis,
+        process=picture,
+        exhausted=over,
+        wait=believed and not over,
     )
 
 

@@ -49,4 +49,11 @@ def propose_objective(
     over = promise <= improvement * abs(best) or min((abs(chosen - u) for u in x), default=math.inf) <= tolerance / 2
     mean, deviation = posterior(x, y, axis.shown(), prior)
     picture = mean, deviation, bound(mean, deviation, kappa)
-    return explained(axis.short(chosen), interval, axis, picture, over and not pending, over and bool(pending))
+    return explained(
+        axis.short(chosen),
+        interval,
+        axis=axis,
+        process=picture,
+        exhausted=over and not pending,
+        wait=over and bool(pending),
+    )

@@ -75,9 +75,20 @@ def run_search(
 ) -> Found:
     """Carry out a search in a folder; `draw` makes a page of its result, also of one in which nothing kept the floor."""
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
-    check_first(model, scheme, goals, keep, how, out, options)
+    check_first(model, scheme, goals=goals, keep=keep, how=how, out=out, options=options)
     with locked(out, shared=True):
-        return _search(model, scheme, task, goals, keep, how, out, options, progress, draw)
+        return _search(
+            model,
+            scheme,
+            task=task,
+            goals=goals,
+            keep=keep,
+            how=how,
+            out=out,
+            options=options,
+            progress=progress,
+            draw=draw,
+        )
 
 
 def _search(
@@ -96,13 +107,28 @@ def _search(
     from laconic.search import outcome
 
     began = time.time()
-    slots, free = find_slots(model), check_first(model, scheme, goals, keep, how, out, options)
+    slots, free = (
+        find_slots(model),
+        check_first(model, scheme, goals=goals, keep=keep, how=how, out=out, options=options),
+    )
     how = how.over(task.train)
     task, given, model = task.checked(), model, copy.deepcopy(model).float().eval()
     reference, noise = original_score(model, task, keep)
     original, standards = outcome.figures_of(given, model, task, goals)
-    coupling, notes = _coupling(model, scheme, free, task, options.thin, progress)
-    study, facts = _study(out, scheme, free, goals, keep, how, options, model, reference, noise, standards)
+    coupling, notes = _coupling(model, scheme, free=free, task=task, thin=options.thin, progress=progress)
+    study, facts = _study(
+        out,
+        scheme,
+        free=free,
+        goals=goals,
+        keep=keep,
+        how=how,
+        options=options,
+        model=model,
+        reference=reference,
+        noise=noise,
+        standards=standards,
+    )
     original["objective"] = facts["objectives"][0] if len(goals) == 1 else facts["objectives"]
     trials = Trials(
         model=model,
@@ -129,9 +155,9 @@ def _search(
     notes += remarks(facts, reference, noise)
     notes += _run_trials(study, trials, options, began, progress)
     about = {"seed": options.seed, "command": options.command}
-    result = outcome.result_of(study, trials, keep, free, facts, original, notes, **about) | {
-        "seconds": time.time() - began
-    }
+    result = outcome.result_of(
+        study, trials, keep=keep, free=free, facts=facts, original=original, notes=notes, **about
+    ) | {"seconds": time.time() - began}
     best = outcome.best_of(study)
     if best is None:
         publish(out, result, draw)
@@ -151,7 +177,14 @@ def _search(
         outcome.deliver(trials.place(outcome.folder_of(best)) / "model", out / "model")
         result["seconds"] = time.time() - began
         publish(out, finite(result), draw)
-    return Found(delivered, dict(best.params), study.study, finite(result), out / "model", out / SEARCH_HTML)
+    return Found(
+        delivered,
+        dict(best.params),
+        study=study.study,
+        result=finite(result),
+        path=out / "model",
+        report=out / SEARCH_HTML,
+    )
 
 
 def _study(
@@ -243,7 +276,7 @@ def _run_trials(study: "Search", trials: Trials, options: SearchOptions, began: 
             studies.tell(study, asked, score, objectives, **record)
             trials.settle(asked.number, *asked.attempts)
         lasted.append(record["seconds"])
-        progress.say(_line(asked, record, score, objectives, trials, late))
+        progress.say(_line(asked, record, score=score, objectives=objectives, trials=trials, late=late))
 
 
 def _out_of_time(study: "Search", options: SearchOptions) -> str:

@@ -159,7 +159,12 @@ class DRUCBSampler(BaseSampler):
             )
         others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         stage, proposal = plan(
-            others, self.name, self.distribution, facts, study.direction is StudyDirection.MAXIMIZE, self.settings
+            others,
+            self.name,
+            distribution=self.distribution,
+            facts=facts,
+            maximize=study.direction is StudyDirection.MAXIMIZE,
+            settings=self.settings,
         )
         parts = {"x": proposal.x, "mean": proposal.mean, "std": proposal.deviation, "acquisition": proposal.acquisition}
         seen = {key: list(values) for key, values in parts.items()}

@@ -109,7 +109,7 @@ def open_study(
             **(about or {}),
         }
         check_fingerprint(study, mine, place)
-    return Search(study, opened, dict(free), dict(objectives), settings, place)
+    return Search(study, opened, free=dict(free), objectives=dict(objectives), settings=settings, place=place)
 
 
 def set_reference(search: Search, *, level: float, reference: float, **facts: Any) -> dict[str, Any]:

@@ -208,4 +208,11 @@ class Trials:
 
     def candidate(self, delivered: nn.Module, path: Path) -> Candidate:
         """What objectives measure."""
-        return Candidate(delivered, baked(delivered).eval(), self.task.sample(), self.model, dict(self.fields), path)
+        return Candidate(
+            delivered,
+            baked(delivered).eval(),
+            example=self.task.sample(),
+            reference=self.model,
+            fields=dict(self.fields),
+            path=path,
+        )

@@ -142,7 +142,7 @@ def solve(weight: ColumnSet, site: Site, sweep: Sweep, fit: Fit | None = None, L
     span = span if fit is not None else None
     unit = span or weight.columns
     block = max(sweep.block - sweep.block % unit, unit)
-    weight.right_inverse(_sweep(weight, W, L, order, block, span, fit, site.mask))
+    weight.right_inverse(_sweep(weight, W, L=L, order=order, block=block, span=span, fit=fit, mask=site.mask))
 
 
 def _sweep(
@@ -172,7 +172,16 @@ def _sweep(
         for k in range(stop - unit, start - 1, -unit):
             done = slice(k + unit, stop)
             if span is not None and fit is not None and (n - k - unit) % span == 0:
-                _fit_span(Q, E, L, left, slice(start, stop), slice(max(k + unit - span, 0), k + unit), columns[k], fit)
+                _fit_span(
+                    Q,
+                    E,
+                    L=L,
+                    left=left,
+                    block=slice(start, stop),
+                    here=slice(max(k + unit - span, 0), k + unit),
+                    j=columns[k],
+                    fit=fit,
+                )
             here = slice(k, k + unit)
             v = left[:, k - start : k - start + unit]
             if k + unit < stop:

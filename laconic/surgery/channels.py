@@ -41,7 +41,12 @@ def couple(model: nn.Module, example: Batch, *, seed: int = 0) -> Coupling:
     tried, heads = _groups(network, traced)
     reasons, notes = _reasons(traced, tried)
     kept, groups, wrong = prove(
-        network, batch, tried, heads, [i for i in range(len(tried.groups)) if i not in reasons], generator
+        network,
+        batch,
+        tried=tried,
+        heads=heads,
+        candidates=[i for i in range(len(tried.groups)) if i not in reasons],
+        generator=generator,
     )
     reasons |= {i: text + notes[i] for i, text in wrong.items()}
     final = _renumber(tried, groups, kept)

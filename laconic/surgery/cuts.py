@@ -159,7 +159,9 @@ class Cuts(TorchFunctionMode):
         self.quiet = True
         try:
             if path not in self.norms:
-                self.norms[path] = norm_of(path, module, args, kwargs, output, self.generator)
+                self.norms[path] = norm_of(
+                    path, module, args=args, kwargs=kwargs, output=output, generator=self.generator
+                )
             source = self.norms[path]
             if source is None:
                 return None

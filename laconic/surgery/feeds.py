@@ -141,7 +141,7 @@ def follow(end: GraphEnd, leaves: Sequence[Leaf]) -> dict[Leaf, Tensor]:
         missing = set()
         for leaf, g, h in zip(found, once, twice, strict=True):
             if g is not None and h is not None:
-                _match(found[leaf], leaf, g, h, size, start, stop)
+                _match(found[leaf], leaf, g=g, h=h, size=size, start=start, stop=stop)
             if bool(((found[leaf] < 0) & (size > 0))[start:stop].any()):
                 missing.add(leaf)
         if stop - start == 1:

@@ -46,7 +46,9 @@ def fold_directory(
         raise OutputError(f"{out}: is the model to fold; choose another directory")
     with locked(out):
         check_out(out, resume=False, overwrite=overwrite)
-        return _fold(source, out, overwrite, seed, tolerance, trust_remote_code)
+        return _fold(
+            source, out, overwrite=overwrite, seed=seed, tolerance=tolerance, trust_remote_code=trust_remote_code
+        )
 
 
 def _fold(

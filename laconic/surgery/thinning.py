@@ -58,7 +58,7 @@ def thin(model: nn.Module, example: Batch, coupling: Coupling | None = None, *, 
     expected = answers(masked, batch)
     remove(slim, coupling, dead)
     if trouble := _trouble(laboratory(slim), batch, expected, tolerance):
-        layers = _culprits(masked, batch, coupling, dead, expected, tolerance)
+        layers = _culprits(masked, batch, coupling=coupling, dead=dead, expected=expected, tolerance=tolerance)
         raise SurgeryError(f"{layers}: the thinned network is not the masked one: {trouble}")
     return slim
 
