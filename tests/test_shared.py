@@ -126,3 +126,23 @@ def test_a_convolutional_net_keeps_its_accuracy_at_4_bits(shared: Path, tmp_path
     loaded = lc.load_into(ResNet20(), tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(loaded(x[:50]), net(x[:50]))
+
+
+def test_a_convolutional_net_runs_in_8_bits(shared: Path, tmp_path: Path) -> None:
+    """Weights and inputs, by stored ranges of whole tensors: 500 test images get the classes the original gives (measured: 0.98 of them)."""
+    net = ResNet20().eval()
+    net.load_state_dict(load_file(shared / "models" / "cifar-resnet20.safetensors"))
+    x, _ = images(shared / "data" / "cifar10-test.npz", 500)
+    calibration, _ = images(shared / "data" / "cifar10-train.npz", 64)
+
+    @torch.no_grad()
+    def classes(model: nn.Module) -> torch.Tensor:
+        return torch.cat([model(part).argmax(1) for part in x.split(250)])
+
+    original = classes(net)
+    scheme = "[('*', RoundInputs(RTN(8, 'channel'), granularity='tensor', symmetric=False, range='mse'))]"
+    net, _ = lc.compress(net, scheme, [calibration])
+    lc.save(net, tmp_path)
+    found = classes(lc.load_into(ResNet20(), tmp_path).eval())
+    assert torch.equal(found, classes(net))
+    assert float((found == original).float().mean()) > 0.94

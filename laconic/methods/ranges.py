@@ -1,6 +1,6 @@
 """What methods share that round inputs: the forms a scheme can ask for, and the range of a site's inputs, calibrated."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,11 @@ Range = Literal["dynamic", "minmax", "mse"]
 """Where a range comes from: every input itself, the least and largest value seen in calibration, or the least squared error there."""
 NEEDS: dict[Range, Stats] = {"dynamic": NONE, "minmax": Stats.RANGE, "mse": Stats.RANGE | Stats.SAMPLE}
 """The statistics that a range is found from."""
+
+
+def needs_of(range: Any) -> Stats:
+    """The statistics that a range is found from; of one that is still `Free`, those of any."""
+    return NEEDS.get(range, NEEDS["mse"])
 
 
 def form_of(who: str, bits: int, granularity: Granularity, symmetric: bool, range: Range) -> Inputs:

@@ -8,7 +8,7 @@ from torch import Tensor
 from laconic.errors import SchemeError
 from laconic.methods.allocation import Allocation
 from laconic.methods.base import Method
-from laconic.methods.ranges import NEEDS, Range, calibrated, form_of
+from laconic.methods.ranges import Range, calibrated, form_of, needs_of
 from laconic.model.sites import Site, Stats
 from laconic.weights import Inputs, Weight
 from laconic.weights.inputs import Granularity
@@ -41,7 +41,7 @@ class RoundInputs(Method):
 
     @property
     def wants(self) -> Stats:
-        return self.method.wants | NEEDS[self.range]
+        return self.method.wants | needs_of(self.range)
 
     @property
     def rounds(self) -> Inputs | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from laconic.errors import SchemeError
 from laconic.methods.base import Method
-from laconic.methods.ranges import NEEDS, Range, calibrated, form_of
+from laconic.methods.ranges import Range, calibrated, form_of, needs_of
 from laconic.model.sites import Site, Stats
 from laconic.solvers.scaling import scaled
 from laconic.weights import Inputs, Uniform, Weight
@@ -61,7 +61,7 @@ class SmoothQuant(Method):
 
     @property
     def wants(self) -> Stats:
-        return self.needs | NEEDS[self.range]
+        return self.needs | needs_of(self.range)
 
     @property
     def scales_columns(self) -> bool:

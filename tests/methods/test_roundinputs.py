@@ -17,6 +17,7 @@ from laconic.engine.statistics import Statistics
 from laconic.engine.walk import parameters_of
 from laconic.errors import CheckpointError, SchemeError
 from laconic.methods.base import Method
+from laconic.methods.free import fix
 from laconic.methods.ranges import calibrated
 from laconic.model.sites import Site, Stats, find_slots
 from laconic.pipeline import Options, compress_directory
@@ -289,6 +290,18 @@ def test_a_scheme_composes() -> None:
     other = lc.parse("RoundInputs(Magnitude(0.5) >> RTN(8, 'channel'), 6)")
     assert isinstance(other, Method)
     assert torch.equal(other(site)(), weight())
+
+
+def test_what_is_left_open_is_filled_in() -> None:
+    """A search may choose the form, its range among it."""
+    text = "RoundInputs(RTN(8, 'channel'), Free(4, 8, integer=True), 'tensor', range=Free(choices=('minmax', 'mse')))"
+    scheme = lc.parse(text)
+    assert isinstance(scheme, Method)
+    assert scheme.wants == Stats.RANGE | Stats.SAMPLE
+    assert fix(scheme, {"bits": 5, "range": "mse"}) == lc.RoundInputs(lc.RTN(8, "channel"), 5, "tensor", range="mse")
+    other = lc.parse("SmoothQuant(granularity='tensor', range=Free(choices=('minmax', 'mse')))")
+    assert isinstance(other, Method)
+    assert other.wants & Stats.SAMPLE
 
 
 @pytest.mark.parametrize(
