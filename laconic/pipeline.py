@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -47,6 +47,8 @@ from laconic.host.ambient import undisturbed
 from laconic.host.clock import Clock
 from laconic.host.machine import machine, pick_device, pick_dtype, versions
 from laconic.host.progress import Log, Progress, peak_memory, resident_memory
+from laconic.host.record import plain
+from laconic.host.told import Preflight, SiteRecord
 from laconic.measure.quality import count_parameters, perplexity, predicts, similarity
 from laconic.measure.samples import generation_samples, samples_fit
 from laconic.model.batches import Batch
@@ -90,7 +92,7 @@ class Options:
 
 def plan_directory(
     source: str | Path, scheme: Scheme, options: Options, progress: Progress
-) -> tuple[Checkpoint, Plan, dict[str, Any]]:
+) -> tuple[Checkpoint, Plan, Preflight]:
     """Everything that can be known before the work: the checked checkpoint, the plan, and the preflight's numbers."""
     checkpoint = open_source(source, trust_remote_code=options.trust_remote_code)
     if isinstance(checkpoint, CompressedCheckpoint):
@@ -116,7 +118,7 @@ def plan_directory(
     for slot in spoilt:
         progress.say(f"{slot.name}: left as it is, it holds NaN or infinity")
     expected = preflight(checkpoint, plan, _load_of(checkpoint, plan, options), find_chain(checkpoint.skeleton))
-    return checkpoint, plan, expected | {"notes": notes, "coverage": coverage(checkpoint.skeleton, plan)}
+    return checkpoint, plan, replace(expected, notes=notes, coverage=coverage(checkpoint.skeleton, plan))
 
 
 def _load_of(checkpoint: Checkpoint, plan: Plan, options: Options) -> Load:
@@ -177,9 +179,11 @@ def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progr
     files = {stored.file for stored in checkpoint.files.tensors.values()}
     beside = companions(checkpoint.path, trusted=options.trust_remote_code, model=files, out=out)
     if _is_run_whole(checkpoint, given, options):
-        expected |= preflight(checkpoint, plan, _load_of(checkpoint, plan, options), None)
-    expected["peak_memory"] = max(expected["peak_memory"] + max(resident_memory() - before, 0), peak_memory())
-    notes = [*given.notes, *beside.notes, *room_for(out, expected["bytes"])]
+        whole = preflight(checkpoint, plan, _load_of(checkpoint, plan, options), None)
+        expected = replace(whole, notes=expected.notes, coverage=expected.coverage)
+    peak = max(expected.peak_memory + max(resident_memory() - before, 0), peak_memory())
+    expected = replace(expected, peak_memory=peak)
+    notes = [*given.notes, *beside.notes, *room_for(out, expected.bytes)]
     run = Run(
         out,
         _fingerprint(checkpoint, plan, options, given, wanted),
@@ -198,8 +202,8 @@ def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progr
     for line in notes:
         progress.say(line)
     ahead = {
-        name: cost["seconds"]
-        for name, cost in expected["stages"].items()
+        name: cost.seconds
+        for name, cost in expected.stages.items()
         if known is None or name in ("own text", "evaluation", "samples")
     }
     progress = clock = Clock(progress, ahead)
@@ -210,9 +214,9 @@ def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progr
         )
         values |= {
             "source": str(source), "out": str(out), "command": options.command,
-            "notes": [*checkpoint.notes, *expected["notes"], *notes, *values["notes"]],
-            "expected_bytes": expected["bytes"], "peak_memory": {"expected": expected["peak_memory"], "actual": peak_memory()},
-            "expected_seconds": expected["seconds"], "seconds": time.time() - started, "asked": asked,
+            "notes": [*checkpoint.notes, *expected.notes, *notes, *values["notes"]],
+            "expected_bytes": expected.bytes, "peak_memory": {"expected": expected.peak_memory, "actual": peak_memory()},
+            "expected_seconds": expected.seconds, "seconds": time.time() - started, "asked": asked,
         }  # fmt: skip
         clock.finish()
         known = {"report": values | {"stages": clock.told()}, "samples": None}
@@ -243,12 +247,12 @@ def _stored_model(
     _compress(checkpoint, plan, windows, options, run, device, progress)
     kept = commit_rest(run, checkpoint, plan)
     records = [
-        site | {"original_bytes": checkpoint.on_disk(site["parameter"])}
-        for record in run.parts().values()
-        for site in record["sites"]
+        replace(SiteRecord.from_json(site), original_bytes=checkpoint.on_disk(site["parameter"]))
+        for part in run.parts().values()
+        for site in part["sites"]
     ]
     order = {slot.name: i for i, slot in enumerate(plan.slots)}
-    records.sort(key=lambda site: order[site["name"]])
+    records.sort(key=lambda record: order[record.name])
     parameters = count_parameters(checkpoint.skeleton)
     manifest = manifest_of(
         list(run.parts().values()), scheme=describe(scheme), keep=patterns(options.keep), seed=options.seed, versions=versions(),
@@ -262,8 +266,8 @@ def _stored_model(
     verify(run.out, checkpoint, records, kept, progress)
     told = [*filter(None, [run.notes().get("chain")]), *run.notes().get("allocation", [])]
     return {
-        "scheme": describe(scheme), "keep": patterns(options.keep), "seed": options.seed, "data": manifest["data"], "sites": records, "metrics": {},
-        "notes": told + unmeasured_notes(records, parameters, progress), "unused": checkpoint.unused,
+        "scheme": describe(scheme), "keep": patterns(options.keep), "seed": options.seed, "data": manifest["data"],
+        "sites": plain(records), "metrics": {}, "notes": told + unmeasured_notes(records, parameters, progress), "unused": checkpoint.unused,
         "original_bytes": original_file_bytes(checkpoint), "parameters": parameters, "kept": _kept(checkpoint, kept),
         "coverage": coverage(checkpoint.skeleton, plan), "versions": versions(), "machine": machine(),
     }  # fmt: skip

@@ -19,6 +19,7 @@ from laconic.command.console import Terminal
 from laconic.command.ends import Ended, end_of
 from laconic.command.shown import shown
 from laconic.errors import LaconicError
+from laconic.host.told import PlannedSite, Preflight, SiteRecord
 from tests.conftest import TEXT, tiny_config
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
@@ -467,16 +468,8 @@ def test_names_are_drawn_as_they_are(capsys: pytest.CaptureFixture[str]) -> None
     seen = "[red]\\x1b[2Ja\\u202e:smile:[/red]\\"
     terminal = Terminal()
     terminal.console = Console(stderr=True, width=200, emoji=False, highlight=False)
-    record = {"name": name, "bits_per_weight": 3.0, "error": 0.1, "seconds": 1.0, "notes": [name]}
-    site = {
-        "name": name,
-        "aliases": [name],
-        "method": name,
-        "bits_per_weight": 3.0,
-        "bytes": 1,
-        "kept": False,
-        "reason": "",
-    }
+    record = SiteRecord(name, [name], name, [3, 3], "body", name, name, 27, 3.0, 0.1, 0.1, 0, [name], seconds=1.0)
+    site = PlannedSite(name, [name], [3, 3], name, "body", 3.0, 1.0, 2.0, False, "")
     found = {
         "parameters": 9,
         "compressed": 8,
@@ -484,17 +477,7 @@ def test_names_are_drawn_as_they_are(capsys: pytest.CaptureFixture[str]) -> None
         "vectors": 1,
         "untreated": [{"name": name, "reason": "raw", "entries": 1}],
     }
-    terminal.plan(
-        {
-            "sites": [site],
-            "bytes": 1,
-            "original_bytes": 2,
-            "peak_memory": 3,
-            "seconds": 4,
-            "notes": [name],
-            "coverage": found,
-        }
-    )
+    terminal.plan(Preflight([site], 1, 2, 3, 4.0, {}, [name], found))
     terminal.start(name, 1)
     terminal.advance(1, name)
     terminal.site(record)

@@ -99,7 +99,7 @@ def compress(
                 preflight = plan_directory(source, chosen, options, terminal)[2]
                 terminal.plan(preflight)
                 if as_json:
-                    emit(preflight)
+                    emit(preflight.to_json())
                 return
             report = compress_directory(source, chosen, out, options, terminal)
         if as_json:

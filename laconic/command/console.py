@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from laconic.command.shown import shown
+from laconic.host.told import PlannedSite, Preflight, SiteRecord
 from laconic.host.units import duration, human_bytes
 
 
@@ -86,7 +87,7 @@ class Terminal:
     ) -> None:
         self.bar.stop()
 
-    def plan(self, preflight: dict[str, Any]) -> None:
+    def plan(self, preflight: Preflight) -> None:
         if self.quiet:
             return
         from laconic.engine.coverage import coverage_line  # on use, since it loads PyTorch
@@ -100,20 +101,20 @@ class Terminal:
             ("bytes", "right"),
         ):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
-        for (pattern, method, bits), sites in _grouped(preflight["sites"]).items():
-            number, size = f"{len(sites)}", human_bytes(sum(s["bytes"] for s in sites))
-            kept = f"Keep(), as stored{': ' + sites[0]['reason'] if sites[0]['reason'] else ''}"
-            table.add_row(markup(pattern), number, markup(kept if sites[0]["kept"] else method), f"{bits:.3f}", size)
+        for (pattern, method, bits), sites in _grouped(preflight.sites).items():
+            number, size = f"{len(sites)}", human_bytes(sum(site.bytes for site in sites))
+            kept = f"Keep(), as stored{': ' + sites[0].reason if sites[0].reason else ''}"
+            table.add_row(markup(pattern), number, markup(kept if sites[0].kept else method), f"{bits:.3f}", size)
         self.console.print(table)
-        for note in preflight["notes"]:
+        for note in preflight.notes:
             self.say(note)
-        before, after = preflight["original_bytes"], preflight["bytes"]
+        before, after = preflight.original_bytes, preflight.bytes
         self.console.print(
             f"expected: {human_bytes(after)} from {human_bytes(before)}, peak memory "
-            f"{human_bytes(preflight['peak_memory'])}, "
-            f"about {duration(preflight['seconds'])}"
+            f"{human_bytes(preflight.peak_memory)}, "
+            f"about {duration(preflight.seconds)}"
         )
-        self.console.print(shown(coverage_line(preflight["coverage"]), 2000), markup=False)
+        self.console.print(shown(coverage_line(preflight.coverage), 2000), markup=False)
 
     def start(self, task: str, total: float) -> None:
         if self.task is not None:
@@ -124,24 +125,24 @@ class Terminal:
         if self.task is not None:
             self.bar.update(self.task, advance=units, note=markup(note))
 
-    def site(self, record: dict[str, Any]) -> None:
+    def site(self, record: SiteRecord) -> None:
         if not self.quiet:
             self.console.print(
-                f"{markup(record['name']):<48} {record['bits_per_weight']:7.3f} bits   output error "
-                f"{record['error']:.3e}   {record['seconds']:.2f} s"
+                f"{markup(record.name):<48} {record.bits_per_weight:7.3f} bits   output error "
+                f"{record.error:.3e}   {record.seconds:.2f} s"
             )
-        for note in record["notes"]:
+        for note in record.notes:
             self.console.print(f"[yellow]note[/] {markup(note)}")
 
     def say(self, message: str) -> None:
         self.console.print(f"[yellow]note[/] {markup(message)}")
 
 
-def _grouped(sites: list[dict[str, Any]]) -> dict[tuple[str, str, float], list[dict[str, Any]]]:
+def _grouped(sites: list[PlannedSite]) -> dict[tuple[str, str, float], list[PlannedSite]]:
     """Sites of like name, method and size together: layer numbers become *."""
-    groups: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, float], list[PlannedSite]] = {}
     for site in sites:
-        name = ".".join("*" if part.isdigit() else part for part in site["name"].split("."))
-        name += "".join(f" = {alias}" for alias in site["aliases"])
-        groups.setdefault((name, site["method"], round(site["bits_per_weight"], 3)), []).append(site)
+        name = ".".join("*" if part.isdigit() else part for part in site.name.split("."))
+        name += "".join(f" = {alias}" for alias in site.aliases)
+        groups.setdefault((name, site.method, round(site.bits_per_weight, 3)), []).append(site)
     return groups

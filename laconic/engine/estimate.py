@@ -8,6 +8,7 @@ import torch
 from laconic.disk.load import Checkpoint
 from laconic.engine.plan import Plan
 from laconic.engine.walk import MANY, PART, units
+from laconic.host.told import Cost
 from laconic.model.calling import COMPARED, LOGITS
 from laconic.model.sites import NONE, Slot, Stats
 
@@ -42,14 +43,6 @@ class Speeds:
     flops: float
     bytes: float
     exponentials: float
-
-
-@dataclass(frozen=True)
-class Cost:
-    """A stage's peak memory beyond what the process takes before, in bytes, and its time in seconds."""
-
-    bytes: int = 0
-    seconds: float = 0.0
 
 
 def measure_speeds() -> Speeds:

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ from laconic.engine.walk import Loss, Shelf, default_loss, parameters_of
 from laconic.errors import CheckpointError, DataError, SchemeError, VerificationError
 from laconic.host.ambient import refuse_inference, undisturbed
 from laconic.host.progress import Log, Progress, peak_memory
+from laconic.host.record import plain
+from laconic.host.told import SiteRecord
 from laconic.model.batches import Batch, to_device, usable
 from laconic.model.blocks import InMemory, find_chain, open_chain
 from laconic.model.calling import call, called_with, in_evaluation
@@ -122,12 +125,12 @@ def compress_module(
         for when, value in (("before", before), ("after", after))
         if not _is_number(value)
     ]
-    stored = sum(record["bits"] for record in records) // 8
-    kept = original - sum(record["original_bytes"] for record in records)
+    stored = sum(record.bits for record in records) // 8
+    kept = original - sum(record.original_bytes or 0 for record in records)
     report = Report(
         {
             "scheme": describe(scheme), "keep": patterns(keep),
-            "seed": seed, "sites": records, "parameters": count, "original_bytes": original,
+            "seed": seed, "sites": plain(records), "parameters": count, "original_bytes": original,
             "expected_bytes": kept + stored, "metrics": {"score": after, "reference_score": before} if score is not None else {},
             "seconds": time.time() - started, "peak_memory": {"actual": peak_memory()}, "notes": notes, "coverage": covered,
         }
@@ -179,7 +182,7 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
 def _run(
     model: nn.Module, plan: Plan, batches: list[Batch], loss: Loss | None, true_sequential: bool, seed: int, progress: Progress,
     notes: list[str],
-) -> tuple[dict[Slot, Weight], list[dict[str, Any]]]:  # fmt: skip
+) -> tuple[dict[Slot, Weight], list[SiteRecord]]:  # fmt: skip
     residence = InMemory(model)
     blocks, why = open_chain(residence, find_chain(model), batches[0] if batches else None)
     if why:
@@ -196,14 +199,14 @@ def _run(
     running = any(w & INPUTS for w in wanted.values())
     slots = list(plan.methods)
     weights: dict[Slot, Weight] = {}
-    records = []
+    records: list[SiteRecord] = []
     progress.start("compressing", sum(slot.entries * slot.columns for slot in slots))
     with ExitStack() as undo:
         for stage in compression_stages(blocks, residence, batches, slots, wanted, true_sequential, Shelf(), []):
-            for slot, weight, record in solve_stage(stage, plan.methods, model, extras.given, seed):
+            for slot, weight, found in solve_stage(stage, plan.methods, model, extras.given, seed):
                 weights[slot] = weight
                 parameter = parameters_of(model, [slot])[slot].detach()
-                record["original_bytes"] = parameter.nbytes
+                record = replace(found, original_bytes=parameter.nbytes)
                 if running:
                     undo.callback(parameter.copy_, parameter.clone())
                     for layer in slot.layers(model):

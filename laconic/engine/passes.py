@@ -31,6 +31,8 @@ from laconic.engine.walk import (
 )  # fmt: skip
 from laconic.errors import SchemeError, VerificationError
 from laconic.host.progress import Progress
+from laconic.host.record import plain
+from laconic.host.told import SiteRecord
 from laconic.methods.allocation import Allocation
 from laconic.methods.base import Method
 from laconic.methods.channels import MODULES_ONLY
@@ -221,7 +223,7 @@ def commit_rest(run: Run, checkpoint: Checkpoint, plan: Plan) -> list[str]:
 
 
 def verify(
-    path: Path, checkpoint: Checkpoint, records: list[dict[str, Any]], kept: list[str], progress: Progress
+    path: Path, checkpoint: Checkpoint, records: Sequence[SiteRecord], kept: list[str], progress: Progress
 ) -> None:
     """Read the finished directory back: every weight decodes to what was computed, every kept tensor is the original's, bit for bit.
 
@@ -231,10 +233,10 @@ def verify(
     stored.check()
     progress.start("verifying what was written", len(records))
     for record in records:
-        weight = stored.stored.weight(record["parameter"])
-        if checksum(weight) != record["checksum"] or weight.inputs != inputs_of(record):
-            raise VerificationError(f"{path}: {record['parameter']} does not decode to what was computed")
-        progress.advance(1, record["name"])
+        weight = stored.stored.weight(record.parameter)
+        if checksum(weight) != record.checksum or weight.inputs != inputs_of(record.to_json()):
+            raise VerificationError(f"{path}: {record.parameter} does not decode to what was computed")
+        progress.advance(1, record.name)
     for name in kept:
         original = checkpoint.read([name])[name]
         step = max(1, _PART // max(1, original[:1].nbytes)) if original.dim() else 1
@@ -258,7 +260,7 @@ def compress_parts(
 ) -> None:
     """The compression pass of a directory: every stage's sites are solved, put back for what comes after, and written when complete."""
     weights: dict[str, Weight] = {}
-    records: list[dict[str, Any]] = []
+    records: list[SiteRecord] = []
     for stage in stages:
         for slot, weight, record in solve_stage(stage, plan.methods, model, extras.given, seed):
             if running:
@@ -270,5 +272,5 @@ def compress_parts(
             del weight  # which the dictionary drops when it is written
         if stage.complete and (weights or stage.slots):
             tensors, specs = pack_weights(weights)
-            run.commit(stage.part, tensors, {"specs": specs, "sites": records})
+            run.commit(stage.part, tensors, {"specs": specs, "sites": plain(records)})
             weights, records = {}, []

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from laconic.engine.coverage import coverage_line
+from laconic.host.told import SiteRecord
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 _WORST = 10
@@ -23,8 +24,13 @@ class Report:
 
     @property
     def sites(self) -> list[dict[str, Any]]:
-        """A record per compressed site: name, shape, method, bits, relative output error, notes."""
+        """A record per compressed site, as JSON: name, shape, method, bits, relative output error, notes."""
         return self.values["sites"]
+
+    @property
+    def records(self) -> list[SiteRecord]:
+        """The same as values. Raises: CheckpointError for sites of a report that are not whole."""
+        return [SiteRecord.from_json(site) for site in self.sites]
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -44,9 +50,9 @@ class Report:
     @property
     def matrix_bits(self) -> float:
         """Stored bits per weight of the compressed matrices of the body, scales, tables and indices included; without any, of all sites."""
-        body = [site for site in self.sites if site["role"] == "body"] or self.sites
-        entries = sum(site["shape"][0] * site["shape"][1] for site in body)
-        return sum(site["bits"] for site in body) / max(entries, 1)
+        records = self.records
+        body = [record for record in records if record.role == "body"] or records
+        return sum(record.bits for record in body) / max(sum(record.entries for record in body), 1)
 
     @property
     def coverage(self) -> str:
@@ -80,11 +86,12 @@ def by_class(report: Report) -> list[dict[str, Any]]:
         row[0] += before
         row[1] += after
 
-    for site in report.sites:
+    for record in report.records:
         label = {"embedding": "embeddings, compressed", "head": "output head, compressed"}.get(
-            site["role"], "matrices, compressed"
+            record.role, "matrices, compressed"
         )
-        add(label, site.get("original_bytes", 2.0 * site["shape"][0] * site["shape"][1]), site["bits"] / 8)
+        before = record.original_bytes if record.original_bytes is not None else 2.0 * record.entries
+        add(label, before, record.bits / 8)
     for kept in report.values.get("kept", []):
         matrix = len(kept.get("shape", [])) > 1
         add(

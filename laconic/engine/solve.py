@@ -4,7 +4,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from laconic.disk.tensors import is_finite
 from laconic.engine.walk import Stage
 from laconic.errors import SchemeError
+from laconic.host.told import SiteRecord
 from laconic.methods.base import Method
 from laconic.methods.fitting import fitted
 from laconic.model.sites import Site, Slot
@@ -45,7 +46,7 @@ def solve_sites(method: Method, sites: Sequence[Site]) -> list[Weight]:
 
 def solve_stage(
     stage: Stage, chosen: Mapping[Slot, Method], model: nn.Module, given: Callable[[Site], Site], seed: int
-) -> Iterator[tuple[Slot, Weight, dict[str, Any]]]:
+) -> Iterator[tuple[Slot, Weight, SiteRecord]]:
     """The weight of every site of a stage, and the record of it; `given` adds to a site what was kept for it before.
 
     Raises: SchemeError with the name of a site, DataError where its statistics are not finite.
@@ -73,25 +74,20 @@ def solve_stage(
         )  # a tensor of the block that is left behind keeps its Hessian, or the pages of its whole file, in memory
         seconds, entries = time.perf_counter() - started, sum(slot.entries for slot in slots)
         for slot, record in zip(slots, records, strict=True):
-            yield slot, weights.pop(0), record | {"seconds": seconds * slot.entries / entries}
+            yield slot, weights.pop(0), replace(record, seconds=seconds * slot.entries / entries)
 
 
-def record_of(slot: Slot, method: Method, site: Site, weight: Weight) -> dict[str, Any]:
+def record_of(slot: Slot, method: Method, site: Site, weight: Weight) -> SiteRecord:
     """What the report says of a site and its weight, but for the seconds."""
     bits = weight.bits()
-    record: dict[str, Any] = {
-        "name": slot.name, "aliases": list(slot.names[1:]), "parameter": slot.parameter, "shape": list(slot.shape), "role": slot.role,
-        "method": repr(method), "kind": weight.words(), "bits": bits, "bits_per_weight": bits / slot.entries,
-        "error": output_error(site, weight), "weight_error": output_error(site.having(hessian=None, squares=None), weight),
-        "checksum": checksum(weight, slot.name), "notes": site.notes,
-    }  # fmt: skip
-    if site.tokens is not None and site.groups > 1 and slot.view.lead > 1:
-        record["expert_tokens"] = site.tokens.tolist()
-    if site.unmeasured:
-        record["unmeasured"] = site.unmeasured
-    if weight.inputs is not None:
-        record |= weight.inputs.to_spec()
-    return record
+    packed = site.tokens if site.groups > 1 and slot.view.lead > 1 else None
+    return SiteRecord(
+        name=slot.name, aliases=list(slot.names[1:]), parameter=slot.parameter, shape=list(slot.shape), role=slot.role,
+        method=repr(method), kind=weight.words(), bits=bits, bits_per_weight=bits / slot.entries, error=output_error(site, weight),
+        weight_error=output_error(site.having(hessian=None, squares=None), weight), checksum=checksum(weight, slot.name),
+        notes=site.notes, expert_tokens=packed.tolist() if packed is not None else None, unmeasured=site.unmeasured or None,
+        **(weight.inputs.to_spec() if weight.inputs is not None else {}),
+    )  # fmt: skip
 
 
 def checksum(weight: Weight, name: str = "") -> int:

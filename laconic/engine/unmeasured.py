@@ -6,6 +6,7 @@ from typing import Any
 
 from laconic.errors import DataError
 from laconic.host.progress import Progress
+from laconic.host.told import SiteRecord
 from laconic.host.units import ranges
 from laconic.model.batches import tensors_in
 
@@ -25,18 +26,18 @@ def naming_batches(batches: Sequence[Any]) -> Iterator[None]:
         raise DataError(f"{error}; NaN or infinity in batch {ranges(bad)} of the calibration data") from error
 
 
-def unmeasured_share(records: Sequence[dict[str, Any]], parameters: int) -> float:
+def unmeasured_share(records: Sequence[SiteRecord], parameters: int) -> float:
     """The share of a model's parameters that were compressed without the statistics their methods ask for."""
-    entries = sum(record["shape"][0] * record["shape"][1] * record.get("unmeasured", 0.0) for record in records)
+    entries = sum(record.entries * (record.unmeasured or 0.0) for record in records)
     return entries / max(parameters, 1)
 
 
-def unmeasured_notes(records: Sequence[dict[str, Any]], parameters: int, progress: Progress) -> list[str]:
+def unmeasured_notes(records: Sequence[SiteRecord], parameters: int, progress: Progress) -> list[str]:
     """One line on all sites that were compressed without statistics, or none, said at once where they are more than a hundredth of the model.
 
     The sites' own notes give the reasons.
     """
-    found = [record["name"] for record in records if record.get("unmeasured")]
+    found = [record.name for record in records if record.unmeasured]
     if not found:
         return []
     named = ", ".join(found[:_NAMED]) + (f" and {len(found) - _NAMED} more" if len(found) > _NAMED else "")

@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from laconic.host.progress import Progress
+from laconic.host.told import Preflight, SiteRecord
 from laconic.host.units import duration
 
 _TASKS = {
@@ -35,10 +35,10 @@ class Clock:
         self.stage: str | None = None
         self.total = self.done = 0.0
 
-    def plan(self, preflight: dict[str, Any]) -> None:
+    def plan(self, preflight: Preflight) -> None:
         self.inner.plan(preflight)
 
-    def site(self, record: dict[str, Any]) -> None:
+    def site(self, record: SiteRecord) -> None:
         self.inner.site(record)
 
     def say(self, message: str) -> None:

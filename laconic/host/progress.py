@@ -3,7 +3,9 @@
 import logging
 import resource
 import sys
-from typing import Any, Protocol
+from typing import Protocol
+
+from laconic.host.told import Preflight, SiteRecord
 
 logger = logging.getLogger("laconic")
 
@@ -11,7 +13,7 @@ logger = logging.getLogger("laconic")
 class Progress(Protocol):
     """Listens to a run."""
 
-    def plan(self, preflight: dict[str, Any]) -> None:
+    def plan(self, preflight: Preflight) -> None:
         """The resolved plan and the predicted size, memory and time, before the work starts."""
 
     def start(self, task: str, total: float) -> None:
@@ -20,7 +22,7 @@ class Progress(Protocol):
     def advance(self, units: float, note: str = "") -> None:
         """Some of the present task is done."""
 
-    def site(self, record: dict[str, Any]) -> None:
+    def site(self, record: SiteRecord) -> None:
         """A site is compressed: its name, method, bits, error and what the user must hear."""
 
     def say(self, message: str) -> None:
@@ -30,8 +32,8 @@ class Progress(Protocol):
 class Log:
     """Progress as log records of the logger "laconic"."""
 
-    def plan(self, preflight: dict[str, Any]) -> None:
-        logger.info("%d sites, %d bytes expected", len(preflight["sites"]), preflight["bytes"])
+    def plan(self, preflight: Preflight) -> None:
+        logger.info("%d sites, %d bytes expected", len(preflight.sites), preflight.bytes)
 
     def start(self, task: str, total: float) -> None:
         logger.info("%s", task)
@@ -39,11 +41,9 @@ class Log:
     def advance(self, units: float, note: str = "") -> None:
         """Nothing: a log has no bar."""
 
-    def site(self, record: dict[str, Any]) -> None:
-        logger.info(
-            "%s: %.3f bits, relative output error %.3g", record["name"], record["bits_per_weight"], record["error"]
-        )
-        for note in record["notes"]:
+    def site(self, record: SiteRecord) -> None:
+        logger.info("%s: %.3f bits, relative output error %.3g", record.name, record.bits_per_weight, record.error)
+        for note in record.notes:
             logger.warning("%s", note)
 
     def say(self, message: str) -> None:

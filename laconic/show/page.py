@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from laconic.disk.files import write_json, write_text
 from laconic.engine.report import REPORT_HTML, REPORT_JSON, Report, by_class
+from laconic.host.told import SiteRecord
 from laconic.host.units import human_bytes
 
 
@@ -29,7 +30,7 @@ def render(report: Report) -> str:
         v=report.values,
         m=report.metrics,
         classes=by_class(report),
-        plot=_plot(report.sites),
+        plot=_plot(report.records),
         experts=_experts(report),
         notes=report.notes,
     )
@@ -53,30 +54,33 @@ def inline_svg(figure: Figure) -> str:
 
 def _experts(report: Report) -> list[dict[str, Any]]:
     """The packed experts' sites, with those no calibration token reached."""
-    found = [site for site in report.sites if "expert_tokens" in site]
-    return [site | {"missing": [i for i, tokens in enumerate(site["expert_tokens"]) if tokens == 0]} for site in found]
+    found = [(record.name, record.expert_tokens) for record in report.records if record.expert_tokens is not None]
+    return [
+        {"name": name, "expert_tokens": tokens, "missing": [i for i, seen in enumerate(tokens) if seen == 0]}
+        for name, tokens in found
+    ]
 
 
-def _plot(sites: list[dict[str, Any]]) -> str:
+def _plot(sites: list[SiteRecord]) -> str:
     """Bits per weight and relative output error of every site in the model's order, as inline SVG; a colour per kind of
     layer.
     """
     if not sites:
         return ""
-    kinds = list(dict.fromkeys(_layer_kind(site["name"]) for site in sites))
+    kinds = list(dict.fromkeys(_layer_kind(site.name) for site in sites))
     colours = {kind: f"C{i % 10}" for i, kind in enumerate(kinds)}
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     bits, error = figure.subplots(2, 1, sharex=True)
     for kind in kinds:
-        at = [i for i, site in enumerate(sites) if _layer_kind(site["name"]) == kind]
+        at = [i for i, site in enumerate(sites) if _layer_kind(site.name) == kind]
         bits.bar(
             at,
-            [sites[i]["bits_per_weight"] for i in at],
+            [sites[i].bits_per_weight for i in at],
             color=colours[kind],
             label=kind.replace("$", r"\$"),
             width=0.8,
         )
-        error.plot(at, [max(sites[i]["error"], 1e-12) for i in at], "o", color=colours[kind], markersize=4)
+        error.plot(at, [max(sites[i].error, 1e-12) for i in at], "o", color=colours[kind], markersize=4)
     bits.set_ylabel("bits per weight")
     error.set_ylabel("relative output error")
     error.set_yscale("log")
@@ -96,10 +100,10 @@ def _layer_kind(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _block_starts(sites: list[dict[str, Any]]) -> Iterator[int]:
+def _block_starts(sites: list[SiteRecord]) -> Iterator[int]:
     block = None
     for i, site in enumerate(sites):
-        number = next((part for part in site["name"].split(".") if part.isdigit()), None)
+        number = next((part for part in site.name.split(".") if part.isdigit()), None)
         if number != block and i:
             yield i
         block = number
