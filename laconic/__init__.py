@@ -1,7 +1,9 @@
-"""laconic compresses trained neural networks: schemes in, smaller verified models out, with numbers that can be believed.
+"""laconic compresses trained neural networks: schemes in, smaller verified models out, with numbers that can be
+believed.
 
-Its names are loaded when the first of them is used (they are listed in `laconic.api`), so that `import laconic` costs nothing. Besides
-them, every method of `laconic.methods` is an attribute of the package (`laconic.GPTQ`, `laconic.KMeans`, ...), and so is every module.
+Its names are loaded when the first of them is used (they are listed in `laconic.api`), so that `import laconic` costs
+nothing. Besides them, every method of `laconic.methods` is an attribute of the package (`laconic.GPTQ`,
+`laconic.KMeans`, ...), and so is every module.
 """
 
 import sys
@@ -21,7 +23,8 @@ _FUNCTIONS = frozenset({"recover", "search"})
 
 
 class _Package(type(sys)):  # type: ignore[misc]  # types.ModuleType, likewise
-    """Python makes an imported module an attribute of its package; a function of that name is not to be replaced by it."""
+    """Python makes an imported module an attribute of its package; a function of that name is not to be replaced by
+    it."""
 
     def __setattr__(self, name: str, value: "Any") -> None:
         if not (name in _FUNCTIONS and isinstance(value, type(sys))):

@@ -1,4 +1,5 @@
-"""What follows once the weights are stored and verified: quality, samples of text, the report. Nothing that fails here loses the model."""
+"""What follows once the weights are stored and verified: quality, samples of text, the report. Nothing that fails here
+loses the model."""
 
 import time
 from collections.abc import Callable
@@ -37,10 +38,12 @@ def known_of(run: Run) -> dict[str, Any] | None:
 
 
 def conclude(run: Run, known: dict[str, Any], measure: Measure | None, sample: Sample | None, clock: Clock) -> Report:
-    """Measure, sample and report a complete model, as far as `known` (`report`: its values; `samples`) does not hold that already, and close the run.
+    """Measure, sample and report a complete model, as far as `known` (`report`: its values; `samples`) does not hold
+    that already, and close the run.
 
-    Whatever fails is said and noted in the report; the rest is done all the same, and what was computed is kept. Raises: ReportError at the end
-    if anything failed (the run stays open, and a resumed one repeats what failed); KeyboardInterrupt with a note that says the same.
+    Whatever fails is said and noted in the report; the rest is done all the same, and what was computed is kept.
+    Raises: ReportError at the end if anything failed (the run stays open, and a resumed one repeats what failed);
+    KeyboardInterrupt with a note that says the same.
     """
     began, failures = time.time(), dict[str, BaseException]()
     values = dict(known["report"])
@@ -79,7 +82,8 @@ def conclude(run: Run, known: dict[str, Any], measure: Measure | None, sample: S
 
 
 class _Survived:
-    """Notes what fails inside, whatever it is: tokenizers, models that write and pictures are other people's code. Ctrl-C goes on, with a word."""
+    """Notes what fails inside, whatever it is: tokenizers, models that write and pictures are other people's code.
+    Ctrl-C goes on, with a word."""
 
     def __init__(self, run: Run, what: str, failures: dict[str, BaseException]) -> None:
         self.run, self.what, self.failures = run, what, failures

@@ -38,7 +38,8 @@ class SurgeryError(LaconicError, ValueError):
 
 
 class SearchError(LaconicError, ValueError):
-    """A search that cannot be carried out: nothing to search, a floor that nothing reaches, a storage that does not answer."""
+    """A search that cannot be carried out: nothing to search, a floor that nothing reaches, a storage that does not
+    answer."""
 
     exit_code = 8
 
@@ -56,6 +57,7 @@ class VerificationError(LaconicError):
 
 
 class ReportError(LaconicError):
-    """The model is complete and verified; something that follows failed: its evaluation, the samples of text, the report."""
+    """The model is complete and verified; something that follows failed: its evaluation, the samples of text, the
+    report."""
 
     exit_code = 10

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from laconic.data.text import calibration_windows, evaluation_windows, read_text, sample_windows, split_text
+from laconic.data.sampled import sample_windows
+from laconic.data.text import calibration_windows, evaluation_windows, read_text, split_text
 from laconic.errors import DataError
 from tests.needs import extra
 

@@ -12,14 +12,8 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 import laconic as lc
-from laconic.data.text import (
-    Vocabulary,
-    calibration_windows,
-    evaluation_windows,
-    sample_windows,
-    start_tokens,
-    vocabulary_of,
-)
+from laconic.data.sampled import Vocabulary, sample_windows, vocabulary_of
+from laconic.data.text import calibration_windows, evaluation_windows, start_tokens
 from laconic.disk.load import open_source
 from laconic.measure.quality import evaluate_source, perplexity
 from laconic.recover.text import text_task

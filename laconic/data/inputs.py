@@ -14,7 +14,8 @@ from torch import nn
 from laconic.data.chats import conversations
 from laconic.data.modality import check_length, is_language_model, kind_of, way_out
 from laconic.data.reading import Material, Reader
-from laconic.data.text import Vocabulary, Windows, sample_windows, vocabulary_of
+from laconic.data.sampled import Vocabulary, sample_windows, vocabulary_of
+from laconic.data.text import Windows
 from laconic.disk.files import atomically, disk_errors, seal
 from laconic.disk.load import Checkpoint, load_tokenizer
 from laconic.disk.output import Run

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from laconic.engine.plan import Plan
-from laconic.model.sites import uncompressed
+from laconic.model.uncompressed import uncompressed
 
 _NAMED = 4  # parameters that no method treats are named one by one up to here, the largest first
 

@@ -35,7 +35,8 @@ class Judgement:
 
 
 def check_function(name: str, function: object) -> None:
-    """Raises DataError unless a loss or a score, where there is one, is a function of the model's output and the batch."""
+    """Raises DataError unless a loss or a score, where there is one, is a function of the model's output and the
+    batch."""
     if function is None:
         return
     expected = f"{name}: expected a function {name}(output, batch) of the model's output and the batch"
@@ -76,7 +77,8 @@ def judge(
     model: nn.Module, data: Iterable[Batch], loss: OutputLoss | None = None, score: OutputScore | None = None,
     device: torch.device | None = None,
 ) -> Judgement:  # fmt: skip
-    """Mean loss and score of a model in evaluation mode over all examples; its mode is put back. Raises: DataError when there is no batch."""
+    """Mean loss and score of a model in evaluation mode over all examples; its mode is put back. Raises: DataError when
+    there is no batch."""
     device = device or next(model.parameters()).device
     losses = scores = 0.0
     items = examples = 0
@@ -96,13 +98,15 @@ def judge(
 
 
 def try_loss(output: Any, batch: Batch, loss: OutputLoss, name: str) -> None:
-    """Raises DataError, naming the batch, where a loss cannot be taken of a model's output on it, whatever it raises."""
+    """Raises DataError, naming the batch, where a loss cannot be taken of a model's output on it, whatever it
+    raises."""
     with Foreign(DataError, f"loss: fails on {name}"):
         loss_of(output, batch, loss)
 
 
 def default_loss(output: Any, batch: Batch) -> Tensor:
-    """Mean cross-entropy: of labels where a batch has some, else of the next token (those an `attention_mask` leaves out do not count)."""
+    """Mean cross-entropy: of labels where a batch has some, else of the next token (those an `attention_mask` leaves
+    out do not count)."""
     logits = getattr(output, "logits", output)
     if isinstance(batch, dict):
         if "labels" in batch and isinstance(getattr(output, "loss", None), Tensor):

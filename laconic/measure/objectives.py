@@ -19,7 +19,8 @@ from laconic.weights import installed
 
 
 def stored_bytes(candidate: Candidate) -> float:
-    """Bytes of the files the model is stored in: weights, scales, masks, manifest, headers. Cost: one save, if it is not stored yet."""
+    """Bytes of the files the model is stored in: weights, scales, masks, manifest, headers. Cost: one save, if it is
+    not stored yet."""
     if candidate.path is not None:
         return float(store.stored_bytes(candidate.path))
     with tempfile.TemporaryDirectory() as folder:
@@ -29,9 +30,9 @@ def stored_bytes(candidate: Candidate) -> float:
 def nonzero_bytes(candidate: Candidate) -> float:
     """Bytes of the non-zero parameters, each at the width it is stored in; masks, indices and buffers do not count.
 
-    A Weight counts as its `nonzero_bits` says: plain values that are not zero, what survives a mask, codes with their scales in full.
-    Raises: SearchError when no parameter is left. Source: Condensa section 4, objective 1 ("the number of bytes consumed by the model's
-    non-zero parameters"), its r_c.
+    A Weight counts as its `nonzero_bits` says: plain values that are not zero, what survives a mask, codes with their
+    scales in full. Raises: SearchError when no parameter is left. Source: Condensa section 4, objective 1 ("the number
+    of bytes consumed by the model's non-zero parameters"), its r_c.
     """
     return nonzero_bytes_of(candidate.model)
 
@@ -50,7 +51,8 @@ def parameters(candidate: Candidate) -> float:
 
 
 def macs(candidate: Candidate) -> float:
-    """Multiply-accumulates per example with weights that are not zero, and those between activations; see `layers.count_macs`.
+    """Multiply-accumulates per example with weights that are not zero, and those between activations; see
+    `layers.count_macs`.
 
     Source: Condensa section 4.1, s_F. Cost: one call.
     """
@@ -58,7 +60,8 @@ def macs(candidate: Candidate) -> float:
 
 
 def flops(candidate: Candidate) -> float:
-    """Floating-point operations per example: two per multiply-accumulate. Source: Condensa section 4, objective 2. Cost: one call."""
+    """Floating-point operations per example: two per multiply-accumulate. Source: Condensa section 4, objective 2.
+    Cost: one call."""
     return 2 * macs(candidate)
 
 
@@ -66,9 +69,9 @@ def flops(candidate: Candidate) -> float:
 class Latency:
     """Measured seconds per call of the network, the median of repeated calls after a warm-up.
 
-    `batch` examples at a time (None: those of the candidate's example). `threads` of the processor (None: as many as are set).
-    `channels_last` measures a copy in that memory format, `compile` one from torch.compile.
-    Raises: SearchError where torch.compile has no compiler. Cost: (repeats + warmup) calls.
+    `batch` examples at a time (None: those of the candidate's example). `threads` of the processor (None: as many as
+    are set). `channels_last` measures a copy in that memory format, `compile` one from torch.compile. Raises:
+    SearchError where torch.compile has no compiler. Cost: (repeats + warmup) calls.
     """
 
     batch: int | None = None
@@ -87,7 +90,8 @@ class Latency:
         return seconds_per_call({"network": candidate.network}, self._example(candidate), **self._options())["network"]
 
     def relative(self, candidate: Candidate) -> float:
-        """The measure as a multiple of the reference's: the median ratio of rounds that measure both, so that other work on the machine cancels.
+        """The measure as a multiple of the reference's: the median ratio of rounds that measure both, so that other
+        work on the machine cancels.
 
         Cost: twice a measure.
         """
@@ -114,7 +118,8 @@ class Latency:
 
 @dataclass(frozen=True)
 class Throughput(Latency):
-    """Measured examples per second: the batch's size over the seconds of one call. Arguments, Raises and cost as `Latency`."""
+    """Measured examples per second: the batch's size over the seconds of one call. Arguments, Raises and cost as
+    `Latency`."""
 
     @property
     def __name__(self) -> str:
@@ -149,7 +154,8 @@ _WORDS: dict[str, type[Maximize] | type[Minimize]] = {
 
 
 def parse_objective(text: str) -> Maximize | Minimize:
-    """The goal a text names: `throughput`, `stored_bytes` (the better way is known), `min latency`, `maximize throughput`.
+    """The goal a text names: `throughput`, `stored_bytes` (the better way is known), `min latency`, `maximize
+    throughput`.
 
     Raises: SearchError with the nearest spelling of an unknown name.
     """

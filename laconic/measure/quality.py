@@ -1,4 +1,5 @@
-"""Quality of what is stored: perplexity, distance from the original, error bars. Models run block by block, so size does not matter."""
+"""Quality of what is stored: perplexity, distance from the original, error bars. Models run block by block, so size
+does not matter."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,11 +32,13 @@ _TOKENS = 4096  # per forward pass
 
 @dataclass(frozen=True)
 class Quality:
-    """What is measured over windows of text that each begin with the tokens `start`; what follows them is predicted, from position 2 on.
+    """What is measured over windows of text that each begin with the tokens `start`; what follows them is predicted,
+    from position 2 on.
 
-    `nats_per_token` is the mean negative log-likelihood, `perplexity` its exponential. Against a reference: `kl` = mean over positions of
-    KL(reference || model) in nats, `top1` the share of positions where both name the same token first, `excess` the difference in nats per
-    token. `*_interval` are 95 % bootstrap intervals over windows (of the paired difference, for `excess`).
+    `nats_per_token` is the mean negative log-likelihood, `perplexity` its exponential. Against a reference: `kl` = mean
+    over positions of KL(reference || model) in nats, `top1` the share of positions where both name the same token
+    first, `excess` the difference in nats per token. `*_interval` are 95 % bootstrap intervals over windows (of the
+    paired difference, for `excess`).
     """
 
     data: str
@@ -56,7 +59,8 @@ class Quality:
 
 
 def outputs(source: Opened, batches: Sequence[Batch], dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
-    """The model's output for each batch; every block is read and decoded once, for all batches together. Take them all, in order."""
+    """The model's output for each batch; every block is read and decoded once, for all batches together. Take them all,
+    in order."""
     blocks, residence, _ = open_blocks(source, dtype, device, batches[0] if batches else None)
     hidden: list[Tensor] = []
     if blocks is not None:
@@ -90,7 +94,8 @@ def perplexity(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Quality:
-    """Likelihood of the windows under a model and, given a reference, its distance from that. Cost: one forward pass of each model."""
+    """Likelihood of the windows under a model and, given a reference, its distance from that. Cost: one forward pass of
+    each model."""
     device = device or torch.device("cpu")
     batches = windows.batches(windows_at_once(source, windows))
     own = (output.logits for output in outputs(source, batches, dtype, device))
@@ -106,7 +111,8 @@ def windows_at_once(source: Opened, windows: Material) -> int:
 
 
 def compare(windows: Material, own: Iterable[Tensor], reference: Iterable[Tensor] | None = None) -> Quality:
-    """Likelihood and distance from a reference out of logits [windows, length, vocabulary] that come in batches, in the windows' order."""
+    """Likelihood and distance from a reference out of logits [windows, length, vocabulary] that come in batches, in the
+    windows' order."""
     columns: list[Tensor] = []
     first = max(1, len(windows.start))  # the first position that is predicted
     sequences = windows.sequences()
@@ -122,7 +128,8 @@ def compare(windows: Material, own: Iterable[Tensor], reference: Iterable[Tensor
 
 
 def _of_window(logits: Tensor, original: Tensor | None, targets: Tensor) -> Tensor:
-    """Sums over the positions of one window, a few positions at a time: there are several tensors as large as the logits."""
+    """Sums over the positions of one window, a few positions at a time: there are several tensors as large as the
+    logits."""
     total = torch.zeros(5 if original is not None else 2, dtype=torch.float64, device=logits.device)
     total[0] = len(targets)
     step = max(1, COMPARED // logits.shape[-1])
@@ -165,7 +172,8 @@ def _interval(values: Tensor) -> tuple[float, float]:
 def similarity(
     source: Opened, reference: Opened, windows: Material, dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
-    """For models that predict no text: mean cosine and relative squared error of the output against a reference's, over its last dimension."""
+    """For models that predict no text: mean cosine and relative squared error of the output against a reference's, over
+    its last dimension."""
     batches = windows.batches(windows_at_once(source, windows))
     if not accepts(source.skeleton, "use_cache"):
         batches = [{key: value for key, value in batch.items() if key != "use_cache"} for batch in batches]

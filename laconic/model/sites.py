@@ -1,11 +1,12 @@
-"""Every compressible tensor of a model, found by structure: where it lives, how it is seen as a matrix, and what is known of its input."""
+"""Every compressible tensor of a model, found by structure: where it lives, how it is seen as a matrix, and what is
+known of its input."""
 
 import enum
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,11 @@ MEASURED = INPUTS | GRADIENTS  # what a model has to be run for
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a compressible tensor lives. `users` are the (module path, parameter name) pairs that share it: more than one for a tie.
+    """Where a compressible tensor lives. `users` are the (module path, parameter name) pairs that share it: more than
+    one for a tie.
 
-    `groups` row groups have inputs of their own (grouped convolutions, packed experts). `role` says what it is for (see `roles`).
+    `groups` row groups have inputs of their own (grouped convolutions, packed experts). `role` says what it is for (see
+    `roles`).
     """
 
     name: str
@@ -108,17 +111,18 @@ class Slot:
 
 @dataclass(frozen=True)
 class Site:
-    """What a method sees: W [out, in] and the statistics it asked for. Methods may not change W; `notes` collects what the user must hear.
+    """What a method sees: W [out, in] and the statistics it asked for. Methods may not change W; `notes` collects what
+    the user must hear.
 
-    `hessian` [groups, in, in], `squares`, `magnitude` (mean |x|), `peak` (largest |x|), `centre` (mean x), `low` and `high` (smallest and
-    largest x, 0 included) [groups, in], `sample` [rows, in] of the inputs of all groups, `tokens` [groups], `fisher` [out, in], `output_fisher` and
-    `uses` (look-ups) [out]; None where not asked for. `input`: sites that read one tensor have the
-    same number; None where no input was summed.
-    `mask` [out, in] says which entries an earlier method kept; `values_dtype` is the type pruning keeps values in (float32 when another method
-    encodes them afterwards). `dims` is the parameter's own shape (four numbers for a 2-D convolution);
-    empty where only the matrix is known. `channels` [out] int64: rows of any site with the same number are one channel of the network and
-    are cut together; -1 may not be cut. `role` is that of the slot. `unseen` says why nothing is known of its inputs, if so, and `unmeasured`
-    of which share of its entries (see `unmeasured.completed`).
+    `hessian` [groups, in, in], `squares`, `magnitude` (mean |x|), `peak` (largest |x|), `centre` (mean x), `low` and
+    `high` (smallest and largest x, 0 included) [groups, in], `sample` [rows, in] of the inputs of all groups, `tokens`
+    [groups], `fisher` [out, in], `output_fisher` and `uses` (look-ups) [out]; None where not asked for. `input`: sites
+    that read one tensor have the same number; None where no input was summed. `mask` [out, in] says which entries an
+    earlier method kept; `values_dtype` is the type pruning keeps values in (float32 when another method encodes them
+    afterwards). `dims` is the parameter's own shape (four numbers for a 2-D convolution); empty where only the matrix
+    is known. `channels` [out] int64: rows of any site with the same number are one channel of the network and are cut
+    together; -1 may not be cut. `role` is that of the slot. `unseen` says why nothing is known of its inputs, if so,
+    and `unmeasured` of which share of its entries (see `unmeasured.completed`).
     """
 
     name: str
@@ -158,7 +162,8 @@ class Site:
 
     @property
     def importance(self) -> Tensor | None:
-        """How much an error in a column counts, [out or 1, in]: the mean square of its input; None when nothing is known."""
+        """How much an error in a column counts, [out or 1, in]: the mean square of its input; None when nothing is
+        known."""
         squares = self.squares
         if self.hessian is not None:
             squares = self.hessian.diagonal(dim1=1, dim2=2)
@@ -173,13 +178,14 @@ def site_name(path: str, parameter: str) -> str:
 
 
 def find_slots(model: nn.Module, uses: Mapping[str, Use] | None = None) -> list[Slot]:
-    """The compressible tensors of a model in module order, tensors on the meta device included; ties are found by identity.
+    """The compressible tensors of a model in module order, tensors on the meta device included; ties are found by
+    identity.
 
-    Sure by their modules: Linear, Conv1d, Conv2d, Conv3d, GPT-2's Conv1D, Embedding and EmbeddingBag weights, those of recurrent layers (a
-    gate's rows below the other's), the input projections of MultiheadAttention, experts of transformers whose class says how they multiply,
-    and routers. Any other parameter of two dimensions or more is a site only if a product shows which matrix it is: `uses` by parameter
-    name, as seen in a run (`uses_of`) or as stored; None: as a run of a transformers model on the meta device shows. A parametrized tensor
-    is not a slot.
+    Sure by their modules: Linear, Conv1d, Conv2d, Conv3d, GPT-2's Conv1D, Embedding and EmbeddingBag weights, those of
+    recurrent layers (a gate's rows below the other's), the input projections of MultiheadAttention, experts of
+    transformers whose class says how they multiply, and routers. Any other parameter of two dimensions or more is a
+    site only if a product shows which matrix it is: `uses` by parameter name, as seen in a run (`uses_of`) or as
+    stored; None: as a run of a transformers model on the meta device shows. A parametrized tensor is not a slot.
     """
     sure, open_ones = _by_module(model)
     if uses is None:
@@ -249,7 +255,8 @@ def views_in(model: nn.Module) -> dict[str, Any]:
 
 
 def stored_uses(model: nn.Module, views: Any, weights: Iterable[str]) -> dict[str, Use]:
-    """The uses of a stored model's parameters: by its manifest's `views`, or, where it is older than they are, by shape as it was written then.
+    """The uses of a stored model's parameters: by its manifest's `views`, or, where it is older than they are, by shape
+    as it was written then.
 
     Raises: CheckpointError for a view that does not fit the parameter.
     """
@@ -328,47 +335,3 @@ def _see(module: nn.Module, parameter: str, tensor: Tensor) -> Use | None:
     if is_marked(module) and tensor.dim() == 3:
         return Use(View(shape, lead=2, transposed=bool(module.is_transposed)), shape[0])
     return None
-
-
-class Uncompressed(NamedTuple):
-    """A parameter of two dimensions or more that is no site, with the reason in words."""
-
-    name: str
-    shape: tuple[int, ...]
-    entries: int
-    reason: str
-
-
-def uncompressed(
-    model: nn.Module, slots: Sequence[Slot], reasons: Mapping[str, str] | None = None
-) -> list[Uncompressed]:
-    """What no method is offered: every parameter of two dimensions or more that is no site.
-
-    Ties appear once. `reasons`: what `Uses.why_not` says of some. Cost: a walk over the modules.
-    """
-    sites = {user for slot in slots for user in slot.users}
-    taken = {id(getattr(model.get_submodule(path), name)) for path, name in sites}
-    found: list[Uncompressed] = []
-    for path, module in model.named_modules():
-        for name, tensor in module.named_parameters(recurse=False):
-            if tensor.dim() < 2 or id(tensor) in taken:
-                continue
-            taken.add(id(tensor))
-            full = f"{path}.{name}".lstrip(".")
-            found.append(
-                Uncompressed(
-                    full, tuple(tensor.shape), tensor.numel(), (reasons or {}).get(full) or _why_not(module, tensor)
-                )
-            )
-    return found
-
-
-def _why_not(module: nn.Module, tensor: Tensor) -> str:
-    """Why a parameter is no site, in words."""
-    if isinstance(module, parametrize.ParametrizationList):
-        return "a parametrization's own tensor"
-    if not tensor.is_floating_point():
-        return f"{str(tensor.dtype).removeprefix('torch.')} values"
-    if type(module).__module__.startswith("torch."):
-        return f"of a layer that is not supported, {type(module).__name__}"
-    return f"a parameter of {type(module).__name__} that no product was seen with"

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from laconic.data.text import Vocabulary, Windows, sampled_batches
+from laconic.data.sampled import Vocabulary, sampled_batches
+from laconic.data.text import Windows
 from laconic.disk.files import atomically, disk_errors
 from laconic.disk.tensors import checksum_of
 from laconic.host.progress import Progress, logger

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from laconic.data.inputs import find_tokenizer
 from laconic.data.modality import check_ids, check_length, is_language_model
-from laconic.data.text import calibration_windows, evaluation_windows, read_text, split_text, vocabulary_of
+from laconic.data.sampled import vocabulary_of
+from laconic.data.text import calibration_windows, evaluation_windows, read_text, split_text
 from laconic.disk.companions import Companions, companions
 from laconic.disk.files import disk_errors, write_json
 from laconic.disk.load import fetch, load_tokenizer, read_config

@@ -1,4 +1,5 @@
-"""Python expressions that are parsed and never evaluated: calls of known classes, the types of their arguments, and spelling hints."""
+"""Python expressions that are parsed and never evaluated: calls of known classes, the types of their arguments, and
+spelling hints."""
 
 import ast
 import difflib
@@ -20,7 +21,8 @@ _SHOWN = 200  # letters of an expression in a message
 def parsed(what: str, text: str) -> ast.expr:
     """The expression in a text; `what` it is of begins the message.
 
-    Raises: SchemeError when it is no Python expression, or one that is nested too deeply or holds too large a number for anything here.
+    Raises: SchemeError when it is no Python expression, or one that is nested too deeply or holds too large a number
+    for anything here.
     """
     if not isinstance(text, str):
         raise SchemeError(f"{what}: expected an expression as text, got {text!r}")
@@ -55,10 +57,11 @@ def instance(
     what: str, node: ast.expr, cls: type[T], args: Sequence[ast.expr], keywords: Sequence[ast.keyword], value: Callable[[ast.expr], Any],
     typed: bool = True,
 ) -> T:  # fmt: skip
-    """The instance of a class that a call describes, each argument read by `value` and, if `typed`, of the type the class annotates.
+    """The instance of a class that a call describes, each argument read by `value` and, if `typed`, of the type the
+    class annotates.
 
-    A class whose constructor takes `**arguments` is given any. Raises: SchemeError naming an argument that the class does not have, with the
-    nearest spelling, that is given twice or of another type.
+    A class whose constructor takes `**arguments` is given any. Raises: SchemeError naming an argument that the class
+    does not have, with the nearest spelling, that is given twice or of another type.
     """
     name, signature = cls.__name__, inspect.signature(cls).parameters
     parameters = [one for one in signature if signature[one].kind is not inspect.Parameter.VAR_KEYWORD]

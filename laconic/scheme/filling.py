@@ -23,9 +23,9 @@ def free_of(scheme: Scheme, slots: Sequence[Slot]) -> dict[str, Free]:
 def fix(scheme: Scheme, values: Mapping[str, Any], slots: Sequence[Slot] = ()) -> Scheme:
     """The scheme with a value in the place of every Free; a function becomes one that fixes what the inner one returns.
 
-    `values` by the names that `free_of` gives. A function that holds several different Frees of one hyper-parameter needs the `slots` that
-    `free_of` was given: its variables are numbered in their order. Raises: SchemeError for a name without a value, a value that no Free of
-    the scheme is called by, and a value outside the bounds.
+    `values` by the names that `free_of` gives. A function that holds several different Frees of one hyper-parameter
+    needs the `slots` that `free_of` was given: its variables are numbered in their order. Raises: SchemeError for a
+    name without a value, a value that no Free of the scheme is called by, and a value outside the bounds.
     """
     names = _Names()
     names.known.update(free_of(scheme, slots))
@@ -51,7 +51,8 @@ def methods_of(scheme: Any, slots: Sequence[Slot]) -> list[Any]:
 
 
 class _Names:
-    """The variables met so far: equal Frees under one name are one, different ones get "name", "name_2", ... in order of appearance."""
+    """The variables met so far: equal Frees under one name are one, different ones get "name", "name_2", ... in order
+    of appearance."""
 
     def __init__(self) -> None:
         self.known: dict[str, Free] = {}

@@ -1,4 +1,5 @@
-"""`Keep`: what a scheme says of a tensor that is left as it is. It is no method: nothing is computed, and nothing composes with it."""
+"""`Keep`: what a scheme says of a tensor that is left as it is. It is no method: nothing is computed, and nothing
+composes with it."""
 
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -8,7 +9,8 @@ from laconic.errors import SchemeError
 
 @dataclass(frozen=True, repr=False)
 class Keep:
-    """Leaves a tensor as the checkpoint has it, in its own type, byte for byte; `reason` says why, for plans and reports.
+    """Leaves a tensor as the checkpoint has it, in its own type, byte for byte; `reason` says why, for plans and
+    reports.
 
     Raises: SchemeError where it stands in a composition, and for a reason that is no text.
     """

@@ -1,4 +1,5 @@
-"""What other tools and papers call a way to compress, in our words: the scheme nearest to a name that is none of ours."""
+"""What other tools and papers call a way to compress, in our words: the scheme nearest to a name that is none of
+ours."""
 
 import re
 
@@ -27,7 +28,8 @@ _NAMES: tuple[tuple[str, str], ...] = (
 
 
 def scheme_called(text: str) -> str | None:
-    """The scheme nearest to a name such as "W4A16", "nf4", "q4_k_m", "2:4" or "awq", or None for what is no such name."""
+    """The scheme nearest to a name such as "W4A16", "nf4", "q4_k_m", "2:4" or "awq", or None for what is no such
+    name."""
     word = re.sub(r"[\s_\-#'\"]+", "", text).lower()
     if len(word) > 40:
         return None

@@ -24,13 +24,15 @@ Choice = Method | Keep
 """What becomes of one site: a method compresses it, or it stays as it is."""
 Rule = tuple[str | Predicate, Choice]
 Scheme = Choice | Sequence[Rule] | Callable[[Slot], Choice]
-"""A method for the model, of which `engine.resolve` makes what every site needs; a plan of rules (pattern or predicate, choice) of which the
-first that matches wins; or a function from a site's description to a choice. In a plan or function, nothing is left out: say `Keep()`."""
+"""A method for the model, of which `engine.resolve` makes what every site needs; a plan of rules (pattern or predicate,
+choice) of which the first that matches wins; or a function from a site's description to a choice. In a plan or
+function, nothing is left out: say `Keep()`."""
 
 
 @cache
 def known_methods() -> dict[str, type[Method]]:
-    """Every method by its class name, found by walking `laconic.methods`; a module that does not import is an error, not a gap."""
+    """Every method by its class name, found by walking `laconic.methods`; a module that does not import is an error,
+    not a gap."""
     found: dict[str, type[Method]] = {}
     for module_info in pkgutil.iter_modules(laconic.methods.__path__):
         module = importlib.import_module(f"laconic.methods.{module_info.name}")
@@ -47,11 +49,13 @@ def vocabulary() -> dict[str, type[Choice]]:
 
 
 def parse(text: str) -> Scheme:
-    """The scheme a Python expression describes. Only method calls, literals, `+`, `>>`, plans and conditions on a site are understood.
+    """The scheme a Python expression describes. Only method calls, literals, `+`, `>>`, plans and conditions on a site
+    are understood.
 
-    Examples: `GPTQ(bits=3) + EoRA(rank=16)`; `[("lm_head", Keep()), (columns > 1000, GPTQ(bits=4)), ("*", GPTQ(bits=3))]`;
-    `GPTQ(bits=4) if "v_proj" in name or block < 2 else GPTQ(bits=3)`. Conditions may use name, rows, columns, entries, block and role.
-    Raises: SchemeError naming what was not understood and where, with the nearest spelling of an unknown name.
+    Examples: `GPTQ(bits=3) + EoRA(rank=16)`; `[("lm_head", Keep()), (columns > 1000, GPTQ(bits=4)), ("*",
+    GPTQ(bits=3))]`; `GPTQ(bits=4) if "v_proj" in name or block < 2 else GPTQ(bits=3)`. Conditions may use name, rows,
+    columns, entries, block and role. Raises: SchemeError naming what was not understood and where, with the nearest
+    spelling of an unknown name.
     """
     if isinstance(text, str) and text.strip() not in vocabulary() and (meant := scheme_called(text)) is not None:
         raise SchemeError(f"scheme {text!r}: did you mean {meant}?")
@@ -66,7 +70,8 @@ def parse(text: str) -> Scheme:
 def load_plan(file: Path) -> Scheme:
     """The variable `scheme` of a Python file, which is run: a plan file is a program of the user's own.
 
-    Raises: SchemeError when there is no such file, where and how it fails, and when the variable is missing or not a scheme.
+    Raises: SchemeError when there is no such file, where and how it fails, and when the variable is missing or not a
+    scheme.
     """
     names = run_file(file, SchemeError, "plan")
     expected = f"{file}: expected a variable named 'scheme' (a method, a list of rules or a function)"

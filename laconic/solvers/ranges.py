@@ -1,4 +1,5 @@
-"""The static range of a layer's inputs: from the least to the largest value seen, or narrower where that rounds a sample of them better."""
+"""The static range of a layer's inputs: from the least to the largest value seen, or narrower where that rounds a
+sample of them better."""
 
 from collections.abc import Iterable
 
@@ -15,13 +16,15 @@ _ROUNDS = 2  # of a search for one end after the other
 
 
 def least_error(sample: Tensor, low: float, high: float, bits: int, symmetric: bool) -> Inputs:
-    """Static inputs of the range within `low` to `high` that rounds a sample of values [...] with the least squared error.
+    """Static inputs of the range within `low` to `high` that rounds a sample of values [...] with the least squared
+    error.
 
         argmin over (l, h) of |x - Q(x; l, h)|^2, low <= l <= 0 <= h <= high
 
-    Symmetric: both ends are shrunk together, by shares on two grids, coarse and fine. Else first together, then one after the other.
-    The whole range is among those tried, so the error is never larger than its. Values are compared in float32, summed in float64.
-    Source: Banner et al. 2019 (ACIQ), section 3; Nagel et al. 2021, section 3.1 (MSE). Cost: 55 passes over the sample, 275 if not symmetric.
+    Symmetric: both ends are shrunk together, by shares on two grids, coarse and fine. Else first together, then one
+    after the other. The whole range is among those tried, so the error is never larger than its. Values are compared in
+    float32, summed in float64. Source: Banner et al. 2019 (ACIQ), section 3; Nagel et al. 2021, section 3.1 (MSE).
+    Cost: 55 passes over the sample, 275 if not symmetric.
     """
 
     def error(ends: tuple[float, float]) -> float:

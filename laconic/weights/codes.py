@@ -32,7 +32,8 @@ def pack_dense(codes: Tensor, bits: int) -> Tensor:
 
 
 def _pack_words(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Eight codes take `bits` bytes: a 64-bit word each, of which that many bytes are kept. Twice as fast as single bits."""
+    """Eight codes take `bits` bytes: a 64-bit word each, of which that many bytes are kept. Twice as fast as single
+    bits."""
     words = np.zeros(-(-len(codes) // 8) * 8, "<u8")
     words[: len(codes)] = codes
     joined = np.bitwise_or.reduce(words.reshape(-1, 8) << _shifts(bits), axis=1)
@@ -75,7 +76,8 @@ def _unpack_planes(data: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def store(codes: Tensor, low: int, bits: int | None, codec: Codec, keep: Tensor | None = None) -> dict[str, Tensor]:
-    """Integer codes [rows, columns] with least value `low` as named tensors; with `keep`, only the entries where it is true.
+    """Integer codes [rows, columns] with least value `low` as named tensors; with `keep`, only the entries where it is
+    true.
 
     Raises: SchemeError for unbounded codes (`bits` None) with the dense codec, which has no width for them.
     """

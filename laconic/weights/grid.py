@@ -15,8 +15,8 @@ def fit_grid(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero [rows, groups] for w [rows, groups, columns] on the integers -2**(bits-1) .. 2**(bits-1) - 1.
 
-    "minmax" spans the range (0 included when `integer` zeros are asked for, so that 0 stays exact); "mse" shrinks that range by the factor
-    with the least sum of importance x squared error. Cost: O(entries), x 40 for "mse".
+    "minmax" spans the range (0 included when `integer` zeros are asked for, so that 0 stays exact); "mse" shrinks that
+    range by the factor with the least sum of importance x squared error. Cost: O(entries), x 40 for "mse".
     """
     if symmetric:
         high = w.abs().amax(-1)
@@ -53,7 +53,8 @@ def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool, integer: bool) 
 
 
 def _stored(scale: Tensor) -> Tensor:
-    """The scale as bfloat16 holds it, rounded up: down, 2**-9 of it times 255 steps would cut half a step off an 8-bit range."""
+    """The scale as bfloat16 holds it, rounded up: down, 2**-9 of it times 255 steps would cut half a step off an 8-bit
+    range."""
     nearest = scale.bfloat16()
     up = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
     return torch.where(nearest.to(scale.dtype) < scale, up, nearest).to(scale.dtype)

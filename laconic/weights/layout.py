@@ -1,6 +1,8 @@
-"""A stored spec before anything is read by it: the tensors it asks for, how much they may decode to, what it says in words.
+"""A stored spec before anything is read by it: the tensors it asks for, how much they may decode to, what it says in
+words.
 
-No kind of weight is known here: the class that a spec names says which parts it has (`parts_in`) and which tensors (`tensors_in`).
+No kind of weight is known here: the class that a spec names says which parts it has (`parts_in`) and which tensors
+(`tensors_in`).
 """
 
 import math
@@ -36,9 +38,9 @@ def words_of(spec: Spec) -> str:
 def check_spec(spec: Any, where: str) -> None:
     """Refuses a spec that no reader may be led by, before anything is read.
 
-    A reader must not allocate far more than the matrix the spec stands for: each part may have four times its entries, all that are in memory
-    together sixteen times (4M at least); a weight has at most 1,024 parts, 16 deep. Every kind is known, and what a weight asks of its layer
-    stands at the outermost spec. Raises: CheckpointError.
+    A reader must not allocate far more than the matrix the spec stands for: each part may have four times its entries,
+    all that are in memory together sixteen times (4M at least); a weight has at most 1,024 parts, 16 deep. Every kind
+    is known, and what a weight asks of its layer stands at the outermost spec. Raises: CheckpointError.
     """
     root = _entries(spec, where, math.inf)
     total, count = 0, 0
@@ -60,7 +62,8 @@ def check_spec(spec: Any, where: str) -> None:
 
 
 def _holds_entries(cls: type[Weight], parts: dict[str, Any]) -> bool:
-    """Whether a weight keeps as many numbers as its matrix has entries beside what its parts keep: one that is made of parts does not."""
+    """Whether a weight keeps as many numbers as its matrix has entries beside what its parts keep: one that is made of
+    parts does not."""
     return issubclass(cls, EntryWeight) or not parts
 
 

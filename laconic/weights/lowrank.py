@@ -13,9 +13,9 @@ from laconic.weights.dense import Dense
 class LowRank(Weight):
     """W = left @ right with left [out, rank] and right [rank, in], both Weights. Bits: those of the parts.
 
-    `bias` [1, out], if any, is what the layer adds to its outputs, so that the weight stands for x -> left right x + bias.
-    `right_inverse` leaves it as it is, and is the truncated SVD of W (Eckart-Young), its singular values split evenly over the factors, each
-    factor then projected.
+    `bias` [1, out], if any, is what the layer adds to its outputs, so that the weight stands for x -> left right x +
+    bias. `right_inverse` leaves it as it is, and is the truncated SVD of W (Eckart-Young), its singular values split
+    evenly over the factors, each factor then projected.
     """
 
     kind = "lowrank"

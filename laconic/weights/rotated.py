@@ -14,10 +14,12 @@ from laconic.weights.spec import Spec
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """x [..., n] times an orthonormal symmetric n x n matrix: Sylvester's for the power of two in n, a DCT-like one for the odd rest.
+    """x [..., n] times an orthonormal symmetric n x n matrix: Sylvester's for the power of two in n, a DCT-like one for
+    the odd rest.
 
-    For n = 2**k m with m odd the matrix is H_(2**k) kron C_m with C_m[i, j] = (cos + sin)(2 pi i j / m) / sqrt(m), the discrete Hartley
-    transform, which is orthonormal and its own inverse, as H is; so the whole is its own inverse. Cost: O(n (k + m)) per row.
+    For n = 2**k m with m odd the matrix is H_(2**k) kron C_m with C_m[i, j] = (cos + sin)(2 pi i j / m) / sqrt(m), the
+    discrete Hartley transform, which is orthonormal and its own inverse, as H is; so the whole is its own inverse.
+    Cost: O(n (k + m)) per row.
     """
     n = x.shape[-1]
     odd = n // (n & -n)
@@ -40,10 +42,12 @@ def random_signs(n: int, generator: torch.Generator) -> Tensor:
 
 
 class Rotated(Weight):
-    """W = S_o H weight H S_i: the inner weight lives in a basis in which W looks Gaussian; S are random signs, H orthonormal Hadamard.
+    """W = S_o H weight H S_i: the inner weight lives in a basis in which W looks Gaussian; S are random signs, H
+    orthonormal Hadamard.
 
     A side without signs is not rotated. Bits: those of the weight + one per sign. Decoding costs O(log n) per entry.
-    Source: QuIP# section 3 (randomised Hadamard transform); sizes that are not powers of two by a Kronecker factor, see `hadamard`.
+    Source: QuIP# section 3 (randomised Hadamard transform); sizes that are not powers of two by a Kronecker factor, see
+    `hadamard`.
     """
 
     kind = "rotated"

@@ -16,7 +16,7 @@ from tests.needs import extra
 extra("optuna")
 
 import laconic as lc
-from laconic.data.text import sample_windows
+from laconic.data.sampled import sample_windows
 from laconic.disk.store import stored_bytes
 from laconic.host.progress import Log
 from laconic.recover import own_text as module
