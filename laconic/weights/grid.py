@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 Clip = Literal["minmax", "mse"]
-_SHRINKS = 40  # candidate ranges from 1 down to 0.2 of the full one; Gaussian groups of 64 need about 0.55 at 2 bits, 0.33 at 1 bit
+# candidate ranges from 1 down to 0.2 of the full one; Gaussian groups of 64 need about 0.55 at 2 bits, 0.33 at 1 bit
+_SHRINKS = 40
 _SMALLEST = 1e-12  # scale of an all-zero group: anything positive that bfloat16 holds
 
 
@@ -39,13 +40,13 @@ def fit_grid(
 
 
 def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool, integer: bool) -> tuple[Tensor, Tensor]:
-    if (
-        symmetric
-    ):  # from -2**(b-1) to 2**(b-1) - 1; the largest value rounds to the outermost level, half a step off at most
+    # from -2**(b-1) to 2**(b-1) - 1; the largest value rounds to the outermost level, half a step off at most
+    if symmetric:
         scale = (high / max(2 ** (bits - 1) - 0.5, 0.5)).clamp(min=_SMALLEST)
         return _stored(scale), torch.zeros_like(scale)
     scale = ((high - low) / (2**bits - 1)).clamp(min=_SMALLEST)
-    if not integer:  # a nearly constant group far from 0 would need a zero of thousands of steps, which no shared second level can hold
+    # a nearly constant group far from 0 would need a zero of thousands of steps, which no shared second level can hold
+    if not integer:
         scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) / 2 ** (bits + 1))
     scale = _stored(scale)  # so that the zero fits the stored scale
     zero = -low / scale - 2 ** (bits - 1)
