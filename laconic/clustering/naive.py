@@ -46,8 +46,9 @@ def _one_table(
         A = _attention(w, c, tau)
         mass = A.sum(0).unsqueeze(1)
         served = mass > LEAST_MASS
-        # a centroid that nothing is near stays
-        new = _held(torch.where(served, A.t() @ w / torch.where(served, mass, 1.0), c), zero)
+        new = _held(
+            torch.where(served, A.t() @ w / torch.where(served, mass, 1.0), c), zero
+        )  # a centroid that nothing is near stays
         moved = (new - c).abs().max()
         c = new
         if tolerance > 0 and moved <= tolerance:

@@ -148,16 +148,18 @@ def _search(problem: _Matrix, step: float, target: float, rows: Tensor | None) -
         weight = best[1] if not known else problem.solved(step, rows)
         bits = float(weight.bits())
         known.append((math.log2(step), bits))
-        # below the target as high as possible, else as low as possible
-        rank = (True, bits) if bits <= target else (False, -bits)
+        rank = (
+            (True, bits) if bits <= target else (False, -bits)
+        )  # below the target as high as possible, else as low as possible
         if rank > best_rank:
             best, best_rank = (step, weight), rank
         if (1 - _CLOSE) * target <= bits <= target:
             break
         step = _next(known, (1 - _CLOSE / 3) * target, entries)
     growth = 1.01
-    # the entropy does not fall smoothly with the step where few codes are left; in the end all codes are zero
-    while not best_rank[0]:
+    while not best_rank[
+        0
+    ]:  # the entropy does not fall smoothly with the step where few codes are left; in the end all codes are zero
         step, growth = max(step, best[0]) * growth, growth**1.5
         weight = problem.solved(step, rows)
         if weight.bits() <= target or not math.isfinite(step) or not weight.forward().any():
@@ -325,12 +327,14 @@ _CURVE = torch.linspace(-12, 4, 65)  # log2 of step / standard deviation at whic
 
 def _entropies(sample: Tensor) -> Tensor:
     """The entropy in bits of round(sample / step) at the tabulated steps, for a sample of unit standard deviation."""
-    # a sample cannot show more than log2 of its size; finer steps cost a bit per octave
-    limit = math.log2(len(sample)) - 4
+    limit = (
+        math.log2(len(sample)) - 4
+    )  # a sample cannot show more than log2 of its size; finer steps cost a bit per octave
     curve = torch.zeros_like(_CURVE)
     for i in reversed(range(len(_CURVE))):
-        # within 2^12 sqrt(n) of zero, since the sample has unit deviation
-        codes = (sample / 2 ** float(_CURVE[i])).round().long()
+        codes = (
+            (sample / 2 ** float(_CURVE[i])).round().long()
+        )  # within 2^12 sqrt(n) of zero, since the sample has unit deviation
         counts = (codes - codes.min()).bincount().double()
         p = counts[counts > 0] / len(codes)
         curve[i] = -(p * p.log2()).sum()

@@ -39,8 +39,9 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
         for config in configs:
             config.use_cache = True
         for module in model.modules():
-            # a module that came inside (an installed weight) takes the model's
-            module.training = modes.get(module, training)
+            module.training = modes.get(
+                module, training
+            )  # a module that came inside (an installed weight) takes the model's
 
 
 LOGITS = 1 << 24  # that one forward pass of a language model may hold

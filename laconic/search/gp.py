@@ -73,7 +73,8 @@ def posterior(
         random_state=prior.seed,
     )
     with warnings.catch_warnings():
-        # a length scale at its bound is what two or three samples often ask for
-        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # a length scale at its bound is what two or three samples often ask for
         mean, deviation = regressor.fit(x[:, None], y).predict(at[:, None], return_std=True)
     return np.asarray(mean), np.asarray(deviation)

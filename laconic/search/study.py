@@ -148,8 +148,9 @@ def ask(search: Search, poll: float = 2.0, until: float = math.inf) -> Asked | N
                 return None
             if state == "go":
                 trial = search.study.ask(fixed_distributions=search.distributions)
-                # the one at hand does not know what the sampler noted
-                stored = search.storage.get_trial(trial._trial_id)
+                stored = search.storage.get_trial(
+                    trial._trial_id
+                )  # the one at hand does not know what the sampler noted
                 ahead = [
                     t
                     for t in search.study.get_trials(deepcopy=False)

@@ -198,8 +198,9 @@ class Cuts(TorchFunctionMode):
             if node is None or node in seen:
                 continue
             seen.add(node)
-            # autograd's own leaves; the nodes have no common class to test for
-            leaf = self.leaves.get(id(getattr(node, "variable", None)))
+            leaf = self.leaves.get(
+                id(getattr(node, "variable", None))
+            )  # autograd's own leaves; the nodes have no common class to test for
             if leaf is not None:
                 found[id(leaf)] = leaf
             todo += [before for before, _ in node.next_functions]

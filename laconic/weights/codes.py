@@ -11,8 +11,9 @@ from laconic.weights import entropy
 
 Codec = Literal["dense", "ans"]
 CODECS = ("dense", "ans")
-# codes handled at a time, a multiple of 8 so that every chunk ends on a byte: bounds the working memory
-_CHUNK = 1 << 20
+_CHUNK = (
+    1 << 20
+)  # codes handled at a time, a multiple of 8 so that every chunk ends on a byte: bounds the working memory
 
 
 def dense_bytes(count: int, bits: int) -> int:

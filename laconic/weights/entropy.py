@@ -26,8 +26,9 @@ from torch import Tensor
 from laconic.errors import CheckpointError
 
 TILE = 1 << 16  # symbols per stream: about 16 KB at 2 bits, so the 12 bytes a stream costs are 0.1 %
-# largest table; a value outside it is stored as it is (a single huge weight must not cost a table of its size)
-_ALPHABET = 1 << 12
+_ALPHABET = (
+    1 << 12
+)  # largest table; a value outside it is stored as it is (a single huge weight must not cost a table of its size)
 _STEPS = 12  # table entries are probabilities on a grid of 1/12 octave: 2e-4 bit per code lost, 1 byte per entry
 _CLASSES = 16
 # 2**(24 - k / 12), rounded: integers, because encoder and decoder must build bit-equal tables on every machine
@@ -162,8 +163,7 @@ class _Head:
         expected = 28 + 4 * tiles + 4 * outside + k * size + (-(-columns // 2) if k > 1 else 0)
         if (rows, columns) != shape or not sane or len(data) != expected:
             raise CheckpointError(
-                f"entropy-coded codes: the head ({len(data)} bytes, {fields}) does not describe {shape[0]} x "
-                f"{shape[1]} codes"
+                f"entropy-coded codes: the head ({len(data)} bytes, {fields}) does not describe {shape[0]} x {shape[1]} codes"
             )
         ends, rest = data[28 : 28 + 4 * tiles].view("<i4"), data[28 + 4 * tiles :]
         if np.any(np.diff(ends, prepend=0) < 0) or ends[-1] != words:
@@ -172,7 +172,8 @@ class _Head:
             )
         table = rest[4 * outside : 4 * outside + k * size].reshape(k, size)
         classes = _unpack_classes(rest[4 * outside + k * size :], k, columns)
-        return cls(shape, low, tile, ends, rest[: 4 * outside].view("<i4"), table, classes)
+        values = rest[: 4 * outside].view("<i4")
+        return cls(shape, low=low, tile=tile, ends=ends, outside=values, table=table, classes=classes)
 
 
 def least_bytes(shape: tuple[int, int]) -> int:
@@ -209,7 +210,8 @@ def encode(codes: np.ndarray) -> dict[str, Tensor]:
             coder.encode_reverse(np.ascontiguousarray(part[:, member]).reshape(-1), model)
         words.append(coder.get_compressed())
         ends.append(len(words[-1]) + (ends[-1] if ends else 0))
-    head = _Head((rows, columns), low, tile, np.array(ends, "<i4"), outside.astype("<i4"), table, classes)
+    ended, values = np.array(ends, "<i4"), outside.astype("<i4")
+    head = _Head((rows, columns), low=low, tile=tile, ends=ended, outside=values, table=table, classes=classes)
     return {"codes": torch.from_numpy(np.concatenate(words).view(np.int32)), "head": torch.from_numpy(head.bytes())}
 
 

@@ -6,6 +6,7 @@ compared bit for bit with what the weight decodes to. Products of floats associa
 way, so the comparison, and no argument, decides.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
@@ -21,7 +22,7 @@ _WIDEST = 16  # bits of the codes that a table may have
 
 class Form(ABC):
     """A matrix W [out, in] as integer codes and a few floats; every change gives another form, or None where it cannot
-    be exact."""
+    be exact. The tensors may be the weight's own: they are not to be written to."""
 
     codes: Tensor
 
@@ -113,19 +114,24 @@ class Grid(Form):
         return replace(self, scale=self.scale * factor[:, None])
 
     def times_columns(self, factor: Tensor) -> "Grid | None":
-        """W diag(factor [in]): exact only where the factor is one number in every group of columns."""
-        grouped = factor.unflatten(0, (-1, self.group))
-        if not bool((grouped == grouped[:, :1]).all()):
+        """W diag(factor [in]): exact only where the factor is one number in every group of columns; groups may become
+        finer."""
+        width = _common_width(factor, self.group)
+        if width == 1 < self.group:
             return None
-        return replace(self, scale=self.scale * grouped[:, 0])
+        finer = self.split(width)
+        return replace(finer, scale=finer.scale * factor[::width])
 
     def reordered(self, order: Tensor) -> "Grid | None":
-        """Columns in the order [in]: only where those of every new group come from one old group."""
-        owner = (order // self.group).unflatten(0, (-1, self.group))
-        if not bool((owner == owner[:, :1]).all()):
+        """Columns in the order [in]: only where those of every new group come from one old group; groups may become
+        finer."""
+        owner = order // self.group
+        width = _common_width(owner, self.group)
+        if width == 1 < self.group:
             return None
-        zero = None if self.zero is None else self.zero[:, owner[:, 0]]
-        return replace(self, codes=self.codes[:, order], scale=self.scale[:, owner[:, 0]], zero=zero)
+        groups = owner[::width]
+        zero = None if self.zero is None else self.zero[:, groups]
+        return Grid(self.codes[:, order], self.scale[:, groups], zero, group=width, bits=self.bits)
 
     def masked(self, mask: Tensor) -> "Grid | None":
         if not self.integer_zero:
@@ -249,6 +255,12 @@ def bits_needed(codes: Tensor) -> int:
     """The least b for which all codes (any shape) lie from -2**(b - 1) to 2**(b - 1) - 1."""
     low, high = int(codes.min()), int(codes.max())
     return 1 + max(max(-low - 1, 0).bit_length(), max(high, 0).bit_length())
+
+
+def _common_width(values: Tensor, group: int) -> int:
+    """The widest groups of columns, by a divisor of `group`, in each of which values [in] are one number."""
+    changes = (values[1:] != values[:-1]).nonzero().flatten() + 1
+    return math.gcd(group, *changes.tolist())
 
 
 def _is(weight: Decodes, form: Form) -> bool:

@@ -42,7 +42,9 @@ def check_pattern(pattern: Pattern, shape: tuple[int, int]) -> None:
             raise SchemeError(f"blocks of a tensor of shape {pattern.dims} do not fit {shape[0]} x {shape[1]} entries")
         return
     group = n_of_m(pattern)
-    rows, columns = (1, group[1]) if group else (1, 1) if isinstance(pattern, str) else pattern
+    rows, columns = (1, 1) if isinstance(pattern, str) else pattern
+    if group:
+        columns = group[1]
     if rows < 1 or columns < 1 or shape[0] % rows or shape[1] % columns:
         raise SchemeError(f"pattern {pattern!r} does not tile {shape[0]} x {shape[1]} entries")
 
@@ -75,7 +77,8 @@ def blocks_of(pattern: Pattern, shape: tuple[int, int]) -> Blocks:
 @cache
 def _ranks(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
     """For n:m: the bit set of every combination by its rank, and the rank of every bit set (or -1)."""
-    sets = np.array([sum(1 << i for i in chosen) for chosen in combinations(range(m), n)], np.int32)
+    bits = 1 << np.array(list(combinations(range(m), n)))
+    sets = bits.sum(1).astype(np.int32)
     ranks = np.full(1 << m, -1, np.int32)
     ranks[sets] = np.arange(len(sets))
     return sets, ranks
@@ -125,15 +128,15 @@ class _Coding:
 def _cheapest(mask: Tensor) -> _Coding:
     """The coding of an unstructured mask that takes the fewest bytes, among equals the one that comes first here."""
     cross = _cross(mask)
-    found = (
-        []
-        if cross is None
-        else [_Coding("cross", dense_bytes(sum(mask.shape), 1), lambda: {"mask": pack_dense(cross.int(), 1)})]
-    )
+    found = []
+    if cross is not None:
+        size = dense_bytes(sum(mask.shape), 1)
+        found.append(_Coding("cross", size, lambda: {"mask": pack_dense(cross.int(), 1)}))
     found.append(_Coding("bitmap", dense_bytes(mask.numel(), 1), lambda: {"mask": pack_dense(mask.int(), 1)}))
     found.append(_Coding("index", _index_bytes(mask), lambda: _index(mask)))
-    # encoding takes longer than estimating
-    if _coded_bytes(mask.numel(), float(mask.float().mean())) <= min(coding.bytes for coding in found):
+    if _coded_bytes(mask.numel(), float(mask.float().mean())) <= min(
+        coding.bytes for coding in found
+    ):  # encoding takes longer than estimating
         coded = entropy.encode(mask.cpu().numpy().astype(np.int32))
         stored = {"mask": coded["head"], "stream": coded["codes"]}
         found.append(_Coding("entropy", sum(t.nbytes for t in stored.values()), lambda: stored))
