@@ -224,9 +224,8 @@ def _forward(
         Iteration(_number(tau, warmth), iterations, tolerance, zero),
         table.forward if by_table else blocks.forward,
     )
-    with torch.autocast(
-        weight.device.type, enabled=False
-    ):  # products in 16 bits would be neither exact nor those of the backward pass
+    # products in 16 bits would be neither exact nor those of the backward pass
+    with torch.autocast(weight.device.type, enabled=False):
         decoded, last = decode(values, start, rule, _sum_over(group), weight.dtype)
     if not (bool(last.isfinite().all()) and (by_table or bool(decoded.isfinite().all()))):
         raise SchemeError(

@@ -46,9 +46,8 @@ def _one_table(
         A = _attention(w, c, tau)
         mass = A.sum(0).unsqueeze(1)
         served = mass > LEAST_MASS
-        new = _held(
-            torch.where(served, A.t() @ w / torch.where(served, mass, 1.0), c), zero
-        )  # a centroid that nothing is near stays
+        # a centroid that nothing is near stays
+        new = _held(torch.where(served, A.t() @ w / torch.where(served, mass, 1.0), c), zero)
         moved = (new - c).abs().max()
         c = new
         if tolerance > 0 and moved <= tolerance:

@@ -80,9 +80,8 @@ def attention(v: Tensor, c: Tensor, tau: float) -> Tensor:
     at a time.
     """
     distance = (v[..., 0].unsqueeze(1) - c[..., 0].unsqueeze(2)).square_()
-    for j in range(
-        1, v.shape[2]
-    ):  # one coordinate after the other: differences are not cancelled away, and no [b, K, d] is made
+    # one coordinate after the other: differences are not cancelled away, and no [b, K, d] is made
+    for j in range(1, v.shape[2]):
         distance += (v[..., j].unsqueeze(1) - c[..., j].unsqueeze(2)).square_()
     return torch.softmax(distance.mul_(-1 / tau), 1)
 

@@ -20,9 +20,8 @@ from laconic.command.shown import shown
 from laconic.command.signals import held_signals, let_go, release_signals
 from laconic.errors import SchemeError
 
-UsageError: type[Exception] = typer.BadParameter.__mro__[
-    1
-]  # click's own, or the copy of click that typer carries: typer exports neither
+# click's own, or the copy of click that typer carries: typer exports neither
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class _Ending:

@@ -42,7 +42,10 @@ RecoveryOption = Annotated[
     str | None,
     typer.Option(
         "--recovery",
-        help="LC(...), FineTune(...), Direct() or another recovery, as an expression; if not given, what suits the scheme.",
+        help=(
+            "LC(...), FineTune(...), Direct() or another recovery, as an expression; if not given, what suits the "
+            "scheme."
+        ),
     ),
 ]
 TokensOption = Annotated[int, typer.Option(min=1, help="Training tokens drawn from --data.")]

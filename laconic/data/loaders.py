@@ -19,7 +19,10 @@ from laconic.errors import DataError
 from laconic.host.randomness import private_randomness
 from laconic.model.batches import Batch, examples_in
 
-EXPECTED = "an iterable of batches (a list, a DataLoader, a data set), each a tensor, a dict of tensors or a tuple whose first entry is the input"
+EXPECTED = (
+    "an iterable of batches (a list, a DataLoader, a data set), each a tensor, a dict of tensors or a tuple whose "
+    "first entry is the input"
+)
 _DIMENSIONS = {
     "input_ids": 2,
     "pixel_values": 4,

@@ -34,8 +34,14 @@ def way_out(kind: str) -> str:
     if kind == "text":
         return "give a text with --data"
     if kind in KINDS.values():
-        return f"give a folder of {kind} with --data, batches it can be called with in Python, or use a method that needs no data (RTN)"
-    return "give batches it can be called with: laconic.compress(directory, scheme, data=batches); or use a method that needs no data (RTN)"
+        return (
+            f"give a folder of {kind} with --data, batches it can be called with in Python, or use a method that needs "
+            "no data (RTN)"
+        )
+    return (
+        "give batches it can be called with: laconic.compress(directory, scheme, data=batches); or use a method that "
+        "needs no data (RTN)"
+    )
 
 
 def accepts(model: nn.Module, argument: str) -> bool:

@@ -171,7 +171,10 @@ class Reader:
             or any(key.startswith("decoder_inputs") or key == "decoder_input_ids" for key in call)
         ):
             return call
-        note = f"the decoder was given its start token alone ({start}); give decoder_input_ids or labels to calibrate it on what it writes"
+        note = (
+            f"the decoder was given its start token alone ({start}); give decoder_input_ids or labels to calibrate it "
+            "on what it writes"
+        )
         if note not in self.notes:
             self.notes.append(note)
         return call | {"decoder_input_ids": torch.full((len(next(iter(call.values()))), 1), start)}

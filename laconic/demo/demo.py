@@ -108,8 +108,14 @@ def _write(out: Path, rows: list[dict[str, Any]], report: Report) -> dict[str, A
     }  # fmt: skip
     training = json.loads((MODEL / "training.json").read_text())
     facts = {
-        "model": f"{parameters:,} parameters, Llama architecture, trained on this Python's standard library ({training['training_tokens']:,} tokens)",
-        "calibration": f"{report['data']['windows'][0]} windows of {report['data']['windows'][1]} tokens of the modules it was trained on",
+        "model": (
+            f"{parameters:,} parameters, Llama architecture, trained on this Python's standard library "
+            f"({training['training_tokens']:,} tokens)"
+        ),
+        "calibration": (
+            f"{report['data']['windows'][0]} windows of {report['data']['windows'][1]} tokens of the modules it was "
+            "trained on"
+        ),
         "measured on": f"{m['tokens']:,} tokens of modules it never saw: {', '.join(HELD_OUT)}",
         "embedding and head": "one tied matrix, at 6 bits entropy-coded in all runs; norms as stored",
         "versions": ", ".join(f"{name} {value}" for name, value in versions().items()),

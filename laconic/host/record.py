@@ -9,7 +9,8 @@ from laconic.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Record:
-    """What was found out, as values with names. `record["name"]` reads what `record.to_json()["name"]` is, for code that reads JSON as well.
+    """What was found out, as values with names. `record["name"]` reads what `record.to_json()["name"]` is, for code
+    that reads JSON as well.
 
     `OPTIONAL` names the fields whose keys are not in the JSON where the value is None.
     """
@@ -23,7 +24,8 @@ class Record:
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Self:
-        """The record that `to_json` wrote. Other keys are passed over. Raises: CheckpointError naming a field that is not there."""
+        """The record that `to_json` wrote. Other keys are passed over. Raises: CheckpointError naming a field that is
+        not there."""
         known = {f.name: told[f.name] for f in fields(cls) if f.name in told}
         for f in fields(cls):
             if f.name not in known and f.default is MISSING and f.default_factory is MISSING:

@@ -13,8 +13,8 @@ class SiteRecord(Record):
     `shape` [out, in]; `bits` of the stored tensors; `error`, the relative squared error of the site's outputs on its
     calibration inputs, `weight_error`, that of its values; `checksum`, the CRC-32 of the decoded matrix; `seconds`, the
     site's share of the time that finding it took. Only where they say something: `expert_tokens` per packed expert,
-    `unmeasured` (the share of its entries), how its inputs are rounded (`input_bits`, or `inputs` as `Inputs.to_spec` has
-    it), and `original_bytes`, which whoever reads the source adds.
+    `unmeasured` (the share of its entries), how its inputs are rounded (`input_bits`, or `inputs` as `Inputs.to_spec`
+    has it), and `original_bytes`, which whoever reads the source adds.
     """
 
     OPTIONAL = frozenset({"expert_tokens", "unmeasured", "input_bits", "inputs", "original_bytes"})
@@ -54,7 +54,8 @@ class Cost(Record):
 
 @dataclass(frozen=True)
 class PlannedSite(Record):
-    """What the plan comes to for one site; `bytes` and `bits_per_weight` are those expected of its weight, or the tensor's own where it stays."""
+    """What the plan comes to for one site; `bytes` and `bits_per_weight` are those expected of its weight, or the
+    tensor's own where it stays."""
 
     name: str
     aliases: list[str]
@@ -70,7 +71,8 @@ class PlannedSite(Record):
 
 @dataclass(frozen=True)
 class Preflight(Record):
-    """The plan as numbers: bytes of the weights, peak memory in bytes, seconds; `stages`: memory and seconds of each."""
+    """The plan as numbers: bytes of the weights, peak memory in bytes, seconds; `stages`: memory and seconds of
+    each."""
 
     sites: list[PlannedSite]
     bytes: int

@@ -29,9 +29,8 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise SchemeError("lm-eval tasks need the 'eval' extra: pip install 'laconic[eval]'") from error
-    manager = TaskManager(
-        include_path=folders or None, include_defaults=len(files) < len(tasks)
-    )  # its own are thousands of files to read
+    # its own are thousands of files to read
+    manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(tasks))
     for name in names:
         if name not in manager.all_tasks:
             raise SchemeError(

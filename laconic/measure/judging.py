@@ -124,11 +124,13 @@ def default_loss(output: Any, batch: Batch) -> Tensor:
     labels = batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
     if not (isinstance(labels, Tensor) and isinstance(logits, Tensor)):
         raise DataError(
-            "no loss for this batch: expected (input, labels), or pass loss=, a function of the model's output and the batch"
+            "no loss for this batch: expected (input, labels), or pass loss=, a function of the model's output and "
+            "the batch"
         )
     if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
         raise DataError(
-            f"no loss for outputs of {tuple(logits.shape)} and targets of {tuple(labels.shape)} {labels.dtype}: pass loss=, "
+            f"no loss for outputs of {tuple(logits.shape)} and targets of {tuple(labels.shape)} {labels.dtype}: "
+            "pass loss=, "
             "a function of the model's output and the batch"
         )
     return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())

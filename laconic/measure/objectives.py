@@ -138,9 +138,14 @@ latency, throughput = Latency(), Throughput()
 
 
 OBJECTIVES: dict[str, tuple[Objective, type[Maximize] | type[Minimize]]] = {
-    "stored_bytes": (stored_bytes, Minimize), "nonzero_bytes": (nonzero_bytes, Minimize), "parameters": (parameters, Minimize),
-    "macs": (macs, Minimize), "flops": (flops, Minimize), "latency": (latency, Minimize), "throughput": (throughput, Maximize),
-}  # fmt: skip
+    "stored_bytes": (stored_bytes, Minimize),
+    "nonzero_bytes": (nonzero_bytes, Minimize),
+    "parameters": (parameters, Minimize),
+    "macs": (macs, Minimize),
+    "flops": (flops, Minimize),
+    "latency": (latency, Minimize),
+    "throughput": (throughput, Maximize),
+}
 """Every objective by name, and which way it is better."""
 
 _WORDS: dict[str, type[Maximize] | type[Minimize]] = {

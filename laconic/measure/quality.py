@@ -158,9 +158,14 @@ def _summary(windows: Material, table: Tensor, compared: bool) -> Quality:
     if not compared:
         return quality
     return replace(
-        quality, reference_perplexity=math.exp(means[1]), excess=means[0] - means[1],
-        excess_interval=_interval(resampled[:, 0] - resampled[:, 1]), kl=means[2], kl_interval=_interval(resampled[:, 2]), top1=means[3],
-    )  # fmt: skip
+        quality,
+        reference_perplexity=math.exp(means[1]),
+        excess=means[0] - means[1],
+        excess_interval=_interval(resampled[:, 0] - resampled[:, 1]),
+        kl=means[2],
+        kl_interval=_interval(resampled[:, 2]),
+        top1=means[3],
+    )
 
 
 def _interval(values: Tensor) -> tuple[float, float]:

@@ -100,7 +100,8 @@ def _timer(network: nn.Module, example: Batch, warmup: int, compile: bool, chann
     device = device_of(network)
     batch = to_device(example, device)
     if channels_last:
-        network, batch = copy.deepcopy(network).to(memory_format=torch.channels_last), _channels_last(batch)  # type: ignore[call-overload]
+        network = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        batch = _channels_last(batch)
     runner = network
     if compile:
         # torch keeps what it compiled per line of code, and after 8 networks of one class would stop compiling

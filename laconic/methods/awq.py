@@ -132,9 +132,8 @@ class AWQ(Method):
 
 def _group_errors(E: Tensor, blocks: Tensor) -> Tensor:
     """e H_gg e^T [rows, groups] of every group e of every row of E [rows, in], by its own block of the Hessian only."""
-    e = (
-        E.unflatten(0, (len(blocks), -1)).unflatten(2, (-1, blocks.shape[-1])).transpose(1, 2)
-    )  # [row groups, groups, rows, width]
+    # [row groups, groups, rows, width]
+    e = E.unflatten(0, (len(blocks), -1)).unflatten(2, (-1, blocks.shape[-1])).transpose(1, 2)
     return ((e @ blocks) * e).sum(3).transpose(1, 2).flatten(0, 1)
 
 

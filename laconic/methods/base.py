@@ -190,13 +190,15 @@ def check_unbiased(whole: Method, *parts: Method) -> None:
     for part in parts:
         if part.biased:
             raise SchemeError(
-                f"{whole!r}: {part!r} adds a bias to the layer's outputs and cannot be a part; LowRank and EoRA add none"
+                f"{whole!r}: {part!r} adds a bias to the layer's outputs and cannot be a part; LowRank and EoRA "
+                "add none"
             )
 
 
 def check_last(method: Method) -> None:
     """Raises SchemeError where a method within another rounds inputs, and what comes after it would forget that."""
-    parts = [value for f in fields(method) if isinstance(value := getattr(method, f.name), Method)]  # type: ignore[arg-type]
+    values = [getattr(method, f.name) for f in fields(method)]  # type: ignore[arg-type]
+    parts = [value for value in values if isinstance(value, Method)]
     for part in parts:
         if part.rounds is not None and (part is not parts[-1] or method.rounds is None):
             raise SchemeError(f"{method!r}: {part!r} rounds inputs, which would be forgotten: it has to come last")
@@ -220,11 +222,13 @@ class Then(Method):
         check_unbiased(self, self.first)
         if self._pruning() is not None and getattr(self.second, "rate", None) is not None:
             raise SchemeError(
-                f"{self!r}: a rate counts every entry, but only the survivors of {self.first!r} are stored; give {type(self.second).__name__} bits"
+                f"{self!r}: a rate counts every entry, but only the survivors of {self.first!r} are stored; give "
+                f"{type(self.second).__name__} bits"
             )
         if self._pruning() is not None and self.second.joint:
             raise SchemeError(
-                f"{self!r}: {self.second!r} scales whole columns, which a sparse weight of single surviving entries has no place for"
+                f"{self!r}: {self.second!r} scales whole columns, which a sparse weight of single surviving "
+                "entries has no place for"
             )
 
     def _pruning(self) -> Pruning | None:
@@ -258,7 +262,8 @@ class Then(Method):
         values = self.second(site.having(W=W, mask=first.mask))
         if not isinstance(values, EntryWeight):
             raise SchemeError(
-                f"{site.name}: {self.second} makes a {type(values).__name__}, which cannot store single surviving entries"
+                f"{site.name}: {self.second} makes a {type(values).__name__}, which cannot store single surviving "
+                "entries"
             )
         sparse = Sparse(values, pattern=first.pattern, sparsity=first.sparsity)
         sparse.set_mask(first.mask)

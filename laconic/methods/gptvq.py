@@ -104,7 +104,6 @@ def refit_tables(weight: Codebook, site: Site, steps: int) -> None:
         next_energy = residual.square().sum()
         direction, energy = residual + (next_energy / energy) * direction, next_energy
     weight.set_tables(t)
-    if (
-        loss(weight.tables().detach().float()) > before
-    ):  # rounding the tables to 16 bits can cost more than a few steps win
+    # rounding the tables to 16 bits can cost more than a few steps win
+    if loss(weight.tables().detach().float()) > before:
         weight.set_tables(tables)

@@ -148,18 +148,16 @@ def _search(problem: _Matrix, step: float, target: float, rows: Tensor | None) -
         weight = best[1] if not known else problem.solved(step, rows)
         bits = float(weight.bits())
         known.append((math.log2(step), bits))
-        rank = (
-            (True, bits) if bits <= target else (False, -bits)
-        )  # below the target as high as possible, else as low as possible
+        # below the target as high as possible, else as low as possible
+        rank = (True, bits) if bits <= target else (False, -bits)
         if rank > best_rank:
             best, best_rank = (step, weight), rank
         if (1 - _CLOSE) * target <= bits <= target:
             break
         step = _next(known, (1 - _CLOSE / 3) * target, entries)
     growth = 1.01
-    while not best_rank[
-        0
-    ]:  # the entropy does not fall smoothly with the step where few codes are left; in the end all codes are zero
+    # the entropy does not fall smoothly with the step where few codes are left; in the end all codes are zero
+    while not best_rank[0]:
         step, growth = max(step, best[0]) * growth, growth**1.5
         weight = problem.solved(step, rows)
         if weight.bits() <= target or not math.isfinite(step) or not weight.forward().any():
@@ -327,14 +325,12 @@ _CURVE = torch.linspace(-12, 4, 65)  # log2 of step / standard deviation at whic
 
 def _entropies(sample: Tensor) -> Tensor:
     """The entropy in bits of round(sample / step) at the tabulated steps, for a sample of unit standard deviation."""
-    limit = (
-        math.log2(len(sample)) - 4
-    )  # a sample cannot show more than log2 of its size; finer steps cost a bit per octave
+    # a sample cannot show more than log2 of its size; finer steps cost a bit per octave
+    limit = math.log2(len(sample)) - 4
     curve = torch.zeros_like(_CURVE)
     for i in reversed(range(len(_CURVE))):
-        codes = (
-            (sample / 2 ** float(_CURVE[i])).round().long()
-        )  # within 2^12 sqrt(n) of zero, since the sample has unit deviation
+        # within 2^12 sqrt(n) of zero, since the sample has unit deviation
+        codes = (sample / 2 ** float(_CURVE[i])).round().long()
         counts = (codes - codes.min()).bincount().double()
         p = counts[counts > 0] / len(codes)
         curve[i] = -(p * p.log2()).sum()

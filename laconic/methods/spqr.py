@@ -41,9 +41,8 @@ class SpQR(Method):
     def expected_bits(self, shape: tuple[int, int]) -> float:
         second = (self.second_bits, self.second_group) if self.second_bits else None
         grid = uniform_bits(shape, self.bits, self.group, zero="float", second=second)
-        return grid + (
-            0 if self.outliers == float("inf") else 0.01 * 32 * shape[0] * shape[1]
-        )  # about 1 % of outliers near the default
+        # about 1 % of outliers near the default
+        return grid + (0 if self.outliers == float("inf") else 0.01 * 32 * shape[0] * shape[1])
 
     def __call__(self, site: Site) -> Weight:
         if self.act_order:

@@ -23,9 +23,8 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return {key: mapped(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
         items = [mapped(item, change) for item in value]
-        return (
-            type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        )  # a named tuple takes its fields one by one
+        # a named tuple takes its fields one by one
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 
@@ -77,6 +76,7 @@ def inputs_in(batch: Batch) -> list[Tensor]:
             todo[:0] = list(value)
     if not found:
         raise DataError(
-            f"expected a batch (a tensor, a dict of tensors, or a tuple whose first entry is the input), got a {type(batch).__name__}"
+            "expected a batch (a tensor, a dict of tensors, or a tuple whose first entry is the input), got a "
+            f"{type(batch).__name__}"
         )
     return found

@@ -39,9 +39,8 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
         for config in configs:
             config.use_cache = True
         for module in model.modules():
-            module.training = modes.get(
-                module, training
-            )  # a module that came inside (an installed weight) takes the model's
+            # a module that came inside (an installed weight) takes the model's
+            module.training = modes.get(module, training)
 
 
 LOGITS = 1 << 24  # that one forward pass of a language model may hold

@@ -90,9 +90,8 @@ def _reversed_matmul(other: Tensor, input: Tensor) -> list[Product]:
 
 
 def _addmm(_: Tensor, mat1: Tensor | None = None, mat2: Tensor | None = None, **named: Any) -> list[Product]:
-    a, b = (
-        given if given is not None else named.get(name) for given, name in ((mat1, "batch1"), (mat2, "batch2"))
-    )  # as `baddbmm` names them
+    # as `baddbmm` names them
+    a, b = (given if given is not None else named.get(name) for given, name in ((mat1, "batch1"), (mat2, "batch2")))
     return _matmul(a, b) if isinstance(a, Tensor) else []
 
 

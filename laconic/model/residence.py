@@ -40,9 +40,8 @@ class Residence:
     ) -> None:
         self.model, self.provider, self.chain, self.dtype, self.device = model, provider, chain, dtype, device
         self.users: dict[int, list[tuple[nn.Module, str, str]]] = {}
-        for path, module in model.named_modules(
-            remove_duplicate=False
-        ):  # a module in two blocks has to be there for both
+        # a module in two blocks has to be there for both
+        for path, module in model.named_modules(remove_duplicate=False):
             for name, tensor in module._parameters.items():
                 if tensor is not None:
                     self.users.setdefault(id(tensor), []).append((module, name, f"{path}.{name}" if path else name))

@@ -110,9 +110,8 @@ def _experts(site: Site) -> Site:
     if site.squares is not None:
         changes["squares"] = site.squares.masked_fill(empty.unsqueeze(1), mean)
     if site.hessian is not None:
-        changes["hessian"] = (
-            site.hessian if site.groups > 1 else site.hessian.clone()
-        )  # of packed experts it is the largest tensor there is
+        # of packed experts it is the largest tensor there is
+        changes["hessian"] = site.hessian if site.groups > 1 else site.hessian.clone()
         changes["hessian"][empty] = mean * torch.eye(site.hessian.shape[1], device=site.hessian.device)
     if site.magnitude is not None:
         changes["magnitude"] = site.magnitude.masked_fill(empty.unsqueeze(1), mean**0.5)

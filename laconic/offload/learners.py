@@ -31,7 +31,6 @@ def checksum(flat: Tensor) -> int:
         part = flat[begin : begin + 8 * CHUNK]
         words = torch.nn.functional.pad(part, (0, -part.numel() % 8)).view(torch.int64)
         places = torch.arange(1, 2 * len(words) + 1, 2, device=flat.device)
-        total = (total * 6364136223846793005 + int(((words ^ (words >> 29)) * places).sum())) % (
-            1 << 64
-        )  # Knuth's MMIX multiplier
+        # Knuth's MMIX multiplier
+        total = (total * 6364136223846793005 + int(((words ^ (words >> 29)) * places).sum())) % (1 << 64)
     return total >> 1

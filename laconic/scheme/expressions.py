@@ -54,9 +54,14 @@ def parsed(what: str, text: str) -> ast.expr:
 
 
 def instance(
-    what: str, node: ast.expr, cls: type[T], args: Sequence[ast.expr], keywords: Sequence[ast.keyword], value: Callable[[ast.expr], Any],
+    what: str,
+    node: ast.expr,
+    cls: type[T],
+    args: Sequence[ast.expr],
+    keywords: Sequence[ast.keyword],
+    value: Callable[[ast.expr], Any],
     typed: bool = True,
-) -> T:  # fmt: skip
+) -> T:
     """The instance of a class that a call describes, each argument read by `value` and, if `typed`, of the type the
     class annotates.
 

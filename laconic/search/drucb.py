@@ -138,9 +138,8 @@ def propose(
             chosen = _safe(chosen, low, high, len(told), rule.tolerance)
     known = _is_exhausted(history, axis.value(chosen), level=level, bounds=bounds, rule=rule, axis=axis)
     believed = _is_exhausted(told, axis.value(chosen), level=level, bounds=bounds, rule=rule, axis=axis)
-    over = known and (
-        not pending or rule.name == "two-sided"
-    )  # what the domain shows is certain; what the process shows may change
+    # what the domain shows is certain; what the process shows may change
+    over = known and (not pending or rule.name == "two-sided")
     shown = axis.shown()
     picture = (*process.scores(shown), process.acquisition(shown))
     return explained(

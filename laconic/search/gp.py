@@ -73,8 +73,7 @@ def posterior(
         random_state=prior.seed,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # a length scale at its bound is what two or three samples often ask for
+        # a length scale at its bound is what two or three samples often ask for
+        warnings.simplefilter("ignore", ConvergenceWarning)
         mean, deviation = regressor.fit(x[:, None], y).predict(at[:, None], return_std=True)
     return np.asarray(mean), np.asarray(deviation)

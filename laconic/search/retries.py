@@ -24,9 +24,8 @@ def reclaim(study: optuna.Study, storage: BaseStorage) -> None:
     fail_stale_trials(study)  # calls `again` for each
     since = datetime.now() - timedelta(seconds=2 * interval)
     for lost in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if (
-            not lost.params and lost.datetime_start is not None and lost.datetime_start < since
-        ):  # died before its first heartbeat
+        # died before its first heartbeat
+        if not lost.params and lost.datetime_start is not None and lost.datetime_start < since:
             storage.set_trial_state_values(lost._trial_id, TrialState.FAIL)
 
 

@@ -148,9 +148,8 @@ def ask(search: Search, poll: float = 2.0, until: float = math.inf) -> Asked | N
                 return None
             if state == "go":
                 trial = search.study.ask(fixed_distributions=search.distributions)
-                stored = search.storage.get_trial(
-                    trial._trial_id
-                )  # the one at hand does not know what the sampler noted
+                # the one at hand does not know what the sampler noted
+                stored = search.storage.get_trial(trial._trial_id)
                 ahead = [
                     t
                     for t in search.study.get_trials(deepcopy=False)

@@ -90,9 +90,8 @@ def _factor_one(H: Tensor, order: Tensor, damping: float, said: dict[str, list[i
     steps = [damping, *(damping * 10**k for k in range(1, 40) if damping * 10 ** (k - 1) < 1)]
     for dtype in (torch.float32, torch.float64):
         for step in steps:
-            work = (
-                H[order[:, None], order].to(dtype).mT
-            )  # symmetric, so the same matrix; stored by columns, LAPACK works in place
+            # symmetric, so the same matrix; stored by columns, LAPACK works in place
+            work = H[order[:, None], order].to(dtype).mT
             added = work.diagonal()
             added += torch.where(added == 0, mean, step * mean)
             info = torch.empty((), dtype=torch.int32, device=H.device)
@@ -160,15 +159,13 @@ def _sweep(
     """
     groups, rows, n, unit = len(L), *W.shape, weight.columns
     columns = order.tolist()
-    Q = (
-        W[:, order].reshape(groups, -1, n).transpose(1, 2).contiguous()
-    )  # the original columns, replaced by the chosen ones
+    # the original columns, replaced by the chosen ones
+    Q = W[:, order].reshape(groups, -1, n).transpose(1, 2).contiguous()
     E = torch.zeros_like(Q)
     for stop in range(n, 0, -block):
         start = max(stop - block, 0)
-        left = (
-            L[:, stop:, start:stop].transpose(1, 2) @ E[:, stop:]
-        )  # what the errors of finished columns leave in these
+        # what the errors of finished columns leave in these
+        left = L[:, stop:, start:stop].transpose(1, 2) @ E[:, stop:]
         for k in range(stop - unit, start - 1, -unit):
             done = slice(k + unit, stop)
             if span is not None and fit is not None and (n - k - unit) % span == 0:

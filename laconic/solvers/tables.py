@@ -42,9 +42,8 @@ def _histogram(w: Tensor, f: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
     left out.
     """
     scale = float(w.abs().max()) or 1.0
-    half = (
-        (w / scale).half() if w.dtype != torch.bfloat16 else w
-    )  # relative to the largest, so that float16 resolves all of them
+    # relative to the largest, so that float16 resolves all of them
+    half = (w / scale).half() if w.dtype != torch.bfloat16 else w
     values, index = half.reshape(-1).unique(return_inverse=True)
     counts = torch.zeros(len(values), dtype=torch.float64, device=w.device)
     counts.index_add_(0, index, torch.ones_like(index, dtype=torch.float64) if f is None else f.reshape(-1).double())
@@ -95,9 +94,8 @@ def _layer(D: np.ndarray, cost: RangeCost, clusters: int, n: int) -> tuple[np.nd
     starts.
     """
     new, first = np.full(n, np.inf), np.zeros(n, np.int64)
-    todo = np.array(
-        [[clusters, n - 1, clusters, n - 1]]
-    )  # ranges of j whose best i lies in a range: [j low, j high, i low, i high]
+    # ranges of j whose best i lies in a range: [j low, j high, i low, i high]
+    todo = np.array([[clusters, n - 1, clusters, n - 1]])
     while len(todo):
         j = (todo[:, 0] + todo[:, 1]) // 2
         low, high = todo[:, 2], np.minimum(todo[:, 3], j)

@@ -152,9 +152,8 @@ def _renumber(tried: Coupling, groups: list[Group], kept: list[int]) -> Coupling
         table[slice(*groups[i].ids)] = torch.arange(first, first + size)
         final.append(replace(groups[i], ids=(first, first + size)))
         first += size
-    ports = [
-        Port(port.path, port.side, table[port.ids]) for port in tried.ports
-    ]  # -1 picks the last entry, which is -1
+    # -1 picks the last entry, which is -1
+    ports = [Port(port.path, port.side, table[port.ids]) for port in tried.ports]
     return Coupling({}, tuple(final), tuple(port for port in ports if bool((port.ids >= 0).any())))
 
 

@@ -198,9 +198,8 @@ class Cuts(TorchFunctionMode):
             if node is None or node in seen:
                 continue
             seen.add(node)
-            leaf = self.leaves.get(
-                id(getattr(node, "variable", None))
-            )  # autograd's own leaves; the nodes have no common class to test for
+            # autograd's own leaves; the nodes have no common class to test for
+            leaf = self.leaves.get(id(getattr(node, "variable", None)))
             if leaf is not None:
                 found[id(leaf)] = leaf
             todo += [before for before, _ in node.next_functions]

@@ -135,7 +135,10 @@ def _take(model: nn.Module, source: Feeder, t: Tensor, undo: ExitStack) -> str |
         parameter = getattr(module, name)
         exact = multiplied(source, name, parameter.double(), t.to(parameter.device).double())
         if parameter.element_size() < 4 and not torch.equal(exact.to(parameter.dtype).double(), exact):
-            return f"its {name} is {str(parameter.dtype).removeprefix('torch.')} and would be rounded; load the model in float32"
+            return (
+                f"its {name} is {str(parameter.dtype).removeprefix('torch.')} and would be rounded; load the model in "
+                "float32"
+            )
         changed.append((parameter, exact))
     for parameter, exact in changed:
         undo.callback(parameter.copy_, parameter.clone())

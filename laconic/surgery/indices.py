@@ -46,9 +46,8 @@ def place_indices(graph: Any, watch: Watch) -> None:
     from torch_pruning.ops import OPTYPE
 
     for node in graph.module2node.values():
-        if (
-            node.type == OPTYPE.EXPAND
-        ):  # heads are followed elsewhere; torch-pruning's own rule divides by zero on other expansions
+        # heads are followed elsewhere; torch-pruning's own rule divides by zero on other expansions
+        if node.type == OPTYPE.EXPAND:
             node.type = OPTYPE.ELEMENTWISE
             for edge in (
                 *node.dependencies,

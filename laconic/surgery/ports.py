@@ -54,9 +54,8 @@ def parts(module: nn.Module, side: str) -> Parts:
         return Parts((("weight", 0),), ("num_parameters",))
     if isinstance(module, Conv) and module.groups > 1:
         return Parts((("weight", 0), ("bias", 0)), ("in_channels", "out_channels", "groups"))
-    flipped = isinstance(module, Conv1D) or (
-        isinstance(module, Conv) and module.transposed
-    )  # these hold [in, out, ...]
+    # these hold [in, out, ...]
+    flipped = isinstance(module, Conv1D) or (isinstance(module, Conv) and module.transposed)
     out, into = ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
     if isinstance(module, Conv):
         out, into = "out_channels", "in_channels"

@@ -61,7 +61,10 @@ def prove(
     return sorted(kept), groups, wrong
 
 
-_UNHEARD = "silencing it does not change the output on this example, which then cannot show that it may be cut; try another example"
+_UNHEARD = (
+    "silencing it does not change the output on this example, which then cannot show that it may be cut; try another "
+    "example"
+)
 
 
 def _others(group: Group, chosen: Tensor) -> Tensor:

@@ -106,9 +106,8 @@ class Watch(TorchFunctionMode):
         given = args[0] if args else kwargs.get("input", kwargs.get("tensors"))
         if func in JOINS:
             dimension = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-            sizes = [
-                t.shape[dimension] if t.dim() == result.dim() else 0 for t in given
-            ]  # an empty cache may have a single dimension
+            # an empty cache may have a single dimension
+            sizes = [t.shape[dimension] if t.dim() == result.dim() else 0 for t in given]
             self.joins[result.grad_fn] = (dimension % result.dim(), result.dim(), sizes)
         elif given.dim() > 2 and result.dim() == 2 and given.shape[0] == result.shape[0]:
             self.folds[result.grad_fn] = (result.shape[1] // given.shape[1], False)

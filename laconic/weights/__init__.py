@@ -1,5 +1,6 @@
 """The closed algebra of weights: what is stored, how it decodes, how a tensor is projected onto it, and exactly how
-many bits it takes."""
+many bits it takes.
+"""
 
 from laconic.weights.base import ColumnWeight, EntryWeight, Weight, unpack
 from laconic.weights.codebook import Codebook
@@ -13,6 +14,24 @@ from laconic.weights.sparse import Sparse
 from laconic.weights.uniform import Uniform
 
 __all__ = [
-    "Codebook", "ColumnWeight", "Dense", "EntryWeight", "Inputs", "LowRank", "Permuted", "Rotated", "Scaled", "Shared", "Sparse", "Sum", "Uniform",
-    "View", "Weight", "bake", "baked", "install", "installed", "unpack",
-]  # fmt: skip
+    "Codebook",
+    "ColumnWeight",
+    "Dense",
+    "EntryWeight",
+    "Inputs",
+    "LowRank",
+    "Permuted",
+    "Rotated",
+    "Scaled",
+    "Shared",
+    "Sparse",
+    "Sum",
+    "Uniform",
+    "View",
+    "Weight",
+    "bake",
+    "baked",
+    "install",
+    "installed",
+    "unpack",
+]

@@ -73,7 +73,7 @@ class Weight(nn.Module, ABC):
         """What `forms.as_table` compares with this weight, if there is anything; equality is not promised."""
         return None
 
-    # ---------------------------------------------------------------------- what is stored
+    # --------------------------------------------------------------------------------------------------- what is stored
     def own(self) -> tuple[Spec, dict[str, Tensor]]:
         """What is stored beside the parts: fields of the spec, and tensors in canonical form (on the CPU) by name."""
         return {}, {}
@@ -103,7 +103,7 @@ class Weight(nn.Module, ABC):
         """The canonical form: a JSON spec with its `kind`, and named tensors whose bytes are the stored bytes."""
         return _packed(self, *self.own())
 
-    # ---------------------------------------------------------------------- what is read
+    # ----------------------------------------------------------------------------------------------------- what is read
     @classmethod
     def parts_in(cls, spec: Spec) -> dict[str, Any]:
         """The specs of the parts, by the names of `parts`. A spec may be damaged: what stands in it may be anything."""
@@ -141,7 +141,7 @@ class Weight(nn.Module, ABC):
             raise CheckpointError(f"{cls.kind}: a weight of shape {weight.shape}, the spec says {packed.shape}")
         return weight
 
-    # ---------------------------------------------------------------------- what is shown
+    # ---------------------------------------------------------------------------------------------------- what is shown
     def words(self) -> str:
         """The weight's structure in words, such as "sum(uniform, sparse(dense))"."""
         return in_words(type(self), {name: part.words() for name, part in self.parts().items()}, self.inputs)
@@ -273,13 +273,13 @@ def check_parts(weight: Weight) -> None:
     for part in every_part(weight):
         if part.inputs is not None:
             raise SchemeError(
-                f"a {part.kind} weight that rounds inputs inside a {weight.kind} one; "
-                "a method that rounds inputs has to come last"
+                f"a {part.kind} weight that rounds inputs inside a {weight.kind} one; a method that rounds inputs "
+                "has to come last"
             )
         if part.output_bias() is not None:
             raise SchemeError(
-                f"a {part.kind} weight with an output bias inside a {weight.kind} one; "
-                "its method cannot be part of another"
+                f"a {part.kind} weight with an output bias inside a {weight.kind} one; its method cannot be part "
+                "of another"
             )
 
 

@@ -27,8 +27,8 @@ class Blocks:
         sizes = (*self.dims, *self.block)
         if len(self.dims) != len(self.block) or not self.dims or not all(type(n) is int and n > 0 for n in sizes):
             raise SchemeError(
-                "blocks: expected as many positive integers as the tensor has dimensions, "
-                f"got {self.block} for {self.dims}"
+                f"blocks: expected as many positive integers as the tensor has dimensions, got {self.block} for "
+                f"{self.dims}"
             )
 
     @property

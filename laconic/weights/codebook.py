@@ -109,9 +109,8 @@ class Codebook(EntryWeight):
                 if lookup is not None:
                     found[start : start + len(part)] = lookup(part.squeeze(-1))
                 else:
-                    with torch.autocast(
-                        part.device.type, enabled=False
-                    ):  # in 16 bits the nearest entry would be another one
+                    # in 16 bits the nearest entry would be another one
+                    with torch.autocast(part.device.type, enabled=False):
                         norms = (table * table).sum(1)
                         found[start : start + len(part)] = (norms - 2 * part @ table.t()).argmin(-1)
         return found
@@ -152,8 +151,10 @@ class Codebook(EntryWeight):
         return self
 
     def extra_repr(self) -> str:
-        size = f"{self.shape[0]} x {self.shape[1]}, {self.bit_width} bits"
-        return f"{size}, dimension={self.columns}, rows_per_table={self.rows_per_table}"
+        return (
+            f"{self.shape[0]} x {self.shape[1]}, {self.bit_width} bits, dimension={self.columns}, "
+            f"rows_per_table={self.rows_per_table}"
+        )
 
 
 class _Nearest1d:

@@ -11,9 +11,8 @@ from laconic.weights import entropy
 
 Codec = Literal["dense", "ans"]
 CODECS = ("dense", "ans")
-_CHUNK = (
-    1 << 20
-)  # codes handled at a time, a multiple of 8 so that every chunk ends on a byte: bounds the working memory
+# codes handled at a time, a multiple of 8 so that every chunk ends on a byte: bounds the working memory
+_CHUNK = 1 << 20
 
 
 def dense_bytes(count: int, bits: int) -> int:

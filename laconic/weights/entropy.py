@@ -26,9 +26,8 @@ from torch import Tensor
 from laconic.errors import CheckpointError
 
 TILE = 1 << 16  # symbols per stream: about 16 KB at 2 bits, so the 12 bytes a stream costs are 0.1 %
-_ALPHABET = (
-    1 << 12
-)  # largest table; a value outside it is stored as it is (a single huge weight must not cost a table of its size)
+# largest table; a value outside it is stored as it is (a single huge weight must not cost a table of its size)
+_ALPHABET = 1 << 12
 _STEPS = 12  # table entries are probabilities on a grid of 1/12 octave: 2e-4 bit per code lost, 1 byte per entry
 _CLASSES = 16
 # 2**(24 - k / 12), rounded: integers, because encoder and decoder must build bit-equal tables on every machine
@@ -163,7 +162,8 @@ class _Head:
         expected = 28 + 4 * tiles + 4 * outside + k * size + (-(-columns // 2) if k > 1 else 0)
         if (rows, columns) != shape or not sane or len(data) != expected:
             raise CheckpointError(
-                f"entropy-coded codes: the head ({len(data)} bytes, {fields}) does not describe {shape[0]} x {shape[1]} codes"
+                f"entropy-coded codes: the head ({len(data)} bytes, {fields}) does not describe {shape[0]} x "
+                f"{shape[1]} codes"
             )
         ends, rest = data[28 : 28 + 4 * tiles].view("<i4"), data[28 + 4 * tiles :]
         if np.any(np.diff(ends, prepend=0) < 0) or ends[-1] != words:

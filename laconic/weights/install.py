@@ -102,8 +102,8 @@ def install(module: nn.Module, name: str, weight: Weight, view: View) -> None:
     if isinstance(chain, parametrize.ParametrizationList):
         if len(chain) > 1 or not isinstance(chain[0], Installed):
             raise SchemeError(
-                f"{type(module).__name__}.{name}: has a parametrization of its own; "
-                "remove it before a Weight takes its place"
+                f"{type(module).__name__}.{name}: has a parametrization of its own; remove it before a Weight "
+                "takes its place"
             )
         chain[0] = installed
         set_demands(module, weight)
@@ -158,9 +158,8 @@ def bake(module: nn.Module) -> None:
                     demands = Demands.of(chain[0].weight)
                 parametrize.remove_parametrizations(child, name)
                 setattr(child, name, dense[key])
-                alone = (
-                    biases[id(child._parameters.get("bias"))] == 1
-                )  # what two layers share would take up both their biases
+                # what two layers share would take up both their biases
+                alone = biases[id(child._parameters.get("bias"))] == 1
                 set_demands(child, _into_own_bias(child, demands) if alone else demands)
 
 

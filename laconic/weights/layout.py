@@ -56,8 +56,8 @@ def check_spec(spec: Any, where: str) -> None:
         total += entries if _holds_entries(cls, inner) else 0
         if depth > DEPTH or count > PARTS or total > max(_TIMES * root, _FLOOR):
             raise CheckpointError(
-                f"{where}: its parts ({count} so far, {total:,} entries) are too many "
-                f"for a matrix of {spec['shape']}; damaged"
+                f"{where}: its parts ({count} so far, {total:,} entries) are too many for a matrix of "
+                f"{spec['shape']}; damaged"
             )
         todo += [(value, depth + 1) for value in inner.values()]
 

@@ -134,9 +134,8 @@ def _cheapest(mask: Tensor) -> _Coding:
         found.append(_Coding("cross", size, lambda: {"mask": pack_dense(cross.int(), 1)}))
     found.append(_Coding("bitmap", dense_bytes(mask.numel(), 1), lambda: {"mask": pack_dense(mask.int(), 1)}))
     found.append(_Coding("index", _index_bytes(mask), lambda: _index(mask)))
-    if _coded_bytes(mask.numel(), float(mask.float().mean())) <= min(
-        coding.bytes for coding in found
-    ):  # encoding takes longer than estimating
+    # encoding takes longer than estimating
+    if _coded_bytes(mask.numel(), float(mask.float().mean())) <= min(coding.bytes for coding in found):
         coded = entropy.encode(mask.cpu().numpy().astype(np.int32))
         stored = {"mask": coded["head"], "stream": coded["codes"]}
         found.append(_Coding("entropy", sum(t.nbytes for t in stored.values()), lambda: stored))

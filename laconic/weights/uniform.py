@@ -202,8 +202,10 @@ class Uniform(EntryWeight):
 
     def extra_repr(self) -> str:
         width = "unbounded" if self.bit_width is None else f"{self.bit_width} bits"
-        kind = "symmetric" if self.symmetric else "asymmetric"
-        return f"{self.shape[0]} x {self.shape[1]}, {width}, group={self.group}, {kind}, {self.codec}"
+        return (
+            f"{self.shape[0]} x {self.shape[1]}, {width}, group={self.group}, "
+            f"{'symmetric' if self.symmetric else 'asymmetric'}, {self.codec}"
+        )
 
 
 def uniform_bits(
@@ -271,9 +273,12 @@ def _write(weight: Weight, first: int, rows: Tensor) -> None:
         weight.values.data[first : first + len(rows)] = part.values
     elif isinstance(weight, Uniform):
         part_of = Uniform(
-            (len(rows), weight.shape[1]), bits=weight.bit_width, group=weight.group, symmetric=weight.symmetric,
+            (len(rows), weight.shape[1]),
+            bits=weight.bit_width,
+            group=weight.group,
+            symmetric=weight.symmetric,
             zero="float",
-        )  # fmt: skip
+        )
         if weight.group == "tensor":
             part_of.scale = weight.scale
         else:
