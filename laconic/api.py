@@ -23,7 +23,7 @@ from laconic.methods.base import Method
 from laconic.methods.free import Free
 from laconic.offload import offload_saved
 from laconic.pipeline import Options, compress
-from laconic.recover import LC, Direct, FineTune, Steps, Task, advance, convert, prepare, recover
+from laconic.recover import LC, AdaRound, Blockwise, Direct, FineTune, Steps, Task, advance, convert, prepare, recover
 from laconic.scheme.keep import Keep
 from laconic.scheme.text import parse
 from laconic.search import search
@@ -31,6 +31,8 @@ from laconic.surgery import fold
 
 __all__ = [
     "LC",
+    "AdaRound",
+    "Blockwise",
     "CheckpointError",
     "DataError",
     "Direct",

@@ -1,7 +1,7 @@
 """A model as a chain of blocks, found by structure, so that one block at a time has to be in memory."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from laconic.errors import CheckpointError
 from laconic.model.batches import Batch, tensors_in, to_device
@@ -344,16 +345,29 @@ class BlockModel:
     def _formed(self, hidden: Tensor) -> Any:
         return hidden if self._rest is None else (hidden, *self._rest)
 
-    def _called(self, i: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._key is not None:
-            return self.blocks[i](*args, **kwargs, **{self._key: hidden})
-        return self.blocks[i](hidden, *args, **kwargs)
+    def _called(
+        self,
+        i: int,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        instead: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        if self._key is None:
+            args = (hidden, *args)
+        else:
+            kwargs = {**kwargs, self._key: hidden}
+        block = self.blocks[i]
+        return functional_call(block, dict(instead), args, kwargs) if instead else block(*args, **kwargs)
 
-    def run(self, i: int, hidden: Tensor, calls: Calls) -> Tensor:
+    def run(self, i: int, hidden: Tensor, calls: Calls, instead: Mapping[str, Tensor] | None = None) -> Tensor:
         """Block i's answer to a hidden state [batch, ..., width], of the same shape, with the other arguments the model
-        gave it."""
+        gave it.
+
+        `instead`: tensors in the places of parameters, by their names in the block.
+        """
         args, kwargs = calls.arguments[i]
-        output = self._called(i, hidden.to(self.device), _fresh(args), _fresh(kwargs))
+        output = self._called(i, hidden.to(self.device), _fresh(args), _fresh(kwargs), instead)
         return output if isinstance(output, Tensor) else output[0]
 
     def _compare(self, batch: Batch) -> None:

@@ -1,6 +1,8 @@
 """Recovery of accuracy by training: L-C, fine-tuning with side information kept, and direct compression to compare with."""
 
+from laconic.recover.adaround import AdaRound
 from laconic.recover.base import Recovery
+from laconic.recover.blockwise import Blockwise
 from laconic.recover.call import Recovered, recover, recover_task, usual_recovery
 from laconic.recover.checkpoint import StopRecovery
 from laconic.recover.direct import Direct
@@ -15,7 +17,7 @@ from laconic.recover.steps import Steps
 from laconic.recover.task import Task, load_task
 
 __all__ = [
-    "KL", "LC", "Constant", "Cosine", "Direct", "Features", "FineTune", "Geometric", "Linear", "Optimizer", "Recovered", "Recovery",
-    "Steps", "StopRecovery", "Task", "TaskLoss", "advance", "convert", "known_recoveries", "load_task", "parse_recovery", "prepare",
-    "recover", "recover_task", "usual_recovery",
+    "KL", "LC", "AdaRound", "Blockwise", "Constant", "Cosine", "Direct", "Features", "FineTune", "Geometric", "Linear", "Optimizer",
+    "Recovered", "Recovery", "Steps", "StopRecovery", "Task", "TaskLoss", "advance", "convert", "known_recoveries", "load_task",
+    "parse_recovery", "prepare", "recover", "recover_task", "usual_recovery",
 ]  # fmt: skip

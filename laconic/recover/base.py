@@ -1,7 +1,7 @@
 """What every way to recover accuracy is: hyper-parameters as a value, and the training they stand for."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Self
 
 from torch import nn
@@ -29,6 +29,10 @@ class Recovery(ABC):
     @abstractmethod
     def total(self) -> int:
         """All minibatches of a run."""
+
+    def total_on(self, model: nn.Module, slots: Sequence[Slot]) -> int:
+        """All minibatches of a run on this model, compressed at these sites; `total`, unless it depends on them."""
+        return self.total
 
     @abstractmethod
     def run(self, course: "Course") -> None:

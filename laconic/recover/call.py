@@ -132,7 +132,7 @@ def recover_task(
     fingerprint = f"{projection.scheme} by {how!r}, seed {seed}{passes}{mark}"
     checkpoints = Checkpoints(Path(folder) if folder is not None else None, fingerprint, resume, strict, began)
     checkpoints.claim()
-    progress.start("recovering", max(how.total, 1))
+    progress.start("recovering", max(how.total_on(model, projection.slots), 1))
     stopped, taken = False, 0
 
     def heard(found: dict[str, Any]) -> None:

@@ -15,6 +15,10 @@ _GROWING = ("SGD", "ASGD")  # whose steps are as long as the gradient; all other
 _REFUSED = (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError)  # what torch raises for arguments
 
 
+Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+"""What an optimizer moves: tensors, or groups of them with what is said of each group."""
+
+
 class Optimizer:
     """`Optimizer("AdamW", lr=3e-4, betas=(0.9, 0.95))`: a class of `torch.optim` and its arguments but for the parameters.
 
@@ -48,7 +52,7 @@ class Optimizer:
         """Whether its steps grow with the gradient."""
         return self.name in _GROWING
 
-    def build(self, parameters: Iterable[nn.Parameter], lr: float | None = None) -> torch.optim.Optimizer:
+    def build(self, parameters: Parameters, lr: float | None = None) -> torch.optim.Optimizer:
         """The optimizer of parameters, at another learning rate if one is given. Raises: SchemeError for parameters it cannot move."""
         arguments = self.arguments if lr is None else self.arguments | {"lr": lr}
         try:

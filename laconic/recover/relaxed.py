@@ -66,7 +66,7 @@ class Trained:
         self.own = {slot: {n: p for n, p in trained.items() if p is not sites[slot]} for slot, trained in says.items()}
         self._through_w = [slot for slot, trained in says.items() if any(p is sites[slot] for p in trained.values())]
         self.moved = self._all_moved()
-        self._silent = _silent(self.bench, self.weights)
+        self._silent = silent_of(self.bench, self.weights)
 
     def _all_moved(self) -> dict[str, nn.Parameter]:
         """What an optimizer is to move, by name: parameters of the module in its order, then states of relaxations."""
@@ -180,7 +180,7 @@ def _hush(silent: list[tuple[nn.Parameter, Tensor]]) -> None:
             parameter.mul_(mask)
 
 
-def _silent(bench: Bench, weights: dict[Slot, Weight]) -> list[tuple[nn.Parameter, Tensor]]:
+def silent_of(bench: Bench, weights: dict[Slot, Weight]) -> list[tuple[nn.Parameter, Tensor]]:
     """Biases and norms with channels that are cut, and masks that keep these at zero. Nothing is changed."""
     if bench.projection.coupling is None:
         return []

@@ -10,7 +10,7 @@ from torch import nn
 
 from laconic.errors import SchemeError
 from laconic.recover.losses import KL, Loss, TaskLoss, Weighted
-from laconic.recover.optimizers import Optimizer
+from laconic.recover.optimizers import Optimizer, Parameters
 from laconic.recover.schedules import Geometric, Schedule
 from laconic.recover.written import QUIET, Usual, given, written
 
@@ -142,6 +142,6 @@ class Steps:
         if shapes and isinstance(self.optimizer, Optimizer):  # those that have a name of ours move any
             self.build([nn.Parameter(torch.empty_like(p, device="meta")) for p in shapes.values()])
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of these parameters. Raises: SchemeError for parameters that it cannot move."""
+    def build(self, parameters: Parameters) -> torch.optim.Optimizer:
+        """The optimizer of these parameters, or groups of them. Raises: SchemeError for parameters that it cannot move."""
         return self.moves.build(parameters, self.first_rate)

@@ -92,7 +92,7 @@ class Trials:
             neighbour = None
         scheme = fix(self.scheme, values, self.slots)
         curve: list[dict[str, Any]] = []
-        total, late = how.total, False
+        total, late = how.total_on(self.model, self.slots), False
 
         def listen(point: dict[str, Any]) -> None:
             nonlocal late
@@ -128,7 +128,7 @@ class Trials:
             "objectives": [goal.beside(candidate, standard) for goal, standard in zip(self.goals, self.standards, strict=True)],
             "curve": curve, "late": late and score < self.floor, "stopped_early": recovery.stopped,
             "warm_from": neighbour.number if neighbour is not None else None,
-            "minibatches": curve[-1]["minibatches"] if curve else 0, "cold_minibatches": self.how.total,
+            "minibatches": curve[-1]["minibatches"] if curve else 0, "cold_minibatches": self.how.total_on(self.model, self.slots),
             "seconds": time.time() - began + earlier, "notes": [*recovery.notes, *([diverged] if diverged else [])],
         }  # fmt: skip
 

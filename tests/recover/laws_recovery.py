@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 import laconic as lc
 from laconic.errors import CheckpointError, DataError, OutputError, SchemeError
+from laconic.model.sites import find_slots
 from laconic.recover import (
     KL,
     LC,
+    AdaRound,
+    Blockwise,
     Cosine,
     Direct,
     Features,
@@ -97,7 +100,16 @@ ADAM = Steps(
     Optimizer("AdamW", lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01), schedule=Cosine(warmup=0.2),
     loss=0.5 * TaskLoss() + 0.4 * KL(2.0) + 0.1 * Features(("4", "7")),
 )  # fmt: skip
+ADAM_ONLY = Steps("adam", lr=1e-2, lr_end=1e-3)
 EXAMPLES: dict[str, list[Recovery]] = {
+    "AdaRound": [
+        AdaRound(5, 4, FAST, checks=1), AdaRound(4, 4, FAST, fisher=True, start="codes", norm_batches=2, every=1),
+        AdaRound(4, 4, ADAM_ONLY, per="layer", every=2, target="compressed"),
+    ],
+    "Blockwise": [
+        Blockwise(4, 4, FAST, every=2, patience=None), Blockwise(6, 4, ADAM_ONLY, trains="w", fisher=True, patience=None),
+        Blockwise(5, 4, FAST, beside="none", norm_batches=2, patience=None), Blockwise(4, 4, FAST, trains="none", patience=None),
+    ],
     "Direct": [Direct(), Direct(norm_batches=2)],
     "FineTune": [
         FineTune(7, FAST, checks=3, norm_batches=2), FineTune(6, ADAM, checks=2), FineTune(6, FAST, checks=2, along="none"),
@@ -111,6 +123,12 @@ EXAMPLES: dict[str, list[Recovery]] = {
 """Of every recovery: settings in which it differs, over in some minibatches."""
 EVERY = [*(how for several in EXAMPLES.values() for how in several), TableTuning()]
 SCHEME = "KMeans(bits=3)"
+GRIDS = "RTN(3, 'channel')"
+
+
+def scheme_of(how: Recovery) -> str:
+    """A scheme whose weights this recovery trains."""
+    return GRIDS if isinstance(how, AdaRound) else SCHEME
 
 
 @pytest.fixture(params=EVERY, ids=lambda how: repr(how)[:60])
@@ -144,7 +162,7 @@ def test_it_is_its_text(how: Recovery) -> None:
 
 
 def test_interrupted_at_every_point_it_resumes_to_the_same_bytes(how: Recovery, tmp_path: Path) -> None:
-    whole, expected = recover_task(net(), SCHEME, how, noisy_task())
+    whole, expected = recover_task(net(), scheme_of(how), how, noisy_task())
     for i in range(len(expected.curve)):
         heard: list[dict[str, Any]] = []
 
@@ -155,9 +173,9 @@ def test_interrupted_at_every_point_it_resumes_to_the_same_bytes(how: Recovery, 
 
         folder = tmp_path / str(i)
         with pytest.raises(Killed):
-            recover_task(net(), SCHEME, how, noisy_task(), folder=folder, listen=kill)
+            recover_task(net(), scheme_of(how), how, noisy_task(), folder=folder, listen=kill)
         assert (folder / STATE).exists() == (i > 0)
-        again, found = recover_task(net(), SCHEME, how, noisy_task(), folder=folder, resume=True)
+        again, found = recover_task(net(), scheme_of(how), how, noisy_task(), folder=folder, resume=True)
         assert stored(again, tmp_path / "a") == stored(whole, tmp_path / "b")
         assert figures(found) == figures(expected)
         assert found.state.keys() == expected.state.keys()
@@ -170,8 +188,8 @@ def test_it_is_never_worse_than_direct_compression(how: Recovery) -> None:
     g = torch.Generator().manual_seed(1)
     wrong = [(5 * torch.randn(16, 16, generator=g), torch.randint(4, (16,), generator=g)) for _ in range(4)]
     problem = Task(wrong, [vectors(64, 2)])
-    compressed, found = recover_task(net(), SCHEME, how, problem)
-    _, direct = recover_task(net(), SCHEME, Direct(how.norm_batches), problem)
+    compressed, found = recover_task(net(), scheme_of(how), how, problem)
+    _, direct = recover_task(net(), scheme_of(how), Direct(how.norm_batches), problem)
     assert found.loss <= direct.loss == found.curve[0]["validation_loss"]
     assert found.loss == min(point["validation_loss"] for point in found.curve)
     assert problem.judge(compressed, problem.validation).loss == pytest.approx(found.loss, abs=1e-6)
@@ -184,7 +202,7 @@ def test_it_leaves_the_user_alone(how: Recovery) -> None:
     given[5].eval()
     before = bytes_of(given)
     with untouched(given):
-        compressed, _ = recover_task(given, SCHEME, how, task())
+        compressed, _ = recover_task(given, scheme_of(how), how, task())
     assert bytes_of(given) == before
     assert not compressed.training
     flags = {name: p.requires_grad for name, p in given.named_parameters()}
@@ -208,14 +226,14 @@ def test_bad_input_is_refused_before_work(how: Recovery, tmp_path: Path) -> None
     with torch.no_grad():
         broken[0].weight[0, 0] = torch.nan  # type: ignore[index, operator, union-attr]
     with pytest.raises((CheckpointError, SchemeError), match="holds NaN|no module of the model matches"):
-        recover_task(broken, SCHEME, how, problem)
+        recover_task(broken, scheme_of(how), how, problem)
     with pytest.raises(DataError, match="train: expected data that can be gone through again"):
-        lc.recover(net(), SCHEME, how, train=iter([vectors(16, 1)]), validation=[vectors(64, 2)])
+        lc.recover(net(), scheme_of(how), how, train=iter([vectors(16, 1)]), validation=[vectors(64, 2)])
     (tmp_path / STATE).write_bytes(b"somebody else's")
     with pytest.raises(OutputError, match="holds an unfinished recovery"):
-        recover_task(net(), SCHEME, how, problem, folder=tmp_path)
+        recover_task(net(), scheme_of(how), how, problem, folder=tmp_path)
     with pytest.raises(SchemeError, match="expected LC"):
-        lc.recover(net(), SCHEME, object(), train=Never(), validation=[])  # type: ignore[arg-type]
+        lc.recover(net(), scheme_of(how), object(), train=Never(), validation=[])  # type: ignore[arg-type]
 
 
 class Heard:
@@ -241,9 +259,10 @@ class Heard:
 
 def test_it_tells_how_far_it_is_and_what_memory_it_takes(how: Recovery) -> None:
     progress = Heard()
-    _, found = recover_task(net(), SCHEME, how, task(), progress=progress)
-    assert (progress.total, progress.done) == (max(how.total, 1), how.total)
-    assert found.minibatches == how.total
+    _, found = recover_task(net(), scheme_of(how), how, task(), progress=progress)
+    total = how.total_on(net(), find_slots(net()))
+    assert (progress.total, progress.done) == (max(total, 1), total)
+    assert found.minibatches == total
     told = [at for at, message in progress.said if "training takes" in message]
     assert len(told) == len(how.learns)
     assert told[:1] == [0.0] * bool(told)
@@ -253,8 +272,8 @@ def test_a_listener_ends_it_with_the_best_so_far(how: Recovery) -> None:
     def stop(point: dict[str, Any]) -> None:
         raise StopRecovery
 
-    compressed, found = recover_task(net(), SCHEME, how, task(), listen=stop)
-    direct, _ = recover_task(net(), SCHEME, Direct(how.norm_batches), task())
+    compressed, found = recover_task(net(), scheme_of(how), how, task(), listen=stop)
+    direct, _ = recover_task(net(), scheme_of(how), Direct(how.norm_batches), task())
     assert found.stopped
     assert all(torch.equal(weight(), installed(direct)[name]()) for name, weight in installed(compressed).items())
 
