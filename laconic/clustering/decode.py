@@ -61,13 +61,11 @@ def dkm_decode(
     """
     shape = centroids.shape
     weight, group, restore = _local(weight, group)
-    tables = (
-        centroids.reshape(1, -1, 1)
-        if centroids.dim() == 1
-        else centroids.unsqueeze(0)
-        if centroids.dim() == 2
-        else centroids
-    )
+    tables = centroids
+    if centroids.dim() == 1:
+        tables = centroids.reshape(1, -1, 1)
+    elif centroids.dim() == 2:
+        tables = centroids.unsqueeze(0)
     warmth = tau.detach() if isinstance(tau, Tensor) else None
     how = _How(
         tau=1.0 if isinstance(tau, Tensor) else tau,

@@ -74,7 +74,7 @@ def compress(
 
         if scheme is not None and plan is not None:
             raise SchemeError("give --scheme or --plan, not both")
-        chosen = load_plan(plan) if plan is not None else parse(DEFAULT_SCHEME if scheme is None else scheme)
+        chosen = parse(scheme if scheme is not None else DEFAULT_SCHEME) if plan is None else load_plan(plan)
         options = Options(
             data=data,
             test=test,

@@ -60,12 +60,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict):
             rows += _flat(value, f"{prefix}{name}.")
         elif value is not None:
-            text = (
-                " to ".join(f"{x:.5g}" for x in value)
-                if isinstance(value, list | tuple)
-                else f"{value:.6g}"
-                if isinstance(value, float)
-                else str(value)
-            )
-            rows.append((prefix + name, text))
+            rows.append((prefix + name, _text(value)))
     return rows
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " to ".join(f"{x:.5g}" for x in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -248,7 +248,9 @@ def uncached(batch: Batch, model: nn.Module) -> Batch:
     """The batch for a model that keeps no cache: what is run twice, block by block, would see its own past."""
     if not accepts(model, "use_cache") or not (isinstance(batch, dict) or accepts(model, main_input(model))):
         return batch
-    named = batch if isinstance(batch, dict) else {main_input(model): batch[0] if isinstance(batch, tuple) else batch}
+    named = batch
+    if not isinstance(batch, dict):
+        named = {main_input(model): batch[0] if isinstance(batch, tuple) else batch}
     return {**named, "use_cache": named.get("use_cache", False)}
 
 

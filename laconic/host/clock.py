@@ -82,11 +82,11 @@ class Clock:
         here = 0.0
         if self.stage is not None:
             known = share >= _KNOWN
-            here = (
-                elapsed * (1 - share) / share
-                if known
-                else max(expected * (took / judged if judged else 1.0) - elapsed, 0.0)
-            )
+            if known:
+                here = elapsed * (1 - share) / share
+            else:
+                slower = took / judged if judged else 1.0
+                here = max(expected * slower - elapsed, 0.0)
             judged, took = judged + expected * share * known, took + elapsed * known
         later = sum(
             seconds for stage, seconds in self.expected.items() if stage not in self.taken and stage != self.stage

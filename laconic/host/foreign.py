@@ -35,7 +35,9 @@ class Foreign:
         if error is None or isinstance(error, KeyboardInterrupt | MemoryError | GeneratorExit):
             return
         place = place_of(error)
-        where = self.what if place is None else place if place.startswith(self.what) else f"{self.what}: {place}"
+        where = self.what
+        if place is not None:
+            where = place if place.startswith(self.what) else f"{self.what}: {place}"
         if isinstance(error, LaconicError):
             raise type(error)(f"{where}: {error}") from error
         raise self.kind(f"{where}: {last_line(error)}") from error

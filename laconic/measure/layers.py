@@ -110,12 +110,11 @@ class _Counter(TorchDispatchMode):
         elif packet in _OPERANDS:
             a, b = args[_OPERANDS[packet] :][:2]
             grouped = packet is _aten._grouped_mm and a.dim() == 2 and b.dim() == 3
-            self._add(
-                self.path[-1],
-                self._grouped(a, b, args[2] if len(args) > 2 else (kwargs or {})["offs"])
-                if grouped
-                else self._product(a, b),
-            )
+            if grouped:
+                macs = self._grouped(a, b, args[2] if len(args) > 2 else (kwargs or {})["offs"])
+            else:
+                macs = self._product(a, b)
+            self._add(self.path[-1], macs)
         return output
 
     def _product(self, a: Tensor, b: Tensor) -> int:

@@ -194,10 +194,10 @@ def similarity(
 
 def main_output(output: Any) -> Tensor:
     """The logits of a model's output, or the first of its tensors that has rows."""
-    values = [
-        getattr(output, "logits", None),
-        *(output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]),
-    ]
+    parts = output if isinstance(output, tuple) else [output]
+    if isinstance(output, dict):
+        parts = output.values()
+    values = [getattr(output, "logits", None), *parts]
     found = next(
         (value for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2),
         None,

@@ -62,7 +62,9 @@ class Cut(Pruning):
         """Blocks of a row or a column each; where both are cut, single entries, whose mask is then stored as rows and
         columns.
         """
-        return "unstructured" if self.rows and self.columns else (shape[0], 1) if self.columns else (1, shape[1])
+        if self.rows and self.columns:
+            return "unstructured"
+        return (shape[0], 1) if self.columns else (1, shape[1])
 
     def __call__(self, site: Site) -> Weight:
         shape = (site.W.shape[0], site.W.shape[1])

@@ -57,11 +57,9 @@ class _Matrix:
 
     def solved(self, step: float, rows: Tensor | None = None) -> ColumnWeight:
         """The weight at a step, of all rows or of some."""
-        site = (
-            self.site
-            if rows is None
-            else self.site.having(W=self.site.W[rows], mask=None if self.site.mask is None else self.site.mask[rows])
-        )
+        site = self.site
+        if rows is not None:
+            site = site.having(W=site.W[rows], mask=None if site.mask is None else site.mask[rows])
         grid = Uniform((site.W.shape[0], site.W.shape[1]), bits=None, group="tensor", codec="ans").to(site.W.device)
         grid.set_step(step)
         weight: ColumnWeight = grid if self.columns is None else Scaled(grid, column_scale=self.columns)

@@ -157,7 +157,11 @@ def _sizes(value: Any) -> list[int]:
     """The lengths of all dicts and lists among a block's arguments: what a block adds to them, later blocks may
     read.
     """
-    inner = list(value.values()) if type(value) is dict else list(value) if type(value) in (list, tuple) else []
+    inner: list[Any] = []
+    if type(value) is dict:
+        inner = list(value.values())
+    elif type(value) in (list, tuple):
+        inner = list(value)
     own = [len(inner)] if type(value) in (dict, list) else []
     return own + [size for item in inner for size in _sizes(item)]
 

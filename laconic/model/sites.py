@@ -198,15 +198,13 @@ def find_slots(model: nn.Module, uses: Mapping[str, Use] | None = None) -> list[
             use = uses.get(name) if name in open_ones else sure.get(name)
             if use is None:
                 continue
-            role: Role = (
-                "embedding"
-                if use.looked_up
-                else "head"
-                if module in heads
-                else "router"
-                if (path, parameter) in routers
-                else "body"
-            )
+            role: Role = "body"
+            if use.looked_up:
+                role = "embedding"
+            elif module in heads:
+                role = "head"
+            elif (path, parameter) in routers:
+                role = "router"
             if id(tensor) in found:
                 first = found[id(tensor)]
                 found[id(tensor)] = replace(

@@ -285,7 +285,7 @@ def _example_inputs(model: nn.Module) -> list[dict[str, Tensor]]:
     made = {name: tensor for name, tensor in _inputs_by_name(model.config).items() if name in known}
     main = getattr(model, "main_input_name", "input_ids")
     smallest = {name: tensor for name, tensor in made.items() if name == main or name.startswith("decoder_input")}
-    return [smallest, made] if smallest else [made] if made else []
+    return [inputs for inputs in (smallest, made) if inputs]
 
 
 def _inputs_by_name(config: Any) -> dict[str, Tensor]:

@@ -246,7 +246,9 @@ def chosen_sampler(free: Mapping[str, Free], objectives: int, settings: Settings
             f"and {objectives}; "
             "use gp or tpe"
         )
-    return settings.sampler if settings.sampler in ("gp", "tpe") else "two stages" if single else "gp"
+    if settings.sampler in ("gp", "tpe"):
+        return settings.sampler
+    return "two stages" if single else "gp"
 
 
 def sampler_of(free: Mapping[str, Free], objectives: int, settings: Settings) -> Callable[[int], BaseSampler]:

@@ -37,7 +37,9 @@ def goals_of(result: Values) -> list[Values]:
 def objectives_of(holder: Values | None) -> list[Any]:
     """The objectives' values of a trial, of the reference or of the best; none if there are none."""
     found = (holder or {}).get("objective")
-    return list(found) if isinstance(found, list) else [] if found is None else [found]
+    if found is None:
+        return []
+    return list(found) if isinstance(found, list) else [found]
 
 
 def plain_text(text: object, most: int = 40) -> str:

@@ -58,7 +58,9 @@ def gather(criterion: str) -> Callable[[Tensor, int], Tensor]:
 
 def finish(totals: Tensor, sizes: Tensor, criterion: str) -> Tensor:
     """The scores [n], from joined terms [n] and the number of entries [n] that they come from."""
-    return totals.sqrt() if criterion == "l2" else totals / sizes if criterion == "mean" else totals
+    if criterion == "l2":
+        return totals.sqrt()
+    return totals / sizes if criterion == "mean" else totals
 
 
 def block_scores(site: Site, blocks: Blocks, criterion: str) -> Tensor:

@@ -26,8 +26,9 @@ def fit_tables(site: Site, weight: Codebook, f: Tensor | None, iterations: int) 
     tables = []
     for start in range(0, len(W), weight.rows_per_table):
         rows = slice(start, start + weight.rows_per_table)
-        part = W[rows]
-        weights = None if f is None else (f[rows] if len(f) == len(W) else f).expand_as(part)
+        part, weights = W[rows], None
+        if f is not None:
+            weights = (f[rows] if len(f) == len(W) else f).expand_as(part)
         if weight.columns == 1:
             tables.append(torch.from_numpy(exact_table(*_histogram(part, weights), 2**weight.bit_width)).unsqueeze(1))
         else:

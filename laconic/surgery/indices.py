@@ -99,4 +99,6 @@ def _axis(node: Any, rank: int, watch: Watch) -> int | None:
     """
     found, _ = walk_node(node, watch.made_by)
     linear = {isinstance(watch.model.get_submodule(watch.made_by[n]), nn.Linear | Conv1D) for n in found}
-    return (rank - 1 if linear.pop() else 1) if len(linear) == 1 else None
+    if len(linear) != 1:
+        return None
+    return rank - 1 if linear.pop() else 1

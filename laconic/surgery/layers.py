@@ -115,7 +115,9 @@ class _Names:
             key: Key = (path, f"{name}:{dimension}")
             size = target.shape[dimension]
         elif known := sides(target):
-            side = known[0] if len(known) == 1 else "out" if out else "in"
+            side = "out" if out else "in"
+            if len(known) == 1:
+                side = known[0]
             key, size = (self.paths[target], side), extent(target, side)
             if isinstance(target, nn.GroupNorm):
                 block = target.num_channels // size

@@ -103,9 +103,13 @@ def apart(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
         return float("inf")
     worst = 0.0
     for x, y in zip(a, b, strict=True):
-        difference, size = float((x - y).abs().max()) if x.numel() else 0.0, float(x.abs().max()) if x.numel() else 0.0
-        ratio = difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))
-        worst = max(worst, float("inf") if math.isnan(ratio) else ratio)
+        if not x.numel():
+            continue
+        difference, size = float((x - y).abs().max()), float(x.abs().max())
+        if not math.isfinite(difference) or (size == 0 and difference > 0):
+            return float("inf")
+        if size > 0:
+            worst = max(worst, difference / size)
     return worst
 
 
