@@ -194,9 +194,11 @@ def similarity(
 
 def main_output(output: Any) -> Tensor:
     """The logits of a model's output, or the first of its tensors that has rows."""
-    parts = output if isinstance(output, tuple) else [output]
+    parts: Iterable[Any] = [output]
     if isinstance(output, dict):
         parts = output.values()
+    elif isinstance(output, tuple):
+        parts = output
     values = [getattr(output, "logits", None), *parts]
     found = next(
         (value for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2),
