@@ -351,6 +351,49 @@ def test_what_recover_replaces(file: Path, tmp_path: Path) -> None:
     assert read_manifest(out)["scheme"] == "Cast(dtype='bfloat16')"
 
 
+def test_overwriting_what_is_not_there_is_an_ordinary_run(file: Path, tmp_path: Path) -> None:
+    """In a folder that does not exist, and in an empty one."""
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        done = laconic(
+            "recover", "--task", file, "--scheme", "Cast('float16')", "--recovery", "Direct()", "--out", tmp_path / name, "--overwrite",
+        )  # fmt: skip
+        assert done.exit_code == 0, done.stderr
+        assert read_manifest(tmp_path / name)["scheme"] == "Cast(dtype='float16')"
+    assert bytes_of(lc.load_into(mlp(), tmp_path / "new")) == bytes_of(lc.load_into(mlp(), tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "expected a JSON object"), ("{", "damaged, not JSON"), ('{"run": {}, "run": {}}', "comes twice"),
+        ('{"run": 3}', "how the model was made"),
+    ],
+)  # fmt: skip
+def test_figures_that_are_damaged_are_not_taken_for_a_complete_recovery(
+    text: str, said: str, file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["recover", "--task", file, "--scheme", "Cast('float16')", "--recovery", "Direct()", "--out", out]
+    assert laconic(*words).exit_code == 0
+    (out / "recovery.json").write_text(text)
+    refused = laconic(*words, "--resume")
+    assert refused.exit_code == 5
+    assert said in refused.stderr
+    assert "--overwrite to replace" in refused.stderr
+    assert (out / "recovery.json").read_text() == text
+
+
+def test_search_and_recover_say_before_work_what_cannot_be_trained(file: Path, tmp_path: Path) -> None:
+    how = "FineTune(2, Steps(Optimizer('Muon')))"
+    for command, scheme in (("recover", "RTN(3, 'channel')"), ("search", "Magnitude(Free(0, 1))")):
+        refused = laconic(
+            command, "--task", file, "--scheme", scheme, "--recovery", how, "--out", tmp_path / command
+        )  # fmt: skip
+        assert refused.exit_code == 2
+        assert "Muon only supports 2D" in refused.stderr
+
+
 def test_what_search_replaces(file: Path, tmp_path: Path) -> None:
     """An earlier search with --overwrite, and only when everything else is in order; nobody else's files."""
     out = tmp_path / "out"

@@ -67,10 +67,9 @@ def recover(
 
     def work() -> None:
         from laconic.disk.lock import locked
-        from laconic.engine.resolve import resolve
-        from laconic.model.sites import find_slots
         from laconic.recover import usual_recovery
         from laconic.recover.deliver import check_folder, recover_directory
+        from laconic.recover.projection import compressed_slots
 
         choice = _choice(scheme, plan, recovery, method, bits)
         chosen = choice.scheme
@@ -89,7 +88,8 @@ def recover(
 
         def ready(model: "nn.Module") -> None:
             check_folder(out, resume, overwrite)
-            resolve(chosen, find_slots(model))
+            slots = compressed_slots(model, chosen)
+            (choice.how or usual_recovery(chosen, model)).check(model, slots)
 
         with locked(out), Terminal(quiet=as_json, brief=True) as terminal:
             check_folder(out, resume, overwrite)

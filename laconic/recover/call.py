@@ -23,7 +23,7 @@ from laconic.model.sites import find_slots
 from laconic.recover.base import Recovery
 from laconic.recover.batches import length_of, stream
 from laconic.recover.checkpoint import Checkpoints, Listener, StopRecovery
-from laconic.recover.compressed import Bench
+from laconic.recover.compressed import Bench, Snapshot
 from laconic.recover.course import Course
 from laconic.recover.lc import LC
 from laconic.recover.parsing import parse_recovery
@@ -102,68 +102,97 @@ def recover_task(
     model: nn.Module, scheme: Scheme | str, how: Recovery, task: Task, *, start: dict[str, Tensor] | None = None, coupling: Any = None,
     statistics: Sequence[Batch] | None = None, folder: str | Path | None = None, resume: bool = False, listen: Listener | None = None,
     seed: int = 0, progress: Progress | None = None, keep: bool = False, strict: bool = True, types: Mapping[str, torch.dtype] | None = None,
+    tell: bool = True,
 ) -> tuple[nn.Module, Recovered]:  # fmt: skip
     """`recover` for a checked Task. `start` is the state of another recovery; `listen` hears every point of the curve and may stop it.
 
     `types` are those of the original's 16-bit tensors, if the module given is a copy in float32.
     With `keep` the finished state stays in the folder, for a caller who removes it once the model is stored; without `strict` a state that
-    is not this run's is removed, and no error.
+    is not this run's is removed, and no error. `tell`: whether the user is told what memory training takes.
     """
     began, progress = time.time(), progress or Log()
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
     how = check_recovery(how).over(task.train)
-    original = model
-    model, flags = _working_copy(model)
+    original, (model, flags) = model, _working_copy(model)
     how.check(model, compressed_slots(model, scheme))
     if start is not None:
         model.load_state_dict(start)
     if statistics is None:
         statistics = first_batches(task, seed) if reads_data(model, scheme) else []
     projection = project_onto(model, scheme, example=task.sample(), data=statistics, seed=seed, coupling=coupling)
-    compares = any(steps.minimises.compares for steps in how.learns)
-    teacher = copy.deepcopy(original).float().eval().requires_grad_(False) if compares else None
     types = half_types(original) if types is None else types
-    bench = Bench(model, projection, task, how.norm_batches, seed, teacher, types)
-    mark = _mark(bench) if folder is not None else ""
-    length = length_of(task.train)
-    passes = (
-        f", {length} minibatches a pass" if length is not None else ""
-    )  # what was asked of the data, as far as it shows
-    fingerprint = f"{projection.scheme} by {how!r}, seed {seed}{passes}{mark}"
-    checkpoints = Checkpoints(Path(folder) if folder is not None else None, fingerprint, resume, strict, began)
+    bench = Bench(model, projection, task, how.norm_batches, seed, _teacher(original, how), types)
+    place = Path(folder) if folder is not None else None
+    checkpoints = Checkpoints(place, _fingerprint(bench, how) if place is not None else "", resume, strict, began)
     checkpoints.claim()
     progress.start("recovering", max(how.total_on(model, projection.slots), 1))
-    stopped, taken = False, 0
-
-    def heard(found: dict[str, Any]) -> None:
-        nonlocal taken
-        if not any(found is point for point in checkpoints.curve):  # which a checkpoint's are
-            checkpoints.curve.append(found)
-        progress.advance(found["minibatches"] - taken, f"validation score {found['score']:.4f}")
-        taken = found["minibatches"]
-        if listen is not None:
-            listen(found)
-
-    course = Course(bench, heard, checkpoints, seed, progress.say)
-    try:
-        how.run(course)
-    except StopRecovery:
-        stopped = True
+    say = progress.say if tell else lambda message: None
+    course = Course(bench, _Heard(checkpoints, progress, listen), checkpoints, seed, say)
+    stopped = _stopped(how, course)
     snapshot, curve = course.outcome(how), checkpoints.curve
-    state = _state(model) if how.leaves_w else {}
-    bench.show(snapshot)
-    state = state or _state(model)
-    bench.install(snapshot)
-    model.zero_grad(set_to_none=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+    state = _delivered(bench, snapshot, how, flags)
     test_score = task.judge(model, task.test).score if task.test is not None else None
     if not keep:
         checkpoints.done()
     return model, Recovered(
-        projection.scheme, snapshot.judgement.score, snapshot.judgement.loss, curve[0]["score"], curve[-1]["minibatches"], curve,
-        checkpoints.seconds, stopped, test_score, projection.notes, state, projection, types,
+        scheme=projection.scheme, score=snapshot.judgement.score, loss=snapshot.judgement.loss, direct=curve[0]["score"],
+        minibatches=curve[-1]["minibatches"], curve=curve, seconds=checkpoints.seconds, stopped=stopped, test_score=test_score,
+        notes=projection.notes, state=state, projection=projection, types=types,
     )  # fmt: skip
+
+
+@dataclass
+class _Heard:
+    """Hears every point of the learning curve: keeps it, shows how far the run is, and passes it on."""
+
+    checkpoints: Checkpoints
+    progress: Progress
+    listen: Listener | None
+    taken: int = 0
+
+    def __call__(self, found: dict[str, Any]) -> None:
+        curve = self.checkpoints.curve
+        if not any(found is point for point in curve):  # which a checkpoint's are
+            curve.append(found)
+        self.progress.advance(found["minibatches"] - self.taken, f"validation score {found['score']:.4f}")
+        self.taken = found["minibatches"]
+        if self.listen is not None:
+            self.listen(found)
+
+
+def _stopped(how: Recovery, course: Course) -> bool:
+    """Carry a recovery out; whether a listener ended it."""
+    try:
+        how.run(course)
+    except StopRecovery:
+        return True
+    return False
+
+
+def _teacher(original: nn.Module, how: Recovery) -> nn.Module | None:
+    """The original in float32, where a loss compares with it."""
+    if not any(steps.minimises.compares for steps in how.learns):
+        return None
+    return copy.deepcopy(original).float().eval().requires_grad_(False)
+
+
+def _fingerprint(bench: Bench, how: Recovery) -> str:
+    """What tells a run from another: scheme, recovery, seed, what was asked of the data as far as it shows, and where it starts."""
+    length = length_of(bench.task.train)
+    passes = f", {length} minibatches a pass" if length is not None else ""
+    return f"{bench.projection.scheme} by {how!r}, seed {bench.seed}{passes}{_mark(bench)}"
+
+
+def _delivered(bench: Bench, snapshot: Snapshot, how: Recovery, flags: Mapping[str, bool]) -> dict[str, Tensor]:
+    """Make the module the compressed one of a snapshot, with its original's flags; returns the state another recovery can start from."""
+    left = _state(bench.model) if how.leaves_w else None
+    bench.show(snapshot)
+    state = _state(bench.model) if left is None else left
+    bench.install(snapshot)
+    bench.model.zero_grad(set_to_none=True)
+    for name, parameter in bench.model.named_parameters():
+        parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+    return state
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

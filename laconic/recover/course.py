@@ -98,7 +98,7 @@ class Course:
 
     def tell_memory(self, trainer: Trainer, copies: int) -> None:
         """Say what memory training takes, before it begins; `copies` of the compressed matrices are held beside the module's own."""
-        self.say(str(memory_of(trainer, sum(p.nbytes for p in self.bench.parameters.values()), copies)))
+        self.say(str(memory_of(trainer, self.bench.parameters.values(), copies)))
 
     def tell_faults(self, trainer: Trainer) -> None:
         """A note about minibatches that were skipped."""

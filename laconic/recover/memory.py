@@ -1,5 +1,6 @@
 """What memory end-to-end training takes, told before it begins."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,12 +12,12 @@ from laconic.recover.train import Trainer
 class Memory:
     """Bytes that training holds from its first step on; activations, which depend on the data, come on top.
 
-    `model`: parameters and buffers. `gradients`: one for all that is moved, and for matrices that are seen through a relaxation. `optimizer`:
-    what it carries from step to step. `original`: the copy that losses compare with. `copies`: further forms of the compressed matrices (the
-    uncompressed ones, multipliers, targets).
+    `parameters`: the model's, its buffers, and states of relaxations that are trained. `gradients`: of all that is moved, and of the compressed
+    matrices, through which gradients arrive. `optimizer`: what it carries from step to step. `original`: the copy that losses compare with.
+    `copies`: further forms of the compressed matrices (the uncompressed ones, multipliers, targets).
     """
 
-    model: int
+    parameters: int
     gradients: int
     optimizer: int
     original: int
@@ -25,29 +26,31 @@ class Memory:
     @property
     def total(self) -> int:
         """All of them."""
-        return self.model + self.gradients + self.optimizer + self.original + self.copies
+        return self.parameters + self.gradients + self.optimizer + self.original + self.copies
 
     def __str__(self) -> str:
         parts = {
-            "model": self.model, "gradients": self.gradients, "optimizer": self.optimizer, "original": self.original,
+            "parameters": self.parameters, "gradients": self.gradients, "optimizer": self.optimizer, "original": self.original,
             "copies of what is compressed": self.copies,
         }  # fmt: skip
         told = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
         return f"training takes {_size(self.total)} of memory, and activations: {told}"
 
 
-def memory_of(trainer: Trainer, compressed: int, copies: int) -> Memory:
-    """What a trainer takes; the compressed matrices are `compressed` bytes, of which `copies` are held beside the model's own.
+def memory_of(trainer: Trainer, compressed: Iterable[nn.Parameter], copies: int) -> Memory:
+    """What a trainer takes of a model with these compressed matrices, of which `copies` are held beside the model's own.
 
     Exact but for the allocator's rounding. Cost: a step of the optimizer on shapes alone.
     """
-    with_gradient = {id(p): p.nbytes for p in (*trainer.model.parameters(), *trainer.parameters) if p.requires_grad}
+    sites, of_model = list(compressed), {id(parameter) for parameter in trainer.model.parameters()}
+    with_gradient = {id(parameter): parameter.nbytes for parameter in (*trainer.parameters, *sites)}
+    own = [parameter for parameter in trainer.parameters if id(parameter) not in of_model]
     return Memory(
-        model=_bytes(trainer.model),
+        parameters=_bytes(trainer.model) + sum(state.nbytes for state in own),
         gradients=sum(with_gradient.values()),
         optimizer=trainer.steps.moves.state_bytes(trainer.parameters),
         original=_bytes(trainer.teacher) if trainer.teacher is not None and trainer.loss.compares else 0,
-        copies=copies * compressed,
+        copies=copies * sum(site.nbytes for site in sites),
     )
 
 

@@ -75,7 +75,9 @@ class Trained:
         chosen |= {id(parameter) for parameter in along.values()}
         moved = {name: p for name, p in self.bench.model.named_parameters() if id(p) in chosen}
         for slot, states in self.own.items():
-            moved |= {f"{name} of {slot.name}": state for name, state in states.items()}
+            for name, state in states.items():
+                if all(state is not other for other in moved.values()):  # which sites may share
+                    moved[f"{name} of {slot.name}"] = state
         return moved
 
     def run(self, trainer: Trainer, count: int) -> float:

@@ -108,6 +108,7 @@ class Trials:
             compressed, recovery = recover_task(
                 self.model, scheme, how, self.unseen, start=start, coupling=self.coupling, statistics=self.statistics, listen=listen,
                 seed=self.seed, progress=progress, types=self.types, folder=place, resume=True, keep=True, strict=False,
+                tell=number == 0,  # it is the same for all
             )  # fmt: skip
         except RecoveryError as error:  # a trial may fail without ending the search: it counts as not keeping the floor
             diverged = f"{', '.join(f'{k} {v}' for k, v in values.items())}: {error}; the trial counts as direct compression below every floor"

@@ -10,9 +10,13 @@ from torch import nn
 import laconic as lc
 from laconic.errors import RecoveryError, SchemeError
 from laconic.recover import KL, Cosine, Direct, FineTune, Steps, Task, recover_task, usual_recovery
+from laconic.recover.compressed import Bench
+from laconic.recover.projection import project_onto
 from laconic.recover.recipes import dkm, llm_qat, recipe
+from laconic.recover.relaxed import Trained
 from laconic.recover.train import Trainer
-from laconic.weights import Codebook, installed
+from laconic.weights import Codebook, Dense, Weight, installed
+from laconic.weights.relax import Relaxation
 from tests.recover.nets import Words, conv, mlp, seeded, task, vectors, words_task
 from tests.recover.test_resume import Killed, figures, noisy_task, stored
 
@@ -99,6 +103,58 @@ def test_epochs_are_counted_in_minibatches() -> None:
     with pytest.raises(SchemeError, match="has a length, got a Endless"):
         FineTune(epochs=1).over(Endless())
     assert Direct().over(Endless()) == Direct()
+
+
+class Learned(Relaxation):
+    """A step that is learned beside w, or one for several matrices: what it trains is its own affair."""
+
+    def __init__(self, weight: Weight, step: nn.Parameter, with_w: bool) -> None:
+        super().__init__(weight)
+        self.step, self.with_w = step, with_w
+
+    def trained(self, w: nn.Parameter) -> dict[str, nn.Parameter]:
+        return {"step": self.step} | ({"w": w} if self.with_w else {})
+
+    def forward(self, w: torch.Tensor) -> torch.Tensor:
+        return w * self.step
+
+    def stored(self, w: torch.Tensor) -> Weight:
+        dense = Dense((w.shape[0], w.shape[1]), dtype="float32")
+        dense.right_inverse(self(w).detach())
+        return dense
+
+
+@pytest.mark.parametrize("with_w", [True, False])
+def test_a_state_that_matrices_share_gets_the_gradient_of_all(with_w: bool) -> None:
+    """Against plain gradient descent on (w, step) of the function the network computes."""
+    net, (x, y) = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4)), vectors(32, 1)
+    problem = Task([(x, y)], [(x, y)])
+    w = [net[0].weight.detach().clone().requires_grad_(with_w), net[2].weight.detach().clone().requires_grad_(with_w)]
+    biases, step = [net[0].bias.detach().clone(), net[2].bias.detach().clone()], torch.ones((), requires_grad=True)
+    for _ in range(3):
+        hidden = torch.tanh(x @ (step * w[0]).t() + biases[0])
+        loss = nn.functional.cross_entropy(hidden @ (step * w[1]).t() + biases[1], y)
+        moved = [step, *(w if with_w else [])]
+        gradients = torch.autograd.grad(loss, moved)
+        with torch.no_grad():
+            for one, gradient in zip(moved, gradients, strict=True):
+                one.sub_(gradient, alpha=0.1)
+    shared = nn.Parameter(torch.ones(()))
+    bench = Bench(net, project_onto(net, lc.parse("Cast('float32')")), problem)
+    weights = bench.projection.compress(bench.values())
+    trained = Trained(bench, weights, lambda method, weight, _: Learned(weight, shared, with_w), along="none")
+    assert len(trained.moved) == (3 if with_w else 1)
+    learn = Steps(lr=0.1, lr_end=0.1, momentum=0.0, clip=None)
+    trained.run(Trainer(net, problem, learn, 3, moved=trained.moved), 3)
+    torch.testing.assert_close(shared.detach(), step.detach())
+    torch.testing.assert_close(net[0].weight.detach(), w[0].detach())
+    torch.testing.assert_close(next(iter(trained.stored().values()))(), (step * w[0]).detach())
+    assert torch.equal(net[2].bias.detach(), biases[1])
+
+
+def test_with_nothing_to_train_it_says_so() -> None:
+    with pytest.raises(SchemeError, match="nothing to train"):
+        recover_task(mlp(), "[('*', Keep())]", FineTune(2, along="none"), task())
 
 
 class Endless:

@@ -87,7 +87,7 @@ def test_any_optimizer_of_torch_trains_resumes_and_tells_its_memory(name: str, t
 
     matrices = {n: p for n, p in net.named_parameters() if p.dim() == 2}
     trainer = Trainer(net, task(), learn, 2, moved=matrices)
-    told = memory_of(trainer, 0, 0)
+    told = memory_of(trainer, [], 0)
     trainer.run(2)
     assert told.optimizer == sum(tensor.nbytes for tensor in trainer.state().values())
 
@@ -222,18 +222,21 @@ def test_features_bring_the_model_back_without_labels() -> None:
 def test_memory_is_what_is_there() -> None:
     """Of parameters, gradients, the optimizer and the original, to the byte."""
     net, teacher = conv(), conv()
+    sites, biases = [net[1].weight, net[4].weight], {"9.bias": net[9].bias}
     learn = Steps(Optimizer("AdamW", lr=1e-3), schedule=Constant(), loss=KL())
-    trainer = Trainer(net, task(), learn, 2, teacher=teacher)
-    told = memory_of(trainer, compressed=100, copies=2)
-    trainer.run(2)
-    state = [*net.parameters(), *net.buffers()]
-    assert told.model == told.original == sum(t.nbytes for t in state)
-    assert told.gradients == sum(p.grad.nbytes for p in net.parameters() if p.grad is not None)
-    assert told.optimizer == sum(t.nbytes for t in trainer.state().values())
-    assert told.copies == 200
-    assert told.total == told.model + told.gradients + told.optimizer + told.original + 200
-    assert "training takes" in str(told)
-    assert memory_of(Trainer(net, task(), Steps(), 2, teacher=teacher), 0, 0).original == 0
+    for moved in (None, biases):
+        trainer = Trainer(net, task(), learn, 2, teacher=teacher, moved=moved)
+        told = memory_of(trainer, sites, copies=2)
+        trainer.run(2)
+        state = [*net.parameters(), *net.buffers()]
+        assert told.parameters == told.original == sum(t.nbytes for t in state)
+        of = list(net.parameters()) if moved is None else [*biases.values(), *sites]
+        assert told.gradients == sum(p.nbytes for p in of)
+        assert told.optimizer == sum(t.nbytes for t in trainer.state().values())
+        assert told.copies == 2 * sum(p.nbytes for p in sites)
+        assert told.total == told.parameters + told.gradients + told.optimizer + told.original + told.copies
+        assert "training takes" in str(told)
+    assert memory_of(Trainer(net, task(), Steps(), 2, teacher=teacher), [], 0).original == 0
 
 
 @pytest.mark.parametrize("trains", ["w", "side"])
