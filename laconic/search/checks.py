@@ -1,4 +1,5 @@
-"""What a search makes sure of before it begins: its scheme, its arguments, the original's score, the folder it writes to."""
+"""What a search makes sure of before it begins: its scheme, its arguments, the original's score, the folder it writes
+to."""
 
 import math
 import shutil
@@ -37,13 +38,15 @@ _PARTS = (
 
 
 def variables(scheme: Scheme, slots: Sequence[Slot]) -> dict[str, Free]:
-    """The variables of a scheme. Raises: SearchError when there are none, SchemeError when it cannot be carried out at the ends of a range."""
+    """The variables of a scheme. Raises: SearchError when there are none, SchemeError when it cannot be carried out at
+    the ends of a range."""
     from laconic.search.samplers import distribution_of
 
     free = free_of(scheme, slots)
     if not free:
         raise SearchError(
-            f"{describe(scheme)}: nothing to search; leave a hyper-parameter open, as in FilterPrune(sparsity=Free(0, 1))"
+            f"{describe(scheme)}: nothing to search; leave a hyper-parameter open, as in "
+            "FilterPrune(sparsity=Free(0, 1))"
         )
     usual = {name: some_value(one) for name, one in free.items()}
     for name, one in free.items():
@@ -66,9 +69,16 @@ def some_value(free: Free) -> Any:
 
 
 def check_first(
-    model: nn.Module, scheme: Scheme, goals: Sequence[Goal], keep: Floor, how: Recovery, out: Path, options: SearchOptions
-) -> dict[str, Free]:  # fmt: skip
-    """What costs nothing to check, before anything that takes time; returns the scheme's variables. Raises: SearchError, SchemeError, OutputError."""
+    model: nn.Module,
+    scheme: Scheme,
+    goals: Sequence[Goal],
+    keep: Floor,
+    how: Recovery,
+    out: Path,
+    options: SearchOptions,
+) -> dict[str, Free]:
+    """What costs nothing to check, before anything that takes time; returns the scheme's variables. Raises:
+    SearchError, SchemeError, OutputError."""
     _need_optuna()
     from laconic.search.samplers import Settings, chosen_sampler
     from laconic.search.storage import check_new
@@ -107,13 +117,15 @@ def check_arguments(goals: Sequence[Any], keep: Any, how: Any) -> None:
 
 
 def original_score(model: nn.Module, task: Task, keep: Floor) -> tuple[float, float]:
-    """The original's score, and by how much a second measurement differs. Raises: SearchError when it is no number or below its own floor."""
+    """The original's score, and by how much a second measurement differs. Raises: SearchError when it is no number or
+    below its own floor."""
     first, second = (task.judge(model, task.validation).score for _ in range(2))
     if not (math.isfinite(first) and math.isfinite(second)):
         raise SearchError(f"the original's score on validation data is {first}; expected a finite number")
     if not keep.floor(first) <= first:
         raise SearchError(
-            f"the floor {keep.floor(first):.6g} is above the score of the original, {first:.6g}: no compression is asked to gain that"
+            f"the floor {keep.floor(first):.6g} is above the score of the original, {first:.6g}: no compression is "
+            "asked to gain that"
         )
     return first, abs(first - second)
 
@@ -128,7 +140,8 @@ def earlier_search(out: Path) -> list[Path]:
 
 
 def clear_folder(out: Path) -> None:
-    """Remove what an earlier search wrote. Raises: OutputError where anything else is there too; then nothing is removed."""
+    """Remove what an earlier search wrote. Raises: OutputError where anything else is there too; then nothing is
+    removed."""
     for file in earlier_search(out):
         if file.is_dir() and not file.is_symlink():
             shutil.rmtree(file)
@@ -149,7 +162,8 @@ def check_folder(search: "Search", trials: Trials) -> None:
     lacking = [t.number + 1 for t in done if not (trials.place(folder_of(t)) / "model").is_dir()]
     if lacking:
         raise OutputError(
-            f"{trials.folder}: does not hold the models of trials {lacking} of the study; a search's folder and its storage belong together"
+            f"{trials.folder}: does not hold the models of trials {lacking} of the study; a search's folder and "
+            "its storage belong together"
         )
     if used and not known:
         raise OutputError(f"{trials.folder}: holds the trials of another search; choose another directory")
@@ -165,7 +179,8 @@ def remarks(facts: Mapping[str, Any], reference: float, noise: float) -> list[st
     )
     if abs(reference - facts["reference"]) > max(found, 1e-6 * abs(reference)):
         notes.append(
-            f"the original scores {reference:.6g} here and {facts['reference']:.6g} where the study began; the latter holds. "
+            f"the original scores {reference:.6g} here and {facts['reference']:.6g} where the study began; the "
+            "latter holds. "
             "Is it the same model, on the same data?"
         )
     return notes

@@ -1,4 +1,5 @@
-"""What a search found, as plain values: its trials, the best one measured from its file, and what it costs and saves."""
+"""What a search found, as plain values: its trials, the best one measured from its file, and what it costs and
+saves."""
 
 import copy
 import errno
@@ -30,7 +31,8 @@ from laconic.search.trial import Trials
 def figures_of(
     given: nn.Module, model: nn.Module, task: Task, goals: Sequence[Goal]
 ) -> tuple[dict[str, Any], list[float]]:
-    """What is known of the original before the search: bytes in its own types and parameters; its objectives. `model` is `given` in float32.
+    """What is known of the original before the search: bytes in its own types and parameters; its objectives. `model`
+    is `given` in float32.
 
     Raises: SearchError for an objective that is not a finite number.
     """
@@ -43,9 +45,15 @@ def figures_of(
 
 
 def result_of(
-    search: studies.Search, trials: Trials, keep: Floor, free: Mapping[str, Free], facts: Mapping[str, Any], original: Mapping[str, Any],
-    notes: Sequence[str], **more: Any,
-) -> dict[str, Any]:  # fmt: skip
+    search: studies.Search,
+    trials: Trials,
+    keep: Floor,
+    free: Mapping[str, Free],
+    facts: Mapping[str, Any],
+    original: Mapping[str, Any],
+    notes: Sequence[str],
+    **more: Any,
+) -> dict[str, Any]:
     """Everything the search knows before its best trial is measured; numbers that are not finite are None."""
     rows = []
     for t in studies.trials(search):
@@ -63,13 +71,22 @@ def result_of(
     goals = [{"name": goal.name, "direction": goal.direction} for goal in trials.goals]
     seen = dict.fromkeys(note for row in done for note in row.get("notes", []))
     result = {
-        "scheme": describe(trials.scheme), "recovery": repr(trials.how), "objective": goals[0] if len(goals) == 1 else goals,
-        "floor": facts["level"], "keep": repr(keep), "margin": facts["reference"] - facts["level"],
-        "reference": {"score": facts["reference"], **original}, "free": {name: _bounds(one) for name, one in free.items()}, "trials": rows,
-        "noise": facts.get("noise", 0.0), "notes": [*notes, *seen],
+        "scheme": describe(trials.scheme),
+        "recovery": repr(trials.how),
+        "objective": goals[0] if len(goals) == 1 else goals,
+        "floor": facts["level"],
+        "keep": repr(keep),
+        "margin": facts["reference"] - facts["level"],
+        "reference": {"score": facts["reference"], **original},
+        "free": {name: _bounds(one) for name, one in free.items()},
+        "trials": rows,
+        "noise": facts.get("noise", 0.0),
+        "notes": [*notes, *seen],
         "cost": {key: sum(row[key] for row in done) for key in ("minibatches", "cold_minibatches")},
-        "versions": versions(), "machine": machine(), **more,
-    }  # fmt: skip
+        "versions": versions(),
+        "machine": machine(),
+        **more,
+    }
     return finite(result | ({"pareto": [t.number for t in studies.pareto(search)]} if len(goals) > 1 else {}))
 
 
@@ -86,7 +103,8 @@ def best_of(search: studies.Search) -> Any:
 
 
 def folder_of(trial: Any) -> int:
-    """The number of the folder that holds a trial's model: a result that came late is stored as another trial than it was begun as."""
+    """The number of the folder that holds a trial's model: a result that came late is stored as another trial than it
+    was begun as."""
     return int(trial.user_attrs.get("late", trial.number))
 
 
@@ -105,7 +123,8 @@ def nothing_kept(result: Mapping[str, Any]) -> str:
 def measure(
     trials: Trials, best: Any, original: Mapping[str, Any], progress: Progress
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The best trial's model, read from its file, and the figures of it, of direct compression and of its layers; test data is used here only."""
+    """The best trial's model, read from its file, and the figures of it, of direct compression and of its layers; test
+    data is used here only."""
     progress.start("measuring", 4)
     model, task = trials.model, trials.task
     path = trials.place(folder_of(best)) / "model"

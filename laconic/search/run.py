@@ -1,4 +1,5 @@
-"""`search`: the order of things in a search for free hyper-parameters. Trials are `trial.py`'s, the choice of the next one `study.py`'s."""
+"""`search`: the order of things in a search for free hyper-parameters. Trials are `trial.py`'s, the choice of the next
+one `study.py`'s."""
 
 import copy
 import math
@@ -39,17 +40,19 @@ if TYPE_CHECKING:
 
     from laconic.search.study import Search
 
-# of the loss that is allowed: a warm-started trial less than this below the floor might keep it from a better start, so it closes nothing alone
+# of the loss that is allowed: a warm-started trial less than this below the floor might keep it from a better start, so
+# it closes nothing alone
 _DOUBT = 0.15
 _WORTHWHILE = 0.3  # of a trial's usual time must be left for another to begin
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: the compressed model, read back from its file; the free values s*; the Optuna study; every figure.
+    """What a search found: the compressed model, read back from its file; the free values s*; the Optuna study; every
+    figure.
 
-    `model` has Weights installed (and is smaller than the original where channels were cut); `path` is the folder it is stored in,
-    `report` the page with all figures and pictures.
+    `model` has Weights installed (and is smaller than the original where channels were cut); `path` is the folder it is
+    stored in, `report` the page with all figures and pictures.
     """
 
     model: nn.Module
@@ -73,7 +76,8 @@ def run_search(
     progress: Progress,
     draw: Draw,
 ) -> Found:
-    """Carry out a search in a folder; `draw` makes a page of its result, also of one in which nothing kept the floor."""
+    """Carry out a search in a folder; `draw` makes a page of its result, also of one in which nothing kept the
+    floor."""
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
     check_first(model, scheme, goals=goals, keep=keep, how=how, out=out, options=options)
     with locked(out, shared=True):
@@ -170,7 +174,8 @@ def _search(
     }
     if figures["best"]["score"] < facts["level"]:
         result["notes"].append(
-            f"measured once more, the chosen model scores {figures['best']['score']:.6g}, less than the floor: the score is noisy"
+            f"measured once more, the chosen model scores {figures['best']['score']:.6g}, less than the floor: the "
+            "score is noisy"
         )
     _after_a_kill(study, trials, options)
     with disk_errors(out):
@@ -188,9 +193,18 @@ def _search(
 
 
 def _study(
-    out: Path, scheme: Scheme, free: Mapping[str, Free], goals: Sequence[Goal], keep: Floor, how: Recovery, options: SearchOptions, model: nn.Module,
-    reference: float, noise: float, standards: Sequence[float],
-) -> tuple["Search", dict[str, Any]]:  # fmt: skip
+    out: Path,
+    scheme: Scheme,
+    free: Mapping[str, Free],
+    goals: Sequence[Goal],
+    keep: Floor,
+    how: Recovery,
+    options: SearchOptions,
+    model: nn.Module,
+    reference: float,
+    noise: float,
+    standards: Sequence[float],
+) -> tuple["Search", dict[str, Any]]:
     """The study and what its first worker found of the original. Only here does the search begin to write."""
     from laconic.search import study as studies
     from laconic.search.drucb import Rule
@@ -199,26 +213,41 @@ def _study(
     level = keep.floor(reference)
     warm = options.warm_share is not None and how.warmed(options.warm_share) is not None
     doubt = _DOUBT * (reference - level) if warm else 0.0
-    settings = Settings(sampler=options.sampler, trials=options.trials, seed=options.seed, rule=Rule(margin=doubt))  # type: ignore[arg-type]
+    settings = Settings(
+        sampler=options.sampler,  # type: ignore[arg-type]
+        trials=options.trials,
+        seed=options.seed,
+        rule=Rule(margin=doubt),
+    )
     with disk_errors(out):
         if options.overwrite:
             with locked(out):
                 clear_folder(out)
     about = {
-        "scheme": describe(scheme), "keep": repr(keep), "recovery": repr(how), "parameters": sum(p.numel() for p in model.parameters()),
+        "scheme": describe(scheme),
+        "keep": repr(keep),
+        "recovery": repr(how),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "checksum": checksum_of(model.state_dict()),
-    }  # fmt: skip
+    }
     search = studies.open_study(
-        options.storage or out / STUDY, options.name, free=free, objectives={goal.name: goal.direction for goal in goals},
-        settings=settings, about=about, resume=options.resume, heartbeat=options.heartbeat,
-    )  # fmt: skip
+        options.storage or out / STUDY,
+        options.name,
+        free=free,
+        objectives={goal.name: goal.direction for goal in goals},
+        settings=settings,
+        about=about,
+        resume=options.resume,
+        heartbeat=options.heartbeat,
+    )
     return search, studies.set_reference(
         search, level=level, reference=reference, noise=noise, objectives=list(standards)
     )
 
 
 def _after_a_kill(study: "Search", trials: Trials, options: SearchOptions) -> None:
-    """Take over from dead workers without waiting for their silence, and remove what they left half done, where nobody else is at work.
+    """Take over from dead workers without waiting for their silence, and remove what they left half done, where nobody
+    else is at work.
 
     Only of a study that is kept in the search's own folder is it known who works on it: the folder's lock says so.
     """
@@ -237,7 +266,8 @@ def _after_a_kill(study: "Search", trials: Trials, options: SearchOptions) -> No
 def _coupling(
     model: nn.Module, scheme: Scheme, free: Mapping[str, Free], task: Task, thin: bool, progress: Progress
 ) -> tuple[Any, list[str]]:
-    """The network's channels, if the scheme cuts any; and what to say of them. Without thinning, masks will do where nothing can be traced."""
+    """The network's channels, if the scheme cuts any; and what to say of them. Without thinning, masks will do where
+    nothing can be traced."""
     slots = find_slots(model)
     fixed = fix(scheme, {name: some_value(one) for name, one in free.items()}, slots)
     if not resolve(fixed, slots).structures:
@@ -283,11 +313,15 @@ def _out_of_time(study: "Search", options: SearchOptions) -> str:
     from laconic.search import study as studies
 
     done = sum("score" in t.user_attrs for t in studies.trials(study))
-    return f"the search ended after its {options.minutes:g} minutes, with {done} trials of at most {options.trials}; it can be resumed"
+    return (
+        f"the search ended after its {options.minutes:g} minutes, with {done} trials of at most {options.trials}; it "
+        "can be resumed"
+    )
 
 
 def _neighbours(finished: Sequence[Any], trials: Trials) -> list[Neighbour]:
-    """The original, and the finished trials that kept the floor (others have lost what a milder compression needs) and whose state is here."""
+    """The original, and the finished trials that kept the floor (others have lost what a milder compression needs) and
+    whose state is here."""
     from laconic.search.outcome import folder_of
 
     kept = [t for t in finished if t.user_attrs["score"] >= trials.floor and trials.state(folder_of(t)).is_file()]

@@ -1,4 +1,5 @@
-"""One trial of a search: a scheme with its free values given, recovered, stored, and measured in the form it is stored in."""
+"""One trial of a search: a scheme with its free values given, recovered, stored, and measured in the form it is stored
+in."""
 
 import copy
 import math
@@ -39,8 +40,8 @@ __all__ = ["Neighbour", "Trials", "after_cut", "hopeless", "nearest"]
 class Trials:
     """Carries out trials of one search: everything that does not change between them.
 
-    `standards`: the objectives of the original. `folder`/trials/NNN holds, for every finished trial, the model as it would be delivered and the
-    state another trial can start from.
+    `standards`: the objectives of the original. `folder`/trials/NNN holds, for every finished trial, the model as it
+    would be delivered and the state another trial can start from.
     """
 
     model: nn.Module
@@ -76,13 +77,19 @@ class Trials:
         return replace(self.task, test=None)
 
     def run(
-        self, number: int, values: Mapping[str, Any], neighbour: Neighbour | None, curves: Sequence[Sequence[dict[str, Any]]],
-        deadline: float | None, progress: Progress, interrupted: Sequence[int] = (),
-    ) -> dict[str, Any]:  # fmt: skip
-        """The record of a trial; its score is that of the model read back from its file. `curves` are those of finished trials, which say what
-        can still be gained. After the time `deadline` it ends with what it has, and the record calls it "late" if that does not keep the floor.
-        It goes on from the last L-step of the latest of the `interrupted` trials that left one, if that was the same recovery; its own state
-        stays until `settle`."""
+        self,
+        number: int,
+        values: Mapping[str, Any],
+        neighbour: Neighbour | None,
+        curves: Sequence[Sequence[dict[str, Any]]],
+        deadline: float | None,
+        progress: Progress,
+        interrupted: Sequence[int] = (),
+    ) -> dict[str, Any]:
+        """The record of a trial; its score is that of the model read back from its file. `curves` are those of finished
+        trials, which say what can still be gained. After the time `deadline` it ends with what it has, and the record
+        calls it "late" if that does not keep the floor. It goes on from the last L-step of the latest of the
+        `interrupted` trials that left one, if that was the same recovery; its own state stays until `settle`."""
         began = time.time()
         how, start = self.how, None
         warmed = how.warmed(self.warm_share) if self.warm_share is not None else None
@@ -106,12 +113,28 @@ class Trials:
         diverged, trained = "", time.time()
         try:
             compressed, recovery = recover_task(
-                self.model, scheme, how, self.unseen, start=start, coupling=self.coupling, statistics=self.statistics, listen=listen,
-                seed=self.seed, progress=progress, types=self.types, folder=place, resume=True, keep=True, strict=False,
+                self.model,
+                scheme,
+                how,
+                self.unseen,
+                start=start,
+                coupling=self.coupling,
+                statistics=self.statistics,
+                listen=listen,
+                seed=self.seed,
+                progress=progress,
+                types=self.types,
+                folder=place,
+                resume=True,
+                keep=True,
+                strict=False,
                 tell=number == 0,  # it is the same for all
-            )  # fmt: skip
+            )
         except RecoveryError as error:  # a trial may fail without ending the search: it counts as not keeping the floor
-            diverged = f"{', '.join(f'{k} {v}' for k, v in values.items())}: {error}; the trial counts as direct compression below every floor"
+            diverged = (
+                f"{', '.join(f'{k} {v}' for k, v in values.items())}: {error}; the trial counts as direct compression "
+                "below every floor"
+            )
             compressed, recovery = self.direct(scheme)
         earlier = max(0.0, recovery.seconds - (time.time() - trained))  # of the trials that were interrupted
         direct = recovery.direct if start is None or diverged else self.direct(scheme)[1].score
@@ -125,13 +148,20 @@ class Trials:
         score = -math.inf if diverged else self.task.judge(delivered, self.task.validation).score
         curve = curve if diverged else recovery.curve
         return {
-            "score": score, "direct_score": direct,
-            "objectives": [goal.beside(candidate, standard) for goal, standard in zip(self.goals, self.standards, strict=True)],
-            "curve": curve, "late": late and score < self.floor, "stopped_early": recovery.stopped,
+            "score": score,
+            "direct_score": direct,
+            "objectives": [
+                goal.beside(candidate, standard) for goal, standard in zip(self.goals, self.standards, strict=True)
+            ],
+            "curve": curve,
+            "late": late and score < self.floor,
+            "stopped_early": recovery.stopped,
             "warm_from": neighbour.number if neighbour is not None else None,
-            "minibatches": curve[-1]["minibatches"] if curve else 0, "cold_minibatches": self.how.total_on(self.model, self.slots),
-            "seconds": time.time() - began + earlier, "notes": [*recovery.notes, *([diverged] if diverged else [])],
-        }  # fmt: skip
+            "minibatches": curve[-1]["minibatches"] if curve else 0,
+            "cold_minibatches": self.how.total_on(self.model, self.slots),
+            "seconds": time.time() - began + earlier,
+            "notes": [*recovery.notes, *([diverged] if diverged else [])],
+        }
 
     def _begin(self, number: int, interrupted: Sequence[int]) -> Path:
         """The folder of a trial, empty but for the state of the recovery that an interrupted trial left."""
@@ -145,20 +175,27 @@ class Trials:
         return place
 
     def settle(self, *numbers: int) -> None:
-        """Remove what a trial, in all of its attempts, could have been resumed from, once its result is stored or it has failed."""
+        """Remove what a trial, in all of its attempts, could have been resumed from, once its result is stored or it
+        has failed."""
         for number in numbers:
             (self.place(number) / UNFINISHED).unlink(missing_ok=True)
 
     def direct(self, scheme: Scheme) -> tuple[nn.Module, Recovered]:
         """Direct compression under a fixed scheme, with batch norms treated as the recovery treats them."""
         return recover_task(
-            self.model, scheme, Direct(self.how.norm_batches), self.unseen, coupling=self.coupling, statistics=self.statistics, seed=self.seed,
+            self.model,
+            scheme,
+            Direct(self.how.norm_batches),
+            self.unseen,
+            coupling=self.coupling,
+            statistics=self.statistics,
+            seed=self.seed,
             types=self.types,
-        )  # fmt: skip
+        )
 
     def stored_form(self, compressed: nn.Module, projection: Projection) -> nn.Module:
-        """What is delivered: the compressed module itself, or, where channels are cut and `thin` is set, the smaller network that is left,
-        its remaining matrices encoded by what the scheme says after the cut.
+        """What is delivered: the compressed module itself, or, where channels are cut and `thin` is set, the smaller
+        network that is left, its remaining matrices encoded by what the scheme says after the cut.
 
         Raises: SchemeError when that cannot encode the sizes that are left, SurgeryError as `thin` does.
         """
@@ -191,18 +228,19 @@ class Trials:
         place = self.place(number) / "model"
         if not place.is_dir():
             raise SearchError(
-                f"{place}: the model of trial {number + 1} is not here; a search's folder and its storage belong together"
+                f"{place}: the model of trial {number + 1} is not here; a search's folder and its storage belong "
+                "together"
             )
         told = read_manifest(place)
         expected = {**self.fields, "values": dict(values)}
         if any(told.get(key, value) != value for key, value in expected.items()):
             raise SearchError(
-                f"{place}: this is not trial {number + 1} of this search: expected {expected}, got {told.get('values')} of another"
+                f"{place}: this is not trial {number + 1} of this search: expected {expected}, got "
+                f"{told.get('values')} of another"
             )
         fresh = copy.deepcopy(self.model)
-        for tensor in fresh.state_dict(
-            keep_vars=True
-        ).values():  # other buffers, such as tables of angles, come with the architecture
+        # other buffers, such as tables of angles, come with the architecture
+        for tensor in fresh.state_dict(keep_vars=True).values():
             if isinstance(tensor, Tensor):
                 tensor.data.zero_()
         return load_into(fresh.float(), place).to(next(self.model.parameters()).device).eval()
