@@ -32,7 +32,8 @@ def known_of(run: Run) -> dict[str, Any] | None:
     known = read_report(run.out)
     if known is None:
         raise OutputError(
-            f"{run.out}: the model is complete, but its report.json is gone, which nothing else knows; pass --overwrite to replace it"
+            f"{run.out}: the model is complete, but its report.json is gone, which nothing else knows; pass "
+            "--overwrite to replace it"
         )
     return known
 
@@ -74,7 +75,8 @@ def conclude(run: Run, known: dict[str, Any], measure: Measure | None, sample: S
             clock.say(f"{what} failed, {_words(error)}")
         first = next(iter(failures.values()))
         raise ReportError(
-            f"{run.out}: the model is complete and verified; what failed is {' and '.join(failures)} ({_words(first)}). The same command with "
+            f"{run.out}: the model is complete and verified; what failed is {' and '.join(failures)} "
+            f"({_words(first)}). The same command with "
             "--resume repeats only that, and with --no-evaluate too does without it"
         ) from first
     run.close()

@@ -1,1 +1,3 @@
-"""What lies in files: tensors, the format, originals and compressed directories, the output folder, locks, checksums."""
+"""What lies in files: tensors, the format, originals and compressed directories, the output folder, locks,
+checksums.
+"""

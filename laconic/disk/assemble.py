@@ -12,7 +12,9 @@ _SHARD = 4 << 30  # bytes per file of weights
 
 
 def assemble(parts: list[Path], out: Path) -> None:
-    """Copy the parts' tensors into shards of at most 4 GiB (one tensor at least), in the order of their names, with an index."""
+    """Copy the parts' tensors into shards of at most 4 GiB (one tensor at least), in the order of their names, with an
+    index.
+    """
     shards: list[list[tuple[str, Path]]] = [[]]
     size = 0
     headers = {part: read_header(part) for part in parts}

@@ -1,4 +1,6 @@
-"""Checkpoints that store matrices as fp8 or MXFP4 beside their scales, read as the values these stand for, a tensor at a time."""
+"""Checkpoints that store matrices as fp8 or MXFP4 beside their scales, read as the values these stand for, a tensor at
+a time.
+"""
 
 import math
 from collections.abc import Iterator
@@ -82,7 +84,8 @@ class Dequantized(TensorFiles):
         if not sound:
             shapes = f"{list(values.shape)} with scales {list(scales.shape)}"
             raise CheckpointError(
-                f"{values.file}: {name} is stored as {pair.kind} {shapes}, which do not belong together; {way(self.directory)}"
+                f"{values.file}: {name} is stored as {pair.kind} {shapes}, which do not belong together; "
+                f"{way(self.directory)}"
             )
         return Stored(values.file, TYPES[self.dtype], shape, self.dtype.itemsize * math.prod(shape), values.start)
 
@@ -116,10 +119,12 @@ class _Dequantizing(Reader):
 
 
 def from_fp8(values: Tensor, scales: Tensor, block: tuple[int, int] | None = None) -> Tensor:
-    """W = values * scales in float32, for values [..., out, in] in fp8 and one scale for all, one per row, or one per block of rows and columns.
+    """W = values * scales in float32, for values [..., out, in] in fp8 and one scale for all, one per row, or one per
+    block of rows and columns.
 
     Blocks at the far edges may be smaller. Scales in bytes are exponents: 2^(byte - 127).
-    Source: DeepSeek-V3 section 3.3.2 (128 x 128 blocks, `weight_scale_inv`); OCP Microscaling Formats 1.0 (E8M0 scales).
+    Source: DeepSeek-V3 section 3.3.2 (128 x 128 blocks, `weight_scale_inv`); OCP Microscaling Formats 1.0
+    (E8M0 scales).
     """
     factor = torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
     if factor.numel() == 1:
@@ -151,10 +156,11 @@ def _spans(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, in
 
 
 def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """W [experts, in, out] in float32 of blocks [experts, out, in / 32, 16] (two E2M1 values a byte, the lower half first) and a byte of scale
-    for each: value * 2^(scale - 127).
+    """W [experts, in, out] in float32 of blocks [experts, out, in / 32, 16] (two E2M1 values a byte, the lower half
+    first) and a byte of scale for each: value * 2^(scale - 127).
 
-    Source: OCP Microscaling Formats 1.0; gpt-oss stores its experts so, the other way round than it multiplies with them.
+    Source: OCP Microscaling Formats 1.0; gpt-oss stores its experts so, the other way round than it multiplies with
+    them.
     """
     table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
     values = torch.stack([table[(blocks & 15).long()], table[(blocks >> 4).long()]], -1).flatten(-2)
@@ -172,5 +178,8 @@ def block_of(quantization: Any) -> tuple[int, int] | None:
 
 def way(path: Path) -> str:
     """The command that makes a plain checkpoint of one that is quantized in another form, where transformers can."""
-    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained('{path}').dequantize().save_pretrained('dense')"
+    code = (
+        "from transformers import AutoModelForCausalLM as A; "
+        f"A.from_pretrained('{path}').dequantize().save_pretrained('dense')"
+    )
     return f'start from the original weights, or from: python -c "{code}"'

@@ -1,4 +1,6 @@
-"""Files that are there whole or not at all: text, JSON and safetensors under a temporary name, renamed when they are on the disk."""
+"""Files that are there whole or not at all: text, JSON and safetensors under a temporary name, renamed when they are on
+the disk.
+"""
 
 import errno
 import json
@@ -18,10 +20,23 @@ from laconic.disk.tensors import WIDTHS, bytes_of
 from laconic.errors import CheckpointError, LaconicError, OutputError
 
 TYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+}
 _CHUNK = 1 << 24  # bytes copied at a time
 _SEAL = "crc"
 
@@ -39,7 +54,8 @@ def disk_errors(out: Path) -> Iterator[None]:
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputError(
-                f"{out}: the disk is full ({error}); finished parts are kept: free some space and run again with --resume"
+                f"{out}: the disk is full ({error}); finished parts are kept: free some space and run again with "
+                "--resume"
             ) from error
         raise OutputError(
             f"{out}: cannot be written ({error}); what is finished is kept: see to that and run again with --resume"
@@ -70,8 +86,8 @@ def atomically(
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, a tensor at a time, as any file is written.
 
-    The safetensors library writes under a name of its own choosing, which a kill leaves behind, readable by its owner only, and tells a full
-    disk as an error of its own.
+    The safetensors library writes under a name of its own choosing, which a kill leaves behind, readable by its owner
+    only, and tells a full disk as an error of its own.
     """
     given = {name: (name, TYPES[t.dtype], list(t.shape), t.nbytes) for name, t in tensors.items()}
     with file.open("wb") as target:
@@ -114,13 +130,17 @@ def settle(temporary: Path, file: Path) -> None:
 
 
 def seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The metadata with a checksum of it and of the tensors, by which `read_seal` finds the file that holds them damaged."""
+    """The metadata with a checksum of it and of the tensors, by which `read_seal` finds the file that holds them
+    damaged.
+    """
     told = dict(metadata or {"format": "pt"})
     return told | {_SEAL: str(_checksum(tensors.items(), told))}
 
 
 def read_seal(file: Path) -> dict[str, str]:
-    """The metadata of a file that was written with a `seal`. Raises: CheckpointError unless it is as it was then. Cost: it is read once."""
+    """The metadata of a file that was written with a `seal`. Raises: CheckpointError unless it is as it was then. Cost:
+    it is read once.
+    """
     try:
         with safe_open(file, framework="pt") as reader:
             told = dict(reader.metadata() or {})

@@ -1,6 +1,8 @@
-"""transformers loads compressed directories: `AutoModelForCausalLM.from_pretrained(dir)` works once `laconic` is imported.
+"""transformers loads compressed directories: `AutoModelForCausalLM.from_pretrained(dir)` works once `laconic` is
+imported.
 
-`laconic.disk.registration` imports this module while transformers is being imported: what else is needed of either is imported on use.
+`laconic.disk.registration` imports this module while transformers is being imported: what else is needed of either is
+imported on use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,9 @@ class LaconicConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer("laconic")
 class LaconicQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Decodes the stored weights into the model's dense parameters after the plain tensors are loaded; layers round inputs that are to be."""
+    """Decodes the stored weights into the model's dense parameters after the plain tensors are loaded; layers round
+    inputs that are to be.
+    """
 
     requires_calibration = True  # transformers' word for: only models that were compressed before can be loaded
 

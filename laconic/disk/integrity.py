@@ -1,4 +1,6 @@
-"""Whether a compressed directory is what was written: a checksum for every weight and plain tensor, one of the config, one of the manifest."""
+"""Whether a compressed directory is what was written: a checksum for every weight and plain tensor, one of the config,
+one of the manifest.
+"""
 
 import hashlib
 import json
@@ -24,7 +26,8 @@ _FREE = ("architectures", "transformers_version", "_name_or_path", "name_or_path
 
 
 def write_checked(folder: Path, name: str, manifest: Mapping[str, Any], *, config: bool = False) -> None:
-    """Write the manifest of a folder whose tensors are there already, with the checksums of what they are; with `config`, of its config too.
+    """Write the manifest of a folder whose tensors are there already, with the checksums of what they are; with
+    `config`, of its config too.
 
     Every writer of compressed directories ends here. Cost: one read of the tensors, about a second per GB.
     """
@@ -40,7 +43,9 @@ def write_checked(folder: Path, name: str, manifest: Mapping[str, Any], *, confi
 
 
 def amend_checked(file: Path, fields: Mapping[str, Any]) -> None:
-    """Add fields to a manifest that was written so. The tensors have not changed since, so they need not be read. Raises: CheckpointError."""
+    """Add fields to a manifest that was written so. The tensors have not changed since, so they need not be read.
+    Raises: CheckpointError.
+    """
     manifest = read_object(file, CheckpointError)
     checked = check_manifest(file, manifest)
     manifest |= {key: value for key, value in fields.items() if key not in SEALS}
@@ -59,7 +64,9 @@ def units(tensors: Mapping[str, Stored], weights: Iterable[str]) -> dict[str, li
 
 
 def checksums(files: TensorFiles, units: Mapping[str, Iterable[str]]) -> dict[str, int]:
-    """CRC-32 of names, types, shapes and bytes of the tensors of every unit, in the order of the names. Reads through memory maps."""
+    """CRC-32 of names, types, shapes and bytes of the tensors of every unit, in the order of the names. Reads through
+    memory maps.
+    """
     found = {}
     with ExitStack() as stack:
         maps: dict[Path, memoryview] = {}
@@ -101,7 +108,9 @@ def config_digest(folder: Path) -> str:
 
 
 def check_manifest(file: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest has checksums (those of earlier versions have none, which is logged). Raises: CheckpointError if it was changed."""
+    """Whether a manifest has checksums (those of earlier versions have none, which is logged). Raises: CheckpointError
+    if it was changed.
+    """
     sealed = [key for key in ("checksums", "digest") if key in manifest]
     if not sealed:
         _log.warning(
@@ -120,7 +129,9 @@ def check_config(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def check_tensors(path: Path, files: TensorFiles, manifest: Mapping[str, Any]) -> int:
-    """Read every stored tensor once and compare its checksum; returns the bytes read. Raises: CheckpointError naming the first that differs."""
+    """Read every stored tensor once and compare its checksum; returns the bytes read. Raises: CheckpointError naming
+    the first that differs.
+    """
     expected = manifest["checksums"]
     found = units(files.tensors, manifest["weights"])
     if not isinstance(expected, dict) or set(expected) != set(found):

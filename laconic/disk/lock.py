@@ -1,4 +1,6 @@
-"""A folder that is being written belongs to whoever writes it: a lock that the system takes back when the process ends, however it ends."""
+"""A folder that is being written belongs to whoever writes it: a lock that the system takes back when the process ends,
+however it ends.
+"""
 
 import errno
 import fcntl
@@ -33,11 +35,13 @@ _held: ContextVar[Mapping[tuple[int, Path], "_Lock"]] = ContextVar("_held", defa
 
 @contextmanager
 def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """The folder, made if need be, is this call's to write for as long as the body runs; `shared` with others that say so too.
+    """The folder, made if need be, is this call's to write for as long as the body runs; `shared` with others that say
+    so too.
 
-    The lock (flock of a file in the folder) is released by the end of the process, whatever ends it; the file is removed when the body ends, and
-    so are folders that were made here and are still empty. Within the body the same folder can be locked again by the same thread. A process
-    that is forked inside does not hold the lock. Where the file system has no locks, a warning is logged and nothing is kept from anybody.
+    The lock (flock of a file in the folder) is released by the end of the process, whatever ends it; the file is
+    removed when the body ends, and so are folders that were made here and are still empty. Within the body the same
+    folder can be locked again by the same thread. A process that is forked inside does not hold the lock. Where the
+    file system has no locks, a warning is logged and nothing is kept from anybody.
     Raises: OutputError, at once, when another process holds it, and when nothing can be written there.
     """
     check_place(folder)
@@ -64,9 +68,11 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
-    """Within `locked(folder, shared=True)`: whether nobody else shares the lock. If so, others wait until the body has ended.
+    """Within `locked(folder, shared=True)`: whether nobody else shares the lock. If so, others wait until the body has
+    ended.
 
-    False too where the file system has no locks, and nobody can tell. Raises: OutputError when somebody took the folder in between.
+    False too where the file system has no locks, and nobody can tell. Raises: OutputError when somebody took the folder
+    in between.
     """
     lock = _held.get()[os.getpid(), folder.resolve()]
     if not lock.shared:
@@ -80,7 +86,9 @@ def alone(folder: Path) -> Iterator[bool]:
 
 
 def check_place(folder: Path) -> None:
-    """Raises OutputError unless a folder can be written at a path: files and links to nowhere in its way, no permission, a read-only disk."""
+    """Raises OutputError unless a folder can be written at a path: files and links to nowhere in its way, no
+    permission, a read-only disk.
+    """
     place = folder.absolute()
     for part in (place, *place.parents):
         if part.is_dir():
@@ -91,7 +99,8 @@ def check_place(folder: Path) -> None:
             return
         if part.is_symlink():
             raise OutputError(
-                f"{folder}: {part} is a link to {os.readlink(part)}, which is not there; remove the link or choose another place"
+                f"{folder}: {part} is a link to {os.readlink(part)}, which is not there; remove the link or choose "
+                "another place"
             )
         if os.path.lexists(part) and not part.is_dir():  # another process may have made it by now
             raise OutputError(f"{folder}: expected a directory, found a file at {part}; choose another place")
@@ -199,7 +208,9 @@ class _Lock:
             self.shared = True
 
     def release(self) -> None:
-        """Remove the file, unless others hold it, and let it go. In a forked child: nothing, the lock is its parent's."""
+        """Remove the file, unless others hold it, and let it go. In a forked child: nothing, the lock is its
+        parent's.
+        """
         if self.handle < 0 or self.owner != os.getpid():
             return
         with suppress(OSError):

@@ -1,4 +1,6 @@
-"""transformers learns to read compressed directories when both packages are imported, whichever comes first, and neither loads the other."""
+"""transformers learns to read compressed directories when both packages are imported, whichever comes first, and
+neither loads the other.
+"""
 
 import sys
 from importlib import import_module
@@ -23,7 +25,9 @@ def register() -> None:
 
 
 class _Waiting:
-    """Sees one import: that of transformers' quantizers. It is found and loaded as always; then `laconic.disk.hf` is imported."""
+    """Sees one import: that of transformers' quantizers. It is found and loaded as always; then `laconic.disk.hf` is
+    imported.
+    """
 
     def find_spec(
         self, name: str, path: "Sequence[str] | None", target: "ModuleType | None" = None

@@ -1,4 +1,6 @@
-"""Safetensors directories: headers that are checked before anything is read, tensors read by name through memory maps."""
+"""Safetensors directories: headers that are checked before anything is read, tensors read by name through memory
+maps.
+"""
 
 import math
 import struct
@@ -18,9 +20,24 @@ from laconic.host.foreign import parse_object, read_object
 
 INDEX = "model.safetensors.index.json"
 WIDTHS = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
-}  # fmt: skip
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "C64": 8,
+}
 """Bytes of an entry by the type's name in safetensors files."""
 
 
@@ -36,7 +53,8 @@ class Stored:
 
 
 def read_header(file: Path) -> tuple[dict[str, Stored], int]:
-    """The tensors a safetensors file announces and the bytes its header takes, after checking that the file holds them all, side by side.
+    """The tensors a safetensors file announces and the bytes its header takes, after checking that the file holds them
+    all, side by side.
 
     Raises: CheckpointError when the file is missing, truncated or not a safetensors file.
     """

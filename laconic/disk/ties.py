@@ -1,4 +1,6 @@
-"""Which names of a model are one tensor: what its config says, and what the stored tensors say where they contradict it."""
+"""Which names of a model are one tensor: what its config says, and what the stored tensors say where they contradict
+it.
+"""
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -15,9 +17,11 @@ Same = Callable[[str, str], bool]
 
 
 def apart(model: nn.Module, stored: Collection[str], same: Same) -> list[str]:
-    """The names that the model ties to another, but that are stored beside it with other values: each has to be a tensor of its own.
+    """The names that the model ties to another, but that are stored beside it with other values: each has to be a
+    tensor of its own.
 
-    Raises: CheckpointError for names that cannot differ, since they belong to one module. Cost: one read of ties that are stored more than once.
+    Raises: CheckpointError for names that cannot differ, since they belong to one module. Cost: one read of ties that
+    are stored more than once.
     """
     found = differing(tied_names(model), getattr(model, "all_tied_weights_keys", None) or {}, stored, same)
     for reference, name in found:
@@ -31,10 +35,11 @@ def apart(model: nn.Module, stored: Collection[str], same: Same) -> list[str]:
 def differing(
     groups: Iterable[list[str]], sources: Mapping[str, str], stored: Collection[str], same: Same
 ) -> list[tuple[str, str]]:
-    """Of every group of tied names, those that are stored with other values than the group's reference: (reference, name).
+    """Of every group of tied names, those that are stored with other values than the group's reference:
+    (reference, name).
 
-    `sources`: target -> source. As transformers does while it loads (`tie_weights`): the source is compared with every target that is stored
-    too; where the source is not stored, the first target is in its place.
+    `sources`: target -> source. As transformers does while it loads (`tie_weights`): the source is compared with every
+    target that is stored too; where the source is not stored, the first target is in its place.
     """
     found = []
     for names in groups:
@@ -63,10 +68,12 @@ def separate(model: nn.Module, names: Collection[str]) -> None:
 
 
 def untie_config(config: Any, wanted: list[list[str]], build: Callable[[Any], nn.Module]) -> bool:
-    """Let a config say what the model is, so that every reader agrees: `tie_word_embeddings` is switched off where it was on.
+    """Let a config say what the model is, so that every reader agrees: `tie_word_embeddings` is switched off where it
+    was on.
 
-    It is left as it is, and False returned, where a model built from the changed config has other ties than `wanted` (an encoder and a decoder
-    that share their embedding but not the head, say): a reader then has to go by what is stored.
+    It is left as it is, and False returned, where a model built from the changed config has other ties than `wanted`
+    (an encoder and a decoder that share their embedding but not the head, say): a reader then has to go by what is
+    stored.
     """
     changed = copy.deepcopy(config)
     _switch_off(changed)

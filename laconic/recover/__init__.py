@@ -1,4 +1,6 @@
-"""Recovery of accuracy by training: L-C, fine-tuning with side information kept, and direct compression to compare with."""
+"""Recovery of accuracy by training: L-C, fine-tuning with side information kept, and direct compression to compare
+with.
+"""
 
 from laconic.recover.adaround import AdaRound
 from laconic.recover.base import Recovery
@@ -17,7 +19,31 @@ from laconic.recover.steps import Steps
 from laconic.recover.task import Task, load_task
 
 __all__ = [
-    "KL", "LC", "AdaRound", "Blockwise", "Constant", "Cosine", "Direct", "Features", "FineTune", "Geometric", "Linear", "Optimizer",
-    "Recovered", "Recovery", "Steps", "StopRecovery", "Task", "TaskLoss", "advance", "convert", "known_recoveries", "load_task",
-    "parse_recovery", "prepare", "recover", "recover_task", "usual_recovery",
-]  # fmt: skip
+    "KL",
+    "LC",
+    "AdaRound",
+    "Blockwise",
+    "Constant",
+    "Cosine",
+    "Direct",
+    "Features",
+    "FineTune",
+    "Geometric",
+    "Linear",
+    "Optimizer",
+    "Recovered",
+    "Recovery",
+    "Steps",
+    "StopRecovery",
+    "Task",
+    "TaskLoss",
+    "advance",
+    "convert",
+    "known_recoveries",
+    "load_task",
+    "parse_recovery",
+    "prepare",
+    "recover",
+    "recover_task",
+    "usual_recovery",
+]

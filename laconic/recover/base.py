@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 class Recovery(ABC):
-    """A frozen dataclass of hyper-parameters (`repr=False`), in a file of its own in this folder, where it is found; nothing is registered.
+    """A frozen dataclass of hyper-parameters (`repr=False`), in a file of its own in this folder, where it is found;
+    nothing is registered.
 
-    `run` begins with `course.begin()` and gives every compressed model to `course.offer`, which judges, tells and stores it. The one of least
-    validation loss is what comes out, direct compression among them.
+    `run` begins with `course.begin()` and gives every compressed model to `course.offer`, which judges, tells and
+    stores it. The one of least validation loss is what comes out, direct compression among them.
     """
 
     norm_batches: int = 0
@@ -36,24 +37,34 @@ class Recovery(ABC):
 
     @abstractmethod
     def run(self, course: "Course") -> None:
-        """Carry it out. Everything random follows from `course.seed`; what a resumed run needs goes into the state that is offered."""
+        """Carry it out. Everything random follows from `course.seed`; what a resumed run needs goes into the state that
+        is offered.
+        """
 
     @property
     def learns(self) -> tuple[Steps, ...]:
-        """How its minibatch steps are taken, phase by phase; a copy of the original is in memory if a loss of them compares with it."""
+        """How its minibatch steps are taken, phase by phase; a copy of the original is in memory if a loss of them
+        compares with it.
+        """
         return ()
 
     @property
     def leaves_w(self) -> bool:
-        """Whether the uncompressed w it ends with is where another recovery can start; otherwise that is what the best model decodes to."""
+        """Whether the uncompressed w it ends with is where another recovery can start; otherwise that is what the best
+        model decodes to.
+        """
         return False
 
     def over(self, train: Iterable[Batch]) -> Self:
-        """The same with passes over the training data counted in minibatches. Raises: SchemeError for data of unknown length."""
+        """The same with passes over the training data counted in minibatches. Raises: SchemeError for data of unknown
+        length.
+        """
         return self
 
     def warmed(self, share: float = 0.5) -> Self | None:
-        """What is left to do from a neighbour's solution, about this share of the run; None where a run is always a whole one."""
+        """What is left to do from a neighbour's solution, about this share of the run; None where a run is always a
+        whole one.
+        """
         return None
 
     def check(self, model: nn.Module, slots: list[Slot]) -> None:

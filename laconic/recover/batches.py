@@ -1,4 +1,6 @@
-"""Batches as recovery sees them: their size, their inputs' fingerprints, their order, and the randomness that belongs to all of it."""
+"""Batches as recovery sees them: their size, their inputs' fingerprints, their order, and the randomness that belongs
+to all of it.
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -10,7 +12,9 @@ from laconic.model.batches import Batch, inputs_in
 
 
 def length_of(data: Iterable[Batch]) -> int | None:
-    """How many batches there are in a pass, None if the data does not say (a loader of a stream has `__len__`, which raises)."""
+    """How many batches there are in a pass, None if the data does not say (a loader of a stream has `__len__`, which
+    raises).
+    """
     try:
         return len(data)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError, AttributeError):

@@ -29,7 +29,9 @@ STATE = "recovery.safetensors"
 _TOLD = {"fingerprint", "crc", "done", "trainer", "best", "specs", "curve", "notes", "seconds"}
 
 Listener = Callable[[dict[str, Any]], None]
-"""Is told every point of the learning curve; raising StopRecovery from it ends the recovery with the best found so far."""
+"""Is told every point of the learning curve; raising StopRecovery from it ends the recovery with the best found so
+far.
+"""
 
 
 class StopRecovery(Exception):  # noqa: N818 - a message to the loop, not an error
@@ -38,7 +40,9 @@ class StopRecovery(Exception):  # noqa: N818 - a message to the loop, not an err
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint held for the recovery itself: compressed weights, what was `done`, its own state, and the trainer's, if it had one."""
+    """What a checkpoint held for the recovery itself: compressed weights, what was `done`, its own state, and the
+    trainer's, if it had one.
+    """
 
     file: Path
     weights: dict[Slot, Weight]
@@ -52,7 +56,8 @@ class Saved:
 class Checkpoints:
     """Where, and for which run; without a folder nothing is written. `curve` is what was told of the run so far.
 
-    `strict`: whether another run's state, or a damaged one, is an error; otherwise it is removed, with a warning, and the run begins anew.
+    `strict`: whether another run's state, or a damaged one, is an error; otherwise it is removed, with a warning, and
+    the run begins anew.
     """
 
     folder: Path | None = None
@@ -126,7 +131,9 @@ class Checkpoints:
         return tensors
 
     def _weights(self, told: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, list[Weight]]:
-        """The weights at the time, and those of the best model. Raises: CheckpointError for what this version does not know."""
+        """The weights at the time, and those of the best model. Raises: CheckpointError for what this version does not
+        know.
+        """
         try:
             return {
                 which: [unpack(spec, nested(tensors, f"{which}-{i}")) for i, spec in enumerate(told["specs"][which])]
@@ -139,7 +146,9 @@ class Checkpoints:
         self, bench: Bench, weights: dict[Slot, Weight], best: Snapshot, done: int, *, trainer: Trainer | None = None,
         state: Mapping[str, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """The state of a run that has come to `done`, whole or not at all. Raises: OutputError when the disk is full."""
+        """The state of a run that has come to `done`, whole or not at all. Raises: OutputError when the disk is
+        full.
+        """
         if self.folder is None:
             return
         parts = {
@@ -155,16 +164,23 @@ class Checkpoints:
             name: t.detach().cpu() for part, tensors in parts.items() for name, t in prefixed(part, tensors).items()
         }
         told = {
-            "fingerprint": self.fingerprint, "crc": checksum_of(flat), "done": done, "trainer": None if trainer is None else trainer.counts(),
-            "best": [best.judgement.loss, best.judgement.score, best.judgement.examples, best.minibatches], "specs": specs, "curve": self.curve,
-            "notes": bench.projection.notes, "seconds": self.seconds,
-        }  # fmt: skip
+            "fingerprint": self.fingerprint,
+            "crc": checksum_of(flat),
+            "done": done,
+            "trainer": None if trainer is None else trainer.counts(),
+            "best": [best.judgement.loss, best.judgement.score, best.judgement.examples, best.minibatches],
+            "specs": specs,
+            "curve": self.curve,
+            "notes": bench.projection.notes,
+            "seconds": self.seconds,
+        }
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             atomically(self.folder / STATE, flat, {"state": json.dumps(told)})
 
     def resume(self, bench: Bench, best: Best, listen: Listener) -> Saved | None:
-        """Bring the module and the best model to where the last checkpoint left them, and tell the listener what it was told then.
+        """Bring the module and the best model to where the last checkpoint left them, and tell the listener what it was
+        told then.
 
         None without a checkpoint. Raises: as `claim` does.
         """

@@ -1,4 +1,6 @@
-"""A module whose parameters change places: trained values, the values a compressed weight decodes to, and snapshots of the best."""
+"""A module whose parameters change places: trained values, the values a compressed weight decodes to, and snapshots of
+the best.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -24,7 +26,9 @@ from laconic.weights.demands import check_demands, demands_of, set_demands
 
 @dataclass
 class Snapshot:
-    """A compressed model: its weights, everything else of its state (biases, norms, buffers), and how it was judged on validation data."""
+    """A compressed model: its weights, everything else of its state (biases, norms, buffers), and how it was judged on
+    validation data.
+    """
 
     weights: dict[Slot, Weight]
     rest: dict[str, Tensor]
@@ -51,7 +55,8 @@ class Best:
         """The best snapshot. Raises: RecoveryError when no compressed model had a finite loss."""
         if not math.isfinite(self.found.judgement.loss):
             raise RecoveryError(
-                f"the validation loss of every compressed model is {self.found.judgement.loss}: check the validation data and the loss"
+                f"the validation loss of every compressed model is {self.found.judgement.loss}: check the validation "
+                "data and the loss"
             )
         return self.found
 
@@ -62,7 +67,9 @@ def _order(loss: float) -> float:
 
 @dataclass
 class Bench:
-    """A module under compression. Its parameters are plain and hold the uncompressed w, except while a compressed point is looked at."""
+    """A module under compression. Its parameters are plain and hold the uncompressed w, except while a compressed point
+    is looked at.
+    """
 
     model: nn.Module
     projection: Projection
@@ -113,7 +120,9 @@ class Bench:
 
     @contextmanager
     def rounding(self, weights: Mapping[Slot, Weight]) -> Iterator[None]:
-        """Inside this context layers round their inputs as these weights ask for. Raises: SchemeError where they cannot."""
+        """Inside this context layers round their inputs as these weights ask for. Raises: SchemeError where they
+        cannot.
+        """
         layers = [(layer, slot, weight) for slot, weight in weights.items() for layer in slot.layers(self.model)]
         for layer, slot, weight in layers:
             check_demands(layer, weight, slot.name)
@@ -127,10 +136,11 @@ class Bench:
                 set_demands(layer, source)
 
     def judged(self, weights: dict[Slot, Weight], minibatches: int) -> Snapshot:
-        """The compressed model at these weights, judged on validation data as it would be stored. The module is afterwards as it was.
+        """The compressed model at these weights, judged on validation data as it would be stored. The module is
+        afterwards as it was.
 
-        With `norm_batches`, running statistics of norms are estimated anew, from that many minibatches of training data. Tensors that are not
-        compressed are rounded to the `types` they will be stored in.
+        With `norm_batches`, running statistics of norms are estimated anew, from that many minibatches of training
+        data. Tensors that are not compressed are rounded to the `types` they will be stored in.
         """
         with torch.no_grad():
             saved, rest = {slot: value.clone() for slot, value in self.values().items()}, self.rest()
@@ -147,7 +157,9 @@ class Bench:
         return found
 
     def estimate_norms(self) -> None:
-        """Running means and variances of batch norms as the plain average over `norm_batches` minibatches; seeded by the seed alone."""
+        """Running means and variances of batch norms as the plain average over `norm_batches` minibatches; seeded by
+        the seed alone.
+        """
         norms = [
             m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
         ]
@@ -171,7 +183,9 @@ class Bench:
         self.put_rest(snapshot.rest)
 
     def install(self, snapshot: Snapshot) -> None:
-        """Leave the module compressed: the snapshot's weights installed, in evaluation mode. The rest must be shown before."""
+        """Leave the module compressed: the snapshot's weights installed, in evaluation mode. The rest must be shown
+        before.
+        """
         self.model.eval()
         for slot, weight in snapshot.weights.items():
             for path, name in slot.users:

@@ -22,9 +22,11 @@ _OF_OTHERS = (KeyError, ValueError, IndexError, RuntimeError)
 
 @dataclass(frozen=True)
 class Start:
-    """Where a recovery begins: compressed weights, the judgements `done` before, and what a checkpoint kept beside them.
+    """Where a recovery begins: compressed weights, the judgements `done` before, and what a checkpoint kept beside
+    them.
 
-    Without a checkpoint the weights are direct compression's and nothing is done. The weights are the recovery's to change.
+    Without a checkpoint the weights are direct compression's and nothing is done. The weights are the recovery's to
+    change.
     """
 
     weights: dict[Slot, Weight]
@@ -33,7 +35,9 @@ class Start:
     saved: Saved | None = None
 
     def restore(self, trainer: Trainer) -> None:
-        """Bring a trainer to where the checkpoint left it; without one nothing happens. Raises: CheckpointError for another version's."""
+        """Bring a trainer to where the checkpoint left it; without one nothing happens. Raises: CheckpointError for
+        another version's.
+        """
         if self.saved is None or self.saved.counts is None:
             return
         try:
@@ -46,8 +50,8 @@ class Start:
 class Course:
     """What a recovery works on and reports to.
 
-    `bench` holds the module, the projection and the task. `listen` hears every point of the learning curve, and may end the run by an
-    exception. `say` tells the user something.
+    `bench` holds the module, the projection and the task. `listen` hears every point of the learning curve, and may end
+    the run by an exception. `say` tells the user something.
     """
 
     bench: Bench
@@ -59,7 +63,9 @@ class Course:
     _begun: bool = field(default=False, init=False)
 
     def begin(self, more: Callable[[Mapping[Slot, Weight]], dict[str, Any]] = lambda weights: {}) -> Start:
-        """What the checkpoint holds; without one direct compression of the module's w, judged, told (with `more` of it) and offered."""
+        """What the checkpoint holds; without one direct compression of the module's w, judged, told (with `more` of it)
+        and offered.
+        """
         self._begun = True
         saved = self.checkpoints.resume(self.bench, self.best, self.listen)
         if saved is not None:
@@ -75,8 +81,9 @@ class Course:
     ) -> Snapshot:  # fmt: skip
         """Judge a compressed model on validation data, keep it if it is the best, tell it, and store where the run is.
 
-        `done`: how many models were offered or steps taken, which `begin` of a resumed run gives back, as it does `state`. `minibatches`: all
-        that were trained on so far. `told` goes into the point of the learning curve. Later changes of the weights given do not matter.
+        `done`: how many models were offered or steps taken, which `begin` of a resumed run gives back, as it does
+        `state`. `minibatches`: all that were trained on so far. `told` goes into the point of the learning curve. Later
+        changes of the weights given do not matter.
         """
         kept = clones(weights)
         found = self.bench.judged(kept, minibatches)
@@ -89,7 +96,9 @@ class Course:
         return found
 
     def outcome(self, how: Recovery) -> Snapshot:
-        """The best model. Raises: RecoveryError when none had a finite loss, and for a recovery that left direct compression out."""
+        """The best model. Raises: RecoveryError when none had a finite loss, and for a recovery that left direct
+        compression out.
+        """
         if not self._begun:
             raise RecoveryError(
                 f"{how!r}: its run has to begin with course.begin(), so that it is never worse than that"
@@ -97,7 +106,9 @@ class Course:
         return self.best.finite()
 
     def tell_memory(self, trainer: Trainer, copies: int) -> None:
-        """Say what memory training takes, before it begins; `copies` of the compressed matrices are held beside the module's own."""
+        """Say what memory training takes, before it begins; `copies` of the compressed matrices are held beside the
+        module's own.
+        """
         self.say(str(memory_of(trainer, self.bench.parameters.values(), copies)))
 
     def tell_faults(self, trainer: Trainer) -> None:

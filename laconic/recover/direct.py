@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Direct(Recovery):
-    """Direct compression: Theta = C(w), nothing is trained. With `norm_batches`, batch norms' statistics are estimated anew.
+    """Direct compression: Theta = C(w), nothing is trained. With `norm_batches`, batch norms' statistics are estimated
+    anew.
 
     Source: Condensa section 3.3 ("direct compression", DC).
     """

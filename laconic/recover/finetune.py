@@ -1,4 +1,6 @@
-"""Training of what compression made: of w through it, masks, scales and tables kept or moving along, or of scales and tables themselves."""
+"""Training of what compression made: of w through it, masks, scales and tables kept or moving along, or of scales and
+tables themselves.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -25,13 +27,16 @@ if TYPE_CHECKING:
 class FineTune(Recovery):
     """Direct compression, then training of w, or of scales and tables, through what compression makes of it.
 
-    The forward pass sees D(C(w)) with side information (masks, scales, tables) kept, and gradients pass straight through to w: for pruning this
-    is training of the survivors, for a quantizer a straight-through estimator. A method with a soft form of its own (`DKM`) is trained through
-    that. `trains="side"`: codes and masks stay, scales, float zero points, tables, low-rank factors and dense parts are trained instead.
-    `along`: which parameters that are not compressed train along: "all", "norms" (of one dimension: norms and biases) or "none".
-    `minibatches` steps are taken, or, if given, `epochs` passes over the training data. The compressed model is judged on validation
-    data `checks` times; the one of least validation loss is returned. After every check the state is stored, where there is a folder.
-    Source: Han et al. 2015 (fine-tuning with masks); Bengio et al. 2013 (straight-through). Cost: a projection per minibatch.
+    The forward pass sees D(C(w)) with side information (masks, scales, tables) kept, and gradients pass straight
+    through to w: for pruning this is training of the survivors, for a quantizer a straight-through estimator. A method
+    with a soft form of its own (`DKM`) is trained through that. `trains="side"`: codes and masks stay, scales, float
+    zero points, tables, low-rank factors and dense parts are trained instead. `along`: which parameters that are not
+    compressed train along: "all", "norms" (of one dimension: norms and biases) or "none". `minibatches` steps are
+    taken, or, if given, `epochs` passes over the training data. The compressed model is judged on validation data
+    `checks` times; the one of least validation loss is returned. After every check the state is stored, where there is
+    a folder.
+    Source: Han et al. 2015 (fine-tuning with masks); Bengio et al. 2013 (straight-through). Cost: a projection per
+    minibatch.
     """
 
     minibatches: int = 500
@@ -65,7 +70,8 @@ class FineTune(Recovery):
         length = length_of(train)
         if length is None:
             raise SchemeError(
-                f"FineTune: epochs need training data that has a length, got a {type(train).__name__}; give minibatches instead"
+                f"FineTune: epochs need training data that has a length, got a {type(train).__name__}; give "
+                "minibatches instead"
             )
         return replace(self, epochs=None, minibatches=max(1, self.epochs * length // self.learn.accumulate))
 
@@ -79,7 +85,9 @@ class FineTune(Recovery):
         self.train(course, course.begin(), course.seed)
 
     def train(self, course: "Course", start: "Start", seed: int, spent: int = 0, before: int = 0) -> None:
-        """Train on from where another recovery ended. `spent` minibatches and `before` of what is done came before this one's own."""
+        """Train on from where another recovery ended. `spent` minibatches and `before` of what is done came before this
+        one's own.
+        """
         bench = course.bench
         trained = Trained(bench, start.weights, relaxed(self.trains), self.along)
         trainer = Trainer(

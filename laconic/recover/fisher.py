@@ -1,4 +1,6 @@
-"""How much each answer of a part counts: squared gradients of the original's loss, block by block from the last to the first."""
+"""How much each answer of a part counts: squared gradients of the original's loss, block by block from the last to the
+first.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +31,8 @@ def weighed(gradients: list[Tensor] | None) -> list[Tensor] | None:
 def gradients_behind(
     model: BlockModel, calls: list[Calls], batches: Sequence[Batch], seed: int, shelf: Shelf
 ) -> Callable[[int], list[Tensor]]:
-    """The gradients of the original's loss in the answer of each block, as a function of its number; they lie on the shelf until asked for.
+    """The gradients of the original's loss in the answer of each block, as a function of its number; they lie on the
+    shelf until asked for.
 
     The loss is the survey's (labels drawn from the model's own distribution), so the squares are Fisher information.
     """
@@ -76,7 +79,9 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 @contextmanager
 def asking_gradients(module: nn.Module) -> Iterator[None]:
-    """The module's float parameters ask for a gradient inside this context, so that its answer has one; none is kept."""
+    """The module's float parameters ask for a gradient inside this context, so that its answer has one; none is
+    kept.
+    """
     asked = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
     for parameter in asked:
         parameter.requires_grad_()

@@ -20,26 +20,31 @@ from laconic.recover.train import Trainer
 from laconic.weights import Weight
 
 _FAR = 0.5  # of ||w||: measured on digits, runs that end beyond it recover little (docs/recovery.md)
-_ADAM_MU = 0.1  # steps of Adam and its kin do not grow with the gradient, so no pull can be counted; measured to be a fair beginning
+# steps of Adam and its kin do not grow with the gradient, so no pull can be counted; measured to be a fair beginning
+_ADAM_MU = 0.1
 
 
 @dataclass(frozen=True, repr=False)
 class LC(Recovery):
     """min L(w) s.t. w = D(Theta) by alternating two steps, for j = 0 ... steps - 1 with mu_j = mu a^j:
 
-        L:  w     <- argmin L(w) + mu_j / 2 ||w - D(Theta) - lambda / mu_j||^2     (`minibatches` steps of training; `first` at j = 0)
-        C:  Theta <- C(w - lambda / mu_j)                                          (the scheme's projection, whatever it is)
+        L:  w     <- argmin L(w) + mu_j / 2 ||w - D(Theta) - lambda / mu_j||^2     (`minibatches` steps of training;
+        `first` at j = 0)
+        C:  Theta <- C(w - lambda / mu_j)                                          (the scheme's projection, whatever it
+        is)
             lambda <- lambda - mu_j (w - D(Theta))
 
-    `restart_rate`: the learning rate falls from lr to lr_end in every L-step anew and not once over the run; `restart_optimizer`: an L-step
-    begins without the momentum of the one before. Both as the published code has them; the paper says neither.
-    `multipliers=False` leaves lambda at zero: the quadratic penalty. `refit=False` keeps masks, scales and tables of the first projection
-    and moves values only. `then` trains on with side information kept. The model of least validation loss is returned.
-    The learning rate never exceeds 1 / mu_j. Shorter L-steps pull w less towards D(Theta), so they need a larger mu: what counts is the
-    pull mu x learning rate x minibatches / (1 - momentum). The paper's mu = 1e-3 belongs to L-steps of 4,500 minibatches, where the pull
-    begins at 4.5. `mu=None` takes the mu whose pull is 1, which was measured best on short L-steps (0.1 where steps do not grow with the
-    gradient, as Adam's).
-    Source: Carreira-Perpinan 2017, fig. 2; Carreira-Perpinan and Idelbayev 2018; Condensa sections 3.3 and 4 (defaults).
+    `restart_rate`: the learning rate falls from lr to lr_end in every L-step anew and not once over the run;
+    `restart_optimizer`: an L-step begins without the momentum of the one before. Both as the published code has them;
+    the paper says neither. `multipliers=False` leaves lambda at zero: the quadratic penalty. `refit=False` keeps masks,
+    scales and tables of the first projection and moves values only. `then` trains on with side information kept. The
+    model of least validation loss is returned. The learning rate never exceeds 1 / mu_j. Shorter L-steps pull w less
+    towards D(Theta), so they need a larger mu: what counts is the pull mu x learning rate x minibatches /
+    (1 - momentum). The paper's mu = 1e-3 belongs to L-steps of 4,500 minibatches, where the pull begins at 4.5.
+    `mu=None` takes the mu whose pull is 1, which was measured best on short L-steps (0.1 where steps do not grow with
+    the gradient, as Adam's).
+    Source: Carreira-Perpinan 2017, fig. 2; Carreira-Perpinan and Idelbayev 2018; Condensa sections 3.3 and 4
+    (defaults).
     Cost: first + (steps - 1) x minibatches training steps, steps + 1 projections and validations.
     """
 
@@ -101,7 +106,9 @@ class LC(Recovery):
         return replace(self, then=self.then.over(train)) if self.then is not None else self
 
     def warmed(self, share: float = 0.5) -> "LC":
-        """What a run from a neighbour's solution needs: no longer first step, and the later `share` of the steps, at their values of mu."""
+        """What a run from a neighbour's solution needs: no longer first step, and the later `share` of the steps, at
+        their values of mu.
+        """
         kept = max(1, round(self.steps * share))
         return replace(self, steps=kept, first=None, mu=self.start_mu * self.a ** (self.steps - kept))
 
@@ -154,13 +161,16 @@ class LC(Recovery):
         apart = _distance(bench, weights)
         if apart > _FAR:
             bench.projection.notes.append(
-                f"L-C ended with ||w - D(Theta)|| at {apart:.0%} of ||w||: mu is too small for L-steps of {self.minibatches} minibatches at lr "
+                f"L-C ended with ||w - D(Theta)|| at {apart:.0%} of ||w||: mu is too small for L-steps of "
+                f"{self.minibatches} minibatches at lr "
                 f"{self.learn.first_rate:g}; see docs/recovery.md"
             )
 
 
 def _put(lam: dict[Slot, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Multipliers of a checkpoint in their places; without a checkpoint they stay zero. Raises: CheckpointError for those of other sites."""
+    """Multipliers of a checkpoint in their places; without a checkpoint they stay zero. Raises: CheckpointError for
+    those of other sites.
+    """
     if state and state.keys() != {slot.name for slot in lam}:
         raise CheckpointError(f"the state holds multipliers of {sorted(state)}, expected {sorted(s.name for s in lam)}")
     for slot, value in lam.items() if state else ():
@@ -168,8 +178,14 @@ def _put(lam: dict[Slot, Tensor], state: Mapping[str, Tensor]) -> None:
 
 
 def _learn(
-    bench: Bench, trainer: Trainer, weights: dict[Slot, Weight], lam: dict[Slot, Tensor], mu: float, count: int, restart: bool
-) -> float:  # fmt: skip
+    bench: Bench,
+    trainer: Trainer,
+    weights: dict[Slot, Weight],
+    lam: dict[Slot, Tensor],
+    mu: float,
+    count: int,
+    restart: bool,
+) -> float:
     """The L-step; returns the mean training loss, penalty not included."""
     with torch.no_grad():
         targets = {slot: slot.view.restore(weight.forward()) + lam[slot] / mu for slot, weight in weights.items()}

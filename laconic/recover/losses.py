@@ -1,4 +1,6 @@
-"""What training makes small: the task's own loss, the distance to the original's answers or to its hidden states, and sums of these."""
+"""What training makes small: the task's own loss, the distance to the original's answers or to its hidden states, and
+sums of these.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -61,9 +63,11 @@ class TaskLoss(Loss):
 
 @dataclass(frozen=True)
 class KL(Loss):
-    """T^2 KL(softmax(z_original / T) || softmax(z / T)) in nats, the mean over examples (and positions); T is the `temperature`.
+    """T^2 KL(softmax(z_original / T) || softmax(z / T)) in nats, the mean over examples (and positions); T is the
+    `temperature`.
 
-    Raises: SchemeError where outputs are no logits. Source: Hinton et al. 2015, section 2. Cost: a forward pass of the original.
+    Raises: SchemeError where outputs are no logits. Source: Hinton et al. 2015, section 2. Cost: a forward pass of the
+    original.
     """
 
     temperature: float = 1.0
@@ -85,9 +89,11 @@ class KL(Loss):
 class Features(Loss):
     """Mean squared error between what modules of the model and the same modules of the original give.
 
-    `modules`: names or patterns ("layer*", "*.mlp"); without any, the hidden states behind every block of the model's chain, found by
-    structure. The mean over entries, then over modules. Raises: SchemeError for a pattern that no module matches, and a model without a chain.
-    Source: Romero et al. 2015 (FitNets), eq. 3; Jiao et al. 2020 (TinyBERT), eq. 8. Cost: a forward pass of the original.
+    `modules`: names or patterns ("layer*", "*.mlp"); without any, the hidden states behind every block of the model's
+    chain, found by structure. The mean over entries, then over modules. Raises: SchemeError for a pattern that no
+    module matches, and a model without a chain.
+    Source: Romero et al. 2015 (FitNets), eq. 3; Jiao et al. 2020 (TinyBERT), eq. 8. Cost: a forward pass of the
+    original.
     """
 
     modules: tuple[str, ...] = ()
@@ -180,7 +186,9 @@ def _watching(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list
 
 
 def distance_of(output: Any, wanted: Any, temperature: float) -> Tensor:
-    """T^2 KL(softmax(wanted / T) || softmax(output / T)) in nats, the mean over examples (and positions), of logits [..., classes]."""
+    """T^2 KL(softmax(wanted / T) || softmax(output / T)) in nats, the mean over examples (and positions), of logits
+    [..., classes].
+    """
     own, other = (getattr(x, "logits", x) for x in (output, wanted))
     if not (isinstance(own, Tensor) and isinstance(other, Tensor)):
         raise SchemeError(f"KL (distill) needs a model whose output is logits, got a {type(own).__name__}")

@@ -12,9 +12,10 @@ from laconic.recover.train import Trainer
 class Memory:
     """Bytes that training holds from its first step on; activations, which depend on the data, come on top.
 
-    `parameters`: the model's, its buffers, and states of relaxations that are trained. `gradients`: of all that is moved, and of the compressed
-    matrices, through which gradients arrive. `optimizer`: what it carries from step to step. `original`: the copy that losses compare with.
-    `copies`: further forms of the compressed matrices (the uncompressed ones, multipliers, targets).
+    `parameters`: the model's, its buffers, and states of relaxations that are trained. `gradients`: of all that is
+    moved, and of the compressed matrices, through which gradients arrive. `optimizer`: what it carries from step to
+    step. `original`: the copy that losses compare with. `copies`: further forms of the compressed matrices (the
+    uncompressed ones, multipliers, targets).
     """
 
     parameters: int
@@ -30,15 +31,19 @@ class Memory:
 
     def __str__(self) -> str:
         parts = {
-            "parameters": self.parameters, "gradients": self.gradients, "optimizer": self.optimizer, "original": self.original,
+            "parameters": self.parameters,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "original": self.original,
             "copies of what is compressed": self.copies,
-        }  # fmt: skip
+        }
         told = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
         return f"training takes {_size(self.total)} of memory, and activations: {told}"
 
 
 def memory_of(trainer: Trainer, compressed: Iterable[nn.Parameter], copies: int) -> Memory:
-    """What a trainer takes of a model with these compressed matrices, of which `copies` are held beside the model's own.
+    """What a trainer takes of a model with these compressed matrices, of which `copies` are held beside the model's
+    own.
 
     Exact but for the allocator's rounding. Cost: a step of the optimizer on shapes alone.
     """

@@ -20,10 +20,11 @@ Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
 
 class Optimizer:
-    """`Optimizer("AdamW", lr=3e-4, betas=(0.9, 0.95))`: a class of `torch.optim` and its arguments but for the parameters.
+    """`Optimizer("AdamW", lr=3e-4, betas=(0.9, 0.95))`: a class of `torch.optim` and its arguments but for the
+    parameters.
 
-    Raises: SchemeError for a class that torch does not have, arguments it does not take, and optimizers that need more than a gradient per
-    step (LBFGS calls the model itself) or gradients of another kind (SparseAdam).
+    Raises: SchemeError for a class that torch does not have, arguments it does not take, and optimizers that need more
+    than a gradient per step (LBFGS calls the model itself) or gradients of another kind (SparseAdam).
     """
 
     def __init__(self, name: str, **arguments: Any) -> None:
@@ -53,7 +54,9 @@ class Optimizer:
         return self.name in _GROWING
 
     def build(self, parameters: Parameters, lr: float | None = None) -> torch.optim.Optimizer:
-        """The optimizer of parameters, at another learning rate if one is given. Raises: SchemeError for parameters it cannot move."""
+        """The optimizer of parameters, at another learning rate if one is given. Raises: SchemeError for parameters it
+        cannot move.
+        """
         arguments = self.arguments if lr is None else self.arguments | {"lr": lr}
         try:
             return self.kind(parameters, **arguments)

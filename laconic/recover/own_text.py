@@ -37,10 +37,12 @@ def own_text(
     progress: Progress,
     vocabulary: Vocabulary | None = None,
 ) -> list[Windows]:
-    """Parts of `counts` windows of `length` tokens each, part i as `sample_windows` draws it from seed + i and the vocabulary.
+    """Parts of `counts` windows of `length` tokens each, part i as `sample_windows` draws it from seed + i and the
+    vocabulary.
 
-    With a folder, what is written is stored there every minute and at the end, in a file named after the model, the seed and the size; the
-    same call goes on from there, to the same text. Several workers may do the same. A damaged file is written anew, with a warning.
+    With a folder, what is written is stored there every minute and at the end, in a file named after the model, the
+    seed and the size; the same call goes on from there, to the same text. Several workers may do the same. A damaged
+    file is written anew, with a warning.
     Raises: OutputError when the disk is full. Cost: a forward pass of one token, with a cache, per 32 tokens.
     """
     progress.start("the model writes the text it learns from", sum(counts))

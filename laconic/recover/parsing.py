@@ -20,7 +20,9 @@ from laconic.scheme.expressions import instance, nearest, parsed
 
 @cache
 def known_recoveries() -> dict[str, type[Recovery]]:
-    """Every recovery by its class name, found by walking this folder; a module that does not import is an error, not a gap."""
+    """Every recovery by its class name, found by walking this folder; a module that does not import is an error, not a
+    gap.
+    """
     found: dict[str, type[Recovery]] = {}
     for module_info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         module = importlib.import_module(f"laconic.recover.{module_info.name}")
@@ -30,14 +32,16 @@ def known_recoveries() -> dict[str, type[Recovery]]:
 
 @cache
 def known_values() -> dict[str, type[Any]]:
-    """What a recovery's hyper-parameters may be beside literals: steps, optimizers, schedules and losses, by class name."""
+    """What a recovery's hyper-parameters may be beside literals: steps, optimizers, schedules and losses, by class
+    name.
+    """
     found: dict[str, type[Any]] = {"Steps": Steps, "Optimizer": Optimizer}
     return found | _classes_in(schedules, Schedule) | _classes_in(losses, Loss)
 
 
 def parse_recovery(text: str) -> Recovery:
-    """The recovery a Python expression describes: calls of recoveries, Steps, Optimizer, schedules and losses (`0.1 * TaskLoss() + KL()`) with
-    literals.
+    """The recovery a Python expression describes: calls of recoveries, Steps, Optimizer, schedules and losses
+    (`0.1 * TaskLoss() + KL()`) with literals.
 
     Raises: SchemeError naming what was not understood, with the nearest spelling of an unknown name.
     """
@@ -86,7 +90,9 @@ def _unexpected(node: ast.expr) -> SchemeError:
 
 
 def _classes_in(module: Any, base: type[Any]) -> dict[str, type[Any]]:
-    """The concrete subclasses of a class that a module defines, by name; those whose names begin with "_" are its own affair."""
+    """The concrete subclasses of a class that a module defines, by name; those whose names begin with "_" are its own
+    affair.
+    """
     return {
         name: cls
         for name, cls in vars(module).items()

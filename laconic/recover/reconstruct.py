@@ -1,4 +1,6 @@
-"""One part of a model trained to match: what is trained in it, the error, and the best state that held-out minibatches saw."""
+"""One part of a model trained to match: what is trained in it, the error, and the best state that held-out minibatches
+saw.
+"""
 
 import hashlib
 import math
@@ -22,10 +24,11 @@ _SMALL = 1e-2  # the size that a state of zeros (a bias) counts as when the lear
 
 @dataclass
 class Trainee:
-    """What is trained in a part: sites through relaxations, and beside them norms and biases, by their names in the part.
+    """What is trained in a part: sites through relaxations, and beside them norms and biases, by their names in the
+    part.
 
-    `w` [out, in]: the uncompressed values. `types`: what a norm or bias is rounded to when it is stored; `masks`: entries that stay as they are
-    where False.
+    `w` [out, in]: the uncompressed values. `types`: what a norm or bias is rounded to when it is stored; `masks`:
+    entries that stay as they are where False.
     """
 
     relaxations: dict[Slot, Relaxation]
@@ -36,7 +39,9 @@ class Trainee:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def groups(self) -> list[dict[str, Any]]:
-        """What is trained, a group per tensor, each with its `size`: the root of its mean square, which the learning rate is relative to."""
+        """What is trained, a group per tensor, each with its `size`: the root of its mean square, which the learning
+        rate is relative to.
+        """
         states = [state for slot, r in self.relaxations.items() for state in r.trained(self.w[slot]).values()]
         found = {id(state): state for state in (*states, *self.beside.values())}
         return [
@@ -45,7 +50,9 @@ class Trainee:
         ]
 
     def instead(self, stored: bool = False) -> dict[str, Tensor]:
-        """The tensors in the parameters' places, differentiable in what is trained; `stored`: as they would be stored."""
+        """The tensors in the parameters' places, differentiable in what is trained; `stored`: as they would be
+        stored.
+        """
         found: dict[str, Tensor] = {}
         for slot, relaxation in self.relaxations.items():
             seen = slot.view.restore(relaxation.train(not stored)(self.w[slot]))
@@ -75,9 +82,11 @@ class Found:
 
 @dataclass
 class Fitting:
-    """How a part was trained: its error on held-out minibatches at the start and at best, relative to the start's on the others.
+    """How a part was trained: its error on held-out minibatches at the start and at best, relative to the start's on
+    the others.
 
-    `found` is None where nothing did better than the start; `fault` says what was not finite, if that ended the training. `taken` steps.
+    `found` is None where nothing did better than the start; `fault` says what was not finite, if that ended the
+    training. `taken` steps.
     """
 
     before: float
@@ -88,7 +97,9 @@ class Fitting:
 
 
 class Fit(Protocol):
-    """How parts are trained: `steps` of one minibatch each, `checks` on held-out ones (a share `held` of all) and what is added to the error."""
+    """How parts are trained: `steps` of one minibatch each, `checks` on held-out ones (a share `held` of all) and what
+    is added to the error.
+    """
 
     @property
     def learn(self) -> Steps: ...
@@ -105,10 +116,11 @@ class Fit(Protocol):
 
 
 def reconstruct(part: Part, trainee: Trainee, how: Fit, seed: int, device: torch.device) -> Fitting:
-    """Train a part for `how.steps` minibatches; what did best on held-out minibatches, as it would be stored, if that is better than the start.
+    """Train a part for `how.steps` minibatches; what did best on held-out minibatches, as it would be stored, if that
+    is better than the start.
 
-    The loss is the mean of importance x (answer - target)^2 over that of the start, plus the penalty. The learning rate of a state is relative to
-    its size. Cost: steps x a forward and a backward pass of the part.
+    The loss is the mean of importance x (answer - target)^2 over that of the start, plus the penalty. The learning rate
+    of a state is relative to its size. Cost: steps x a forward and a backward pass of the part.
     """
     count = len(part.targets)
     held = list(range(count))[-max(1, round(how.held * count)) :]

@@ -18,20 +18,26 @@ from laconic.weights.relax import Relaxation, Tuned
 from laconic.weights.spec import prefixed
 
 Relax = Callable[[Method, Weight, Tensor], Relaxation]
-"""What stands in a matrix's place while it is trained: from its method, its compressed weight and its uncompressed values [out, in]."""
+"""What stands in a matrix's place while it is trained: from its method, its compressed weight and its uncompressed
+values [out, in].
+"""
 Trains = Literal["w", "side"]
 Along = Literal["all", "norms", "none"]
 
 
 def relaxed(trains: Trains) -> Relax:
-    """The relaxations that train "w", each the form its method has for it, or the "side" information, codes and masks as they are."""
+    """The relaxations that train "w", each the form its method has for it, or the "side" information, codes and masks
+    as they are.
+    """
     if trains == "side":
         return lambda method, weight, w: Tuned(weight)
     return lambda method, weight, w: method.relax(weight, w)
 
 
 def beside(model: nn.Module, sites: list[nn.Parameter], along: Along) -> dict[str, nn.Parameter]:
-    """The parameters that train along with the sites': all that require a gradient, those of one dimension (norms and biases), or none."""
+    """The parameters that train along with the sites': all that require a gradient, those of one dimension
+    (norms and biases), or none.
+    """
     compressed = {id(site) for site in sites}
     found = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in compressed}
     if along == "all":
@@ -41,11 +47,13 @@ def beside(model: nn.Module, sites: list[nn.Parameter], along: Along) -> dict[st
 
 @dataclass
 class Trained:
-    """Sites under training. Between calls the module's parameters are the uncompressed w; during a forward pass what `Relaxation`s make of it.
+    """Sites under training. Between calls the module's parameters are the uncompressed w; during a forward pass what
+    `Relaxation`s make of it.
 
-    The gradient that arrives at what the network saw is taken back to what each relaxation says it trains (w, or states of its own) before
-    anything clips it. What is not trained does not move: a site's w whose relaxation trains something else, and parameters beside the sites that
-    `along` leaves out. (Running statistics of norms are no parameters; they follow the data.)
+    The gradient that arrives at what the network saw is taken back to what each relaxation says it trains
+    (w, or states of its own) before anything clips it. What is not trained does not move: a site's w whose relaxation
+    trains something else, and parameters beside the sites that `along` leaves out. (Running statistics of norms are no
+    parameters; they follow the data.)
     """
 
     bench: Bench
@@ -149,7 +157,9 @@ class Trained:
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`; nothing to restore is fine. Raises: CheckpointError for the state of other relaxations."""
+        """The inverse of `state`; nothing to restore is fine. Raises: CheckpointError for the state of other
+        relaxations.
+        """
         if not state:
             return
         here = self.state()
@@ -162,7 +172,9 @@ class Trained:
 
 @contextmanager
 def _only(bench: Bench, moved: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Inside, gradients are computed of what is moved and of the sites, through which they arrive, and of nothing else; earlier ones are gone."""
+    """Inside, gradients are computed of what is moved and of the sites, through which they arrive, and of nothing else;
+    earlier ones are gone.
+    """
     bench.model.zero_grad(set_to_none=True)  # what no optimizer here moves, none would clear
     wanted = {id(p) for p in (*moved.values(), *bench.parameters.values())}
     others = [p for p in bench.model.parameters() if p.requires_grad and id(p) not in wanted]

@@ -9,7 +9,8 @@ from laconic.errors import SchemeError
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """The rate of minibatch t of T is lr f(t). `warmup` is a share of the minibatches, 0 to below 1: over those W = warmup T the rate rises,
+    """The rate of minibatch t of T is lr f(t). `warmup` is a share of the minibatches, 0 to below 1: over those W =
+    warmup T the rate rises,
 
         f(t) = (t + 1) / (W + 1)  for t < W,    f(t) = fall((t - W) / (T - W - 1))  after it, with fall(0) = 1.
 
@@ -66,7 +67,9 @@ class Linear(_Falling):
 
 @dataclass(frozen=True)
 class Cosine(_Falling):
-    """fall(x) = end + (1 - end) (1 + cos(pi x)) / 2. Source: Loshchilov and Hutter 2017 (SGDR), eq. 5, without restarts."""
+    """fall(x) = end + (1 - end) (1 + cos(pi x)) / 2. Source: Loshchilov and Hutter 2017 (SGDR), eq. 5, without
+    restarts.
+    """
 
     def fall(self, x: float) -> float:
         return self.end + (1 - self.end) * (1 + math.cos(math.pi * x)) / 2

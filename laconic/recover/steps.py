@@ -21,17 +21,17 @@ _NAMES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 class Steps:
     """How the minibatch steps of a recovery are taken.
 
-    `optimizer`: "sgd", "adam" or "adamw", of which `momentum` is the momentum, or Adam's first beta, `beta2` the second, and `weight_decay`
-    the decay (apart from the gradient for "adamw"); or an `Optimizer(name, **arguments)`, which says all of that itself, its `lr` too.
-    The learning rate goes by a `schedule`; without one it falls from `lr` to `lr_end` geometrically, minibatch by minibatch, over the whole
-    recovery: lr_t = lr (lr_end / lr)^(t / T). `clip` bounds the norm of the loss's gradient; `precision` is that of the products in the forward
-    pass. A step takes the mean gradient of `accumulate` minibatches and counts as one minibatch everywhere.
-    `loss` is what is minimised: the task's, `KL` to the original's answers, `Features`, or a weighted sum. Without one,
-    (1 - distill) TaskLoss + distill KL(temperature). What compares with the original takes a third more time per minibatch, and a copy of it in
-    memory.
+    `optimizer`: "sgd", "adam" or "adamw", of which `momentum` is the momentum, or Adam's first beta, `beta2` the
+    second, and `weight_decay` the decay (apart from the gradient for "adamw"); or an `Optimizer(name, **arguments)`,
+    which says all of that itself, its `lr` too. The learning rate goes by a `schedule`; without one it falls from `lr`
+    to `lr_end` geometrically, minibatch by minibatch, over the whole recovery: lr_t = lr (lr_end / lr)^(t / T). `clip`
+    bounds the norm of the loss's gradient; `precision` is that of the products in the forward pass. A step takes the
+    mean gradient of `accumulate` minibatches and counts as one minibatch everywhere. `loss` is what is minimised: the
+    task's, `KL` to the original's answers, `Features`, or a weighted sum. Without one, (1 - distill) TaskLoss + distill
+    KL(temperature). What compares with the original takes a third more time per minibatch, and a copy of it in memory.
     Raises: SchemeError for numbers out of range, and for what is said twice.
-    Source: Condensa section 4, "L-C Optimizer Settings" (SGD with momentum 0.9, decay over each minibatch; Adam at a fixed rate);
-    Hinton et al. 2015, section 2 (distillation).
+    Source: Condensa section 4, "L-C Optimizer Settings" (SGD with momentum 0.9, decay over each minibatch; Adam at a
+    fixed rate); Hinton et al. 2015, section 2 (distillation).
     """
 
     optimizer: str | Optimizer = "sgd"
@@ -55,7 +55,8 @@ class Steps:
             )
         if not isinstance(self.optimizer, Optimizer) and self.optimizer not in tuple(_NAMES):
             raise SchemeError(
-                f"Steps: optimizer must be sgd, adam or adamw, or Optimizer(name, ...) for any other of torch.optim, got {self.optimizer!r}"
+                "Steps: optimizer must be sgd, adam or adamw, or Optimizer(name, ...) for any other of torch.optim, "
+                f"got {self.optimizer!r}"
             )
         if self.precision not in ("float32", "bfloat16"):
             raise SchemeError(f"Steps: precision must be float32 or bfloat16, got {self.precision!r}")
@@ -63,14 +64,16 @@ class Steps:
             raise SchemeError(f"Steps: accumulate is a whole number, at least 1, got {self.accumulate!r}")
         if not (0 <= self.momentum < 1 and 0 <= self.beta2 < 1 and 0 <= self.weight_decay < math.inf):
             raise SchemeError(
-                f"Steps: expected momentum and beta2 from 0 to below 1 and weight_decay >= 0, got {self.momentum!r}, {self.beta2!r} and "
+                f"Steps: expected momentum and beta2 from 0 to below 1 and weight_decay >= 0, got {self.momentum!r}, "
+                f"{self.beta2!r} and "
                 f"{self.weight_decay!r}"
             )
         if self.clip is not None and not self.clip > 0:
             raise SchemeError(f"Steps: expected a clip above 0, or None, got {self.clip!r}")
         if not isinstance(self.schedule, Schedule | None) or not isinstance(self.loss, Loss | None):
             raise SchemeError(
-                f"Steps: expected a schedule such as Cosine() and a loss such as KL(), or None, got {self.schedule!r} and {self.loss!r}"
+                f"Steps: expected a schedule such as Cosine() and a loss such as KL(), or None, got {self.schedule!r} "
+                f"and {self.loss!r}"
             )
         self._check_said_once()
         if not (0 < self.first_rate < math.inf):
@@ -143,5 +146,7 @@ class Steps:
             self.build([nn.Parameter(torch.empty_like(p, device="meta")) for p in shapes.values()])
 
     def build(self, parameters: Parameters) -> torch.optim.Optimizer:
-        """The optimizer of these parameters, or groups of them. Raises: SchemeError for parameters that it cannot move."""
+        """The optimizer of these parameters, or groups of them. Raises: SchemeError for parameters that it cannot
+        move.
+        """
         return self.moves.build(parameters, self.first_rate)

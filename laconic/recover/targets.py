@@ -1,4 +1,6 @@
-"""What each part of a model is trained to match: what the original answers there, given what the compressed prefix hands on or the original's own."""
+"""What each part of a model is trained to match: what the original answers there, given what the compressed prefix
+hands on or the original's own.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +26,12 @@ Answer = Callable[[int], Any]
 
 @dataclass
 class Part:
-    """A part of the compressed model that is trained for itself, the original's answers, and how much each of them counts.
+    """A part of the compressed model that is trained for itself, the original's answers, and how much each of them
+    counts.
 
-    `targets` and `importance` [examples, ..., width] by minibatch; importance is the squared gradient of the original's loss in its answer, over
-    its mean. `run(k, instead)` is the part's answer to the input it has in the compressed model in minibatch k, with tensors in the places of
-    parameters by their names in the part.
+    `targets` and `importance` [examples, ..., width] by minibatch; importance is the squared gradient of the original's
+    loss in its answer, over its mean. `run(k, instead)` is the part's answer to the input it has in the compressed
+    model in minibatch k, with tensors in the places of parameters by their names in the part.
     """
 
     path: str
@@ -39,7 +42,9 @@ class Part:
 
 
 def count_parts(model: nn.Module, slots: Sequence[Slot], per: Per) -> int:
-    """How many parts a model has, as far as its structure says: what only a run shows (no chain, a layer called twice) can make them fewer."""
+    """How many parts a model has, as far as its structure says: what only a run shows (no chain, a layer called twice)
+    can make them fewer.
+    """
     if per == "layer":
         return len({slot.users[0][0] for slot in slots})
     chain = find_chain(model)
@@ -48,7 +53,9 @@ def count_parts(model: nn.Module, slots: Sequence[Slot], per: Per) -> int:
 
 @dataclass(frozen=True)
 class Matched:
-    """What parts are: `per` block of the chain or per layer; which `target` they have; and whether answers count by `fisher` information."""
+    """What parts are: `per` block of the chain or per layer; which `target` they have; and whether answers count by
+    `fisher` information.
+    """
 
     per: Per = "block"
     target: Target = "original"
@@ -68,8 +75,9 @@ def chain_parts(
 ) -> Iterator[Part]:
     """The blocks of a chain from the first to the last, or their layers; each sees what was made of those before it.
 
-    Nothing is yielded for the first `done` parts, which are run as they are. One block of either model is held at a time; what passes between
-    blocks is kept in memory, and on the `shelf`, from which a resumed walk takes it. With Fisher information the original runs once more, backwards.
+    Nothing is yielded for the first `done` parts, which are run as they are. One block of either model is held at a
+    time; what passes between blocks is kept in memory, and on the `shelf`, from which a resumed walk takes it. With
+    Fisher information the original runs once more, backwards.
     """
     shelf = shelf or Shelf()
     theirs, ours = original.capture(batches), compressed.capture(batches)
@@ -157,10 +165,11 @@ def whole_parts(
     *,
     done: int = 0,
 ) -> Iterator[Part]:
-    """The parts of a model that is no chain: the elements of its containers (or the layers) that are called once per pass, in module order.
+    """The parts of a model that is no chain: the elements of its containers (or the layers) that are called once per
+    pass, in module order.
 
-    What is called more often, or not as a module, is trained with the smallest part around it that is; in the end that is the whole model. Both
-    models run once per part. The first `done` parts are left out.
+    What is called more often, or not as a module, is trained with the smallest part around it that is; in the end that
+    is the whole model. Both models run once per part. The first `done` parts are left out.
     """
     device = next(original.parameters()).device
 
@@ -189,7 +198,9 @@ def _watched(
     how: Matched,
     backward: Callable[[int, Any], None] | None,
 ) -> tuple[list[Tensor], list[Tensor] | None, Callable[[int, Mapping[str, Tensor]], Tensor]]:
-    """Targets, importance and `run` of a module that is called once whenever `theirs(k)` (or, in the compressed model, `ours(k)`) is."""
+    """Targets, importance and `run` of a module that is called once whenever `theirs(k)` (or, in the compressed model,
+    `ours(k)`) is.
+    """
     _, answers, gradients = _seen(original, theirs, count, backward)
     given, _, _ = _seen(compressed, ours, count)
     device = next((p.device for p in compressed.parameters()), torch.device("cpu"))
@@ -210,7 +221,9 @@ Given = tuple[tuple[Any, ...], dict[str, Any]]
 def _seen(
     module: nn.Module, run: Answer, count: int, backward: Callable[[int, Any], None] | None = None
 ) -> tuple[list[Given], list[Tensor], list[Tensor] | None]:
-    """What a module is given and answers in `count` minibatches, as copies on the CPU; with `backward`, also the gradients in its answers."""
+    """What a module is given and answers in `count` minibatches, as copies on the CPU; with `backward`, also the
+    gradients in its answers.
+    """
     given: list[Given] = []
     answers: list[Tensor] = []
     gradients: list[Tensor] = []
@@ -244,7 +257,9 @@ def _seen(
 
 
 def _called_once(root: nn.Module, paths: Sequence[str], run: Callable[[], Any]) -> list[str]:
-    """The innermost modules around these paths that one run calls once and that answer with a tensor; in module order, none inside another."""
+    """The innermost modules around these paths that one run calls once and that answer with a tensor; in module order,
+    none inside another.
+    """
     calls: dict[str, int] = {}
 
     def counted(name: str) -> Callable[..., None]:
@@ -278,7 +293,9 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _first(output: Any) -> Tensor:
-    """What is compared of a module's answer: its logits, or its first float tensor. Raises: RecoveryError where it has none."""
+    """What is compared of a module's answer: its logits, or its first float tensor. Raises: RecoveryError where it has
+    none.
+    """
     logits = getattr(output, "logits", None)
     found = [logits] if isinstance(logits, Tensor) else _tensors(output)
     if not found:

@@ -22,11 +22,11 @@ _HASHED = 100_000  # examples per split that are compared with the other splits
 class Task:
     """Data, loss and score. Every split is an iterable of batches that can be gone through again and again.
 
-    `train` is trained on, `validation` chooses (the best model, the next sparsity), `test` is measured at the end and never decides.
-    `loss(output, batch)` is a mean; by default cross-entropy of (input, labels) batches, the model's own loss of dicts with `labels`, and
-    that of the next token of dicts without. `score(output, batch)` gives a number per example; by default whether the largest output is
-    the label, or, where there is not one label per example, minus the loss. `example` is an input without labels, by default the first of
-    `validation`.
+    `train` is trained on, `validation` chooses (the best model, the next sparsity), `test` is measured at the end and
+    never decides. `loss(output, batch)` is a mean; by default cross-entropy of (input, labels) batches, the model's own
+    loss of dicts with `labels`, and that of the next token of dicts without. `score(output, batch)` gives a number per
+    example; by default whether the largest output is the label, or, where there is not one label per example, minus the
+    loss. `example` is an input without labels, by default the first of `validation`.
     """
 
     train: Iterable[Batch]
@@ -41,7 +41,9 @@ class Task:
         return loss_of(output, batch, self.loss)
 
     def judge(self, model: nn.Module, data: Iterable[Batch], device: torch.device | None = None) -> Judgement:
-        """Loss and score of a model in evaluation mode; its mode is put back. Raises: DataError when there is no batch."""
+        """Loss and score of a model in evaluation mode; its mode is put back. Raises: DataError when there is no
+        batch.
+        """
         return judge(model, data, self.loss, self.score, device)
 
     def sample(self) -> Batch:
@@ -55,10 +57,11 @@ class Task:
         return unlabelled(first)
 
     def checked(self) -> "Task":
-        """The task, after making sure that its splits can be gone through twice and share no example (found by hash, of the inputs' bytes).
+        """The task, after making sure that its splits can be gone through twice and share no example (found by hash, of
+        the inputs' bytes).
 
-        Raises: DataError for a loss or score that takes anything but output and batch, for a split that is not an iterable of batches, has
-        none, or is exhausted after a pass, and for an example in two splits.
+        Raises: DataError for a loss or score that takes anything but output and batch, for a split that is not an
+        iterable of batches, has none, or is exhausted after a pass, and for an example in two splits.
         """
         check_function("loss", self.loss)
         check_function("score", self.score)
@@ -69,7 +72,8 @@ class Task:
         for name, data in reversed(splits.items()):
             if isinstance(data, Iterator):
                 raise DataError(
-                    f"{name}: expected data that can be gone through again (a list, a DataLoader), got the iterator {data!r}"
+                    f"{name}: expected data that can be gone through again (a list, a DataLoader), got the iterator "
+                    f"{data!r}"
                 )
             if not isinstance(data, Iterable):
                 raise DataError(
@@ -95,10 +99,11 @@ class Task:
 
 
 def load_task(file: Path) -> tuple[nn.Module, Task]:
-    """The variables `model`, `train`, `validation` and, where given, `test`, `loss`, `score`, `example` of a Python file, which is run.
+    """The variables `model`, `train`, `validation` and, where given, `test`, `loss`, `score`, `example` of a Python
+    file, which is run.
 
-    Raises: DataError when the file is absent, where and how it fails, when a variable is missing or not of its kind, and when the model, the
-    loss or the score fails on the first batch of the validation data.
+    Raises: DataError when the file is absent, where and how it fails, when a variable is missing or not of its kind,
+    and when the model, the loss or the score fails on the first batch of the validation data.
     """
     names = run_file(file, DataError, "task")
     missing = [name for name in ("model", "train", "validation") if name not in names]
@@ -121,7 +126,8 @@ def load_task(file: Path) -> tuple[nn.Module, Task]:
     for key, data in (("train", task.train), ("validation", task.validation), ("test", task.test)):
         if data is not None and (isinstance(data, Iterator) or not isinstance(data, Iterable)):
             raise DataError(
-                f"{file}: {key} should be batches that can be gone through again (a list, a DataLoader), got a {type(data).__name__}"
+                f"{file}: {key} should be batches that can be gone through again (a list, a DataLoader), got a "
+                f"{type(data).__name__}"
             )
     _try(model, task, file)
     return model, task

@@ -1,4 +1,6 @@
-"""Training one minibatch after the other: the stream of data, its seeds, steps that are skipped when a gradient is not finite."""
+"""Training one minibatch after the other: the stream of data, its seeds, steps that are skipped when a gradient is not
+finite.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -24,10 +26,12 @@ Hook = Callable[[], None]
 
 @dataclass
 class Trainer:
-    """Takes minibatch steps on a module; counts them, and those that were skipped since their loss or gradient was not finite.
+    """Takes minibatch steps on a module; counts them, and those that were skipped since their loss or gradient was not
+    finite.
 
-    `moved`: what the optimizer moves, by name; without it, every parameter of the module that requires a gradient. `teacher`: the original, for
-    losses that compare with it. `faults` says what was not finite and how often: "the loss", or the first parameter whose gradient was not.
+    `moved`: what the optimizer moves, by name; without it, every parameter of the module that requires a gradient.
+    `teacher`: the original, for losses that compare with it. `faults` says what was not finite and how often: "the
+    loss", or the first parameter whose gradient was not.
     Raises: SchemeError where there is nothing to train, or the optimizer cannot move it, or the loss finds no modules.
     """
 
@@ -56,15 +60,21 @@ class Trainer:
         self._drawn = 0
 
     def run(
-        self, count: int, penalize: Hook | None = None, before: Hook | None = None, through: Hook | None = None, after: Hook | None = None,
-        limit: float = math.inf, restart: bool = False,
-    ) -> float:  # fmt: skip
+        self,
+        count: int,
+        penalize: Hook | None = None,
+        before: Hook | None = None,
+        through: Hook | None = None,
+        after: Hook | None = None,
+        limit: float = math.inf,
+        restart: bool = False,
+    ) -> float:
         """Take `count` steps and return the mean loss of those that were not skipped.
 
-        Hooks: `before` the forward pass, `through` to turn gradients of what the network saw into those of what is trained, `penalize` to add
-        to gradients that were clipped, `after` a step. No learning rate exceeds `limit`; with `restart` it falls over these steps alone, from
-        `lr` to `lr_end`, and not over the whole recovery. What is drawn at random inside (dropout,
-        augmentation) follows from the seed and the minibatches taken before.
+        Hooks: `before` the forward pass, `through` to turn gradients of what the network saw into those of what is
+        trained, `penalize` to add to gradients that were clipped, `after` a step. No learning rate exceeds `limit`;
+        with `restart` it falls over these steps alone, from `lr` to `lr_end`, and not over the whole recovery. What is
+        drawn at random inside (dropout, augmentation) follows from the seed and the minibatches taken before.
         Raises: RecoveryError when a tenth of the minibatches gave no finite gradient.
         """
         losses: list[float] = []
@@ -109,9 +119,8 @@ class Trainer:
             loss.backward()
             value += float(loss.detach())
         for parameter in self.parameters:
-            if (
-                parameter.grad is not None and parameter.grad.is_sparse
-            ):  # of an embedding: neither clipped nor added to as it is
+            # of an embedding: neither clipped nor added to as it is
+            if parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.to_dense()
         if through is not None:
             through()
@@ -127,7 +136,8 @@ class Trainer:
             self.faults[fault] = self.faults.get(fault, 0) + 1
             if self.skipped > 3 + _SKIPPED * self.taken:
                 raise RecoveryError(
-                    f"training diverged: {self.skipped} of {self.taken + 1} minibatches had a loss or gradient that is not finite; "
+                    f"training diverged: {self.skipped} of {self.taken + 1} minibatches had a loss or gradient that is "
+                    "not finite; "
                     f"lower lr (it is {self.steps.first_rate:g}). Not finite: {self.told_faults()}"
                 )
         if after is not None:

@@ -1,10 +1,14 @@
-"""A value as the text that makes it, for the classes whose text is stored beside a model and compared when a run is resumed."""
+"""A value as the text that makes it, for the classes whose text is stored beside a model and compared when a run is
+resumed.
+"""
 
 from dataclasses import fields
 from typing import Any
 
 QUIET = {"quiet": True}
-"""The metadata of a field whose default is left out of the text, so that texts from before there was the field stay equal."""
+"""The metadata of a field whose default is left out of the text, so that texts from before there was the field stay
+equal.
+"""
 
 
 class Usual(float):
@@ -12,7 +16,9 @@ class Usual(float):
 
 
 def given(value: Any) -> list[str]:
-    """The fields of a dataclass that are not at their defaults; a `Usual` default counts as given if it is another object."""
+    """The fields of a dataclass that are not at their defaults; a `Usual` default counts as given if it is another
+    object.
+    """
     return [f.name for f in fields(value) if not _same(getattr(value, f.name), f.default)]
 
 

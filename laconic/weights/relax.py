@@ -1,4 +1,6 @@
-"""What a network computes with in a weight's place while it is trained: differentiable in what is trained, and a Weight in the end."""
+"""What a network computes with in a weight's place while it is trained: differentiable in what is trained, and a Weight
+in the end.
+"""
 
 import copy
 from abc import ABC, abstractmethod
@@ -19,13 +21,15 @@ from laconic.weights.uniform import Uniform
 
 
 class Relaxation(nn.Module, ABC):
-    """Stands between the uncompressed matrix w [out, in] and the matrix the network multiplies with, and says what training moves.
+    """Stands between the uncompressed matrix w [out, in] and the matrix the network multiplies with, and says what
+    training moves.
 
-    In training mode `forward(w)` is differentiable in everything that `trained(w)` names; in evaluation mode it is what `stored(w)` decodes to.
-    Between two changes of that it computes the same however often it is called. `weight` is the compressed weight training starts from. It is no
-    submodule: its scales and tables are not a wrapper's to shard, and casting the model does not round them. It goes where w is when it is used;
-    buffers, and parameters of the relaxation's own, follow the model from device to device. The state dict holds all that `stored` depends on
-    beside w.
+    In training mode `forward(w)` is differentiable in everything that `trained(w)` names; in evaluation mode it is what
+    `stored(w)` decodes to. Between two changes of that it computes the same however often it is called. `weight` is the
+    compressed weight training starts from. It is no submodule: its scales and tables are not a wrapper's to shard, and
+    casting the model does not round them. It goes where w is when it is used; buffers, and parameters of the
+    relaxation's own, follow the model from device to device. The state dict holds all that `stored` depends on beside
+    w.
     """
 
     def __init__(self, weight: Weight) -> None:
@@ -45,7 +49,9 @@ class Relaxation(nn.Module, ABC):
         return self
 
     def trained(self, w: nn.Parameter) -> dict[str, nn.Parameter]:
-        """What training moves, by name: w itself, unless a relaxation trains states of its own (scales, tables, logits) in w's stead."""
+        """What training moves, by name: w itself, unless a relaxation trains states of its own (scales, tables, logits)
+        in w's stead.
+        """
         return {"w": w}
 
     @abstractmethod
@@ -54,14 +60,20 @@ class Relaxation(nn.Module, ABC):
 
     @abstractmethod
     def stored(self, w: Tensor) -> Weight:
-        """The point of the set that stands for w in the end: a Weight of its own, which later training does not move."""
+        """The point of the set that stands for w in the end: a Weight of its own, which later training does not
+        move.
+        """
 
     def takes_shard(self, w: Tensor) -> bool:
-        """Whether `forward` takes this DTensor as it lies in the processes; otherwise each of them gathers the whole of it first."""
+        """Whether `forward` takes this DTensor as it lies in the processes; otherwise each of them gathers the whole of
+        it first.
+        """
         return False
 
     def advance(self, progress: float) -> None:
-        """Be told how much of the training is done, 0 to 1; a relaxation that hardens on the way does so. Nothing happens by default."""
+        """Be told how much of the training is done, 0 to 1; a relaxation that hardens on the way does so. Nothing
+        happens by default.
+        """
 
 
 class Carrying(Relaxation):
@@ -90,9 +102,11 @@ _KIND = "kind"  # beside the names of a weight's tensors
 
 
 class StraightThrough(Carrying):
-    """Forward: the nearest point of a weight's set, its side information (mask, scales, tables) as it is. Backward: as if it were w.
+    """Forward: the nearest point of a weight's set, its side information (mask, scales, tables) as it is. Backward: as
+    if it were w.
 
-    Entries outside a mask get no gradient: it would only count in a norm that is clipped. The state dict holds the weight.
+    Entries outside a mask get no gradient: it would only count in a norm that is clipped. The state dict holds the
+    weight.
     Source: Bengio et al. 2013, section 3. Cost: a projection per forward pass.
     """
 
@@ -126,11 +140,13 @@ class _Through(torch.autograd.Function):
 
 
 class Tuned(Carrying):
-    """Trains a weight's own float states, codes and masks as they are: scales, float zero points, tables, low-rank factors, dense parts.
+    """Trains a weight's own float states, codes and masks as they are: scales, float zero points, tables, low-rank
+    factors, dense parts.
 
-    Forward: D(Theta), each state rounded to the type it is stored in, gradients straight through that rounding. w is not looked at. `stored` is a
-    weight with these states, rounded, so what is judged is what is stored. The states are parameters of the relaxation, float32 in the weight's
-    names with "/" for ".". Raises: SchemeError for a weight that has none.
+    Forward: D(Theta), each state rounded to the type it is stored in, gradients straight through that rounding. w is
+    not looked at. `stored` is a weight with these states, rounded, so what is judged is what is stored. The states are
+    parameters of the relaxation, float32 in the weight's names with "/" for ".". Raises: SchemeError for a weight that
+    has none.
     """
 
     def __init__(self, weight: Weight) -> None:
@@ -170,8 +186,8 @@ class Tuned(Carrying):
 def float_states(weight: Weight) -> dict[str, nn.Parameter]:
     """The float states of a weight that training may move, by name.
 
-    Two kinds may not: the step of integer zero points, which is 1, and the column scale of a weight that rounds inputs, which says where they
-    are rounded.
+    Two kinds may not: the step of integer zero points, which is 1, and the column scale of a weight that rounds inputs,
+    which says where they are rounded.
     """
     fixed: set[int] = set()
     for part in weight.modules():
