@@ -6,8 +6,9 @@ import errno
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -25,23 +26,26 @@ from laconic.recover import Task
 from laconic.scheme.filling import fix
 from laconic.scheme.text import describe
 from laconic.search import study as studies
+from laconic.search.records import Best, Reference, SearchResult, Sizes
 from laconic.search.trial import Trials
 
 
-def figures_of(
-    given: nn.Module, model: nn.Module, task: Task, goals: Sequence[Goal]
-) -> tuple[dict[str, Any], list[float]]:
-    """What is known of the original before the search: bytes in its own types and parameters; its objectives. `model`
-    is `given` in float32.
+class Measured(NamedTuple):
+    """The original with its score on test data, the trial that is delivered, and a row per layer."""
+
+    reference: Reference
+    best: Best
+    layers: list[dict[str, Any]]
+
+
+def figures_of(given: nn.Module, model: nn.Module, task: Task, goals: Sequence[Goal]) -> tuple[Sizes, list[float]]:
+    """What is known of the original before the search: its sizes, its objectives. `model` is `given` in float32.
 
     Raises: SearchError for an objective that is not a finite number.
     """
     candidate = Candidate(given, copy.deepcopy(model), task.sample(), model)
-    figures = {
-        "stored_bytes": plain_bytes(given),
-        "nonzero_bytes": nonzero_bytes_of(given), "parameters": sum(p.numel() for p in given.parameters()),
-    }  # fmt: skip
-    return figures, [goal(candidate) for goal in goals]
+    sizes = Sizes(plain_bytes(given), nonzero_bytes_of(given), sum(p.numel() for p in given.parameters()))
+    return sizes, [goal(candidate) for goal in goals]
 
 
 def result_of(
@@ -50,11 +54,11 @@ def result_of(
     keep: Floor,
     free: Mapping[str, Free],
     facts: Mapping[str, Any],
-    original: Mapping[str, Any],
+    original: Reference,
     notes: Sequence[str],
-    **more: Any,
-) -> dict[str, Any]:
-    """Everything the search knows before its best trial is measured; numbers that are not finite are None."""
+    command: str,
+) -> SearchResult:
+    """Everything the search knows before its best trial is measured; numbers of trials that are not finite are None."""
     rows = []
     for t in studies.trials(search):
         objective = None if not t.values else t.values[0] if len(trials.goals) == 1 else list(t.values)
@@ -67,27 +71,29 @@ def result_of(
                 **t.user_attrs,
             }
         )
+    rows = finite(rows)
     done = [row for row in rows if row["state"] == "complete"]
     goals = [{"name": goal.name, "direction": goal.direction} for goal in trials.goals]
     seen = dict.fromkeys(note for row in done for note in row.get("notes", []))
-    result = {
-        "scheme": describe(trials.scheme),
-        "recovery": repr(trials.how),
-        "objective": goals[0] if len(goals) == 1 else goals,
-        "floor": facts["level"],
-        "keep": repr(keep),
-        "margin": facts["reference"] - facts["level"],
-        "reference": {"score": facts["reference"], **original},
-        "free": {name: _bounds(one) for name, one in free.items()},
-        "trials": rows,
-        "noise": facts.get("noise", 0.0),
-        "notes": [*notes, *seen],
-        "cost": {key: sum(row[key] for row in done) for key in ("minibatches", "cold_minibatches")},
-        "versions": versions(),
-        "machine": machine(),
-        **more,
-    }
-    return finite(result | ({"pareto": [t.number for t in studies.pareto(search)]} if len(goals) > 1 else {}))
+    return SearchResult(
+        scheme=describe(trials.scheme),
+        recovery=repr(trials.how),
+        objective=goals[0] if len(goals) == 1 else goals,
+        floor=facts["level"],
+        keep=repr(keep),
+        margin=facts["reference"] - facts["level"],
+        reference=original,
+        free={name: _bounds(one) for name, one in free.items()},
+        trials=rows,
+        noise=facts.get("noise", 0.0),
+        notes=[*notes, *seen],
+        cost={key: sum(row[key] for row in done) for key in ("minibatches", "cold_minibatches")},
+        versions=versions(),
+        machine=machine(),
+        seed=trials.seed,
+        command=command,
+        pareto=[t.number for t in studies.pareto(search)] if len(goals) > 1 else None,
+    )
 
 
 def _bounds(free: Free) -> dict[str, Any]:
@@ -108,21 +114,19 @@ def folder_of(trial: Any) -> int:
     return int(trial.user_attrs.get("late", trial.number))
 
 
-def nothing_kept(result: Mapping[str, Any]) -> str:
+def nothing_kept(result: SearchResult) -> str:
     """What to say when no trial kept the floor."""
-    if not any(row["state"] == "complete" for row in result["trials"]):
+    if not any(row["state"] == "complete" for row in result.trials):
         return "no trial was finished: allow more time or trials, and go on with the study (resume)"
-    scores = [(row["score"], row["values"]) for row in result["trials"] if row.get("score") is not None]
+    scores = [(row["score"], row["values"]) for row in result.trials if row.get("score") is not None]
     if not scores:
         return "training diverged in every trial: lower the learning rate of the recovery"
     score, values = max(scores, key=lambda pair: pair[0])
     best = f"the best of {len(scores)} has {score:.4f}, at {values}"
-    return f"no trial kept the floor {result['floor']:.4f}: {best}. Recover longer, or allow more loss"
+    return f"no trial kept the floor {result.floor:.4f}: {best}. Recover longer, or allow more loss"
 
 
-def measure(
-    trials: Trials, best: Any, original: Mapping[str, Any], progress: Progress
-) -> tuple[nn.Module, dict[str, Any]]:
+def measure(trials: Trials, best: Any, original: Reference, progress: Progress) -> tuple[nn.Module, Measured]:
     """The best trial's model, read from its file, and the figures of it, of direct compression and of its layers; test
     data is used here only."""
     progress.start("measuring", 4)
@@ -132,30 +136,27 @@ def measure(
     candidate = trials.candidate(delivered, path)
     found = task.judge(delivered, task.validation)
     progress.advance(1, "validation")
-    figures: dict[str, Any] = {
-        "trial": best.number, "values": dict(best.params), "score": found.score,
-        "objective": best.values[0] if len(trials.goals) == 1 else list(best.values),
-        "stored_bytes": stored_bytes(path), "nonzero_bytes": nonzero_bytes_of(delivered),
-        "parameters": sum(p.numel() for p in candidate.network.parameters()),
-    }  # fmt: skip
-    figures |= {
-        "ratio": original["stored_bytes"] / figures["stored_bytes"],
-        "nonzero_ratio": original["nonzero_bytes"] / figures["nonzero_bytes"],
-    }
-    reference: dict[str, Any] = {}
+    stored, nonzero = stored_bytes(path), nonzero_bytes_of(delivered)
+    figures = Best(
+        trial=best.number,
+        values=dict(best.params),
+        score=found.score,
+        objective=best.values[0] if len(trials.goals) == 1 else list(best.values),
+        stored_bytes=stored,
+        nonzero_bytes=nonzero,
+        parameters=sum(p.numel() for p in candidate.network.parameters()),
+        ratio=original.stored_bytes / stored,
+        nonzero_ratio=original.nonzero_bytes / nonzero,
+    )
     if task.test is not None:
-        reference["test_score"] = task.judge(model, task.test).score
+        original = replace(original, test_score=task.judge(model, task.test).score)
         progress.advance(1, "the original on test data")
-        figures["test_score"] = task.judge(delivered, task.test).score
+        figures = replace(figures, test_score=task.judge(delivered, task.test).score)
         progress.advance(1, "the compressed model on test data")
         direct = trials.direct(fix(trials.scheme, best.params, trials.slots))[0]
-        figures["direct_test_score"] = task.judge(direct, task.test).score
+        figures = replace(figures, direct_test_score=task.judge(direct, task.test).score)
         progress.advance(1, "direct compression on test data")
-    return delivered, {
-        "reference": reference,
-        "best": figures,
-        "layers": layers_table(model, candidate.network, task.sample()),
-    }
+    return delivered, Measured(original, figures, layers_table(model, candidate.network, task.sample()))
 
 
 def deliver(source: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ import math
 import statistics as means
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from laconic.scheme.text import Scheme, describe, parse
 from laconic.search.checks import STUDY, check_first, check_folder, clear_folder, original_score, remarks, some_value
 from laconic.search.neighbours import Neighbour, nearest
 from laconic.search.options import SearchOptions
+from laconic.search.records import Reference, TrialRecord
 from laconic.search.result import SEARCH_HTML, Draw, publish
 from laconic.search.trial import Trials
 
@@ -118,7 +119,7 @@ def _search(
     how = how.over(task.train)
     task, given, model = task.checked(), model, copy.deepcopy(model).float().eval()
     reference, noise = original_score(model, task, keep)
-    original, standards = outcome.figures_of(given, model, task, goals)
+    sizes, standards = outcome.figures_of(given, model, task, goals)
     coupling, notes = _coupling(model, scheme, free=free, task=task, thin=options.thin, progress=progress)
     study, facts = _study(
         out,
@@ -133,7 +134,8 @@ def _search(
         noise=noise,
         standards=standards,
     )
-    original["objective"] = facts["objectives"][0] if len(goals) == 1 else facts["objectives"]
+    objective = facts["objectives"][0] if len(goals) == 1 else facts["objectives"]
+    original = Reference(**sizes.to_json(), score=facts["reference"], objective=objective)
     trials = Trials(
         model=model,
         scheme=scheme,
@@ -158,35 +160,30 @@ def _search(
     _after_a_kill(study, trials, options)
     notes += remarks(facts, reference, noise)
     notes += _run_trials(study, trials, options, began, progress)
-    about = {"seed": options.seed, "command": options.command}
     result = outcome.result_of(
-        study, trials, keep=keep, free=free, facts=facts, original=original, notes=notes, **about
-    ) | {"seconds": time.time() - began}
+        study, trials, keep=keep, free=free, facts=facts, original=original, notes=notes, command=options.command
+    )
     best = outcome.best_of(study)
     if best is None:
-        publish(out, result, draw)
+        publish(out, finite(replace(result, seconds=time.time() - began).to_json()), draw)
         raise SearchError(outcome.nothing_kept(result))
     delivered, figures = outcome.measure(trials, best, original, progress)
-    result |= {
-        "best": figures["best"],
-        "layers": figures["layers"],
-        "reference": result["reference"] | figures["reference"],
-    }
-    if figures["best"]["score"] < facts["level"]:
-        result["notes"].append(
-            f"measured once more, the chosen model scores {figures['best']['score']:.6g}, less than the floor: the "
-            "score is noisy"
+    result = replace(result, best=figures.best, layers=figures.layers, reference=figures.reference)
+    if figures.best.score < facts["level"]:
+        result.notes.append(
+            f"measured once more, the chosen model scores {figures.best.score:.6g}, less than the floor: "
+            "the score is noisy"
         )
     _after_a_kill(study, trials, options)
     with disk_errors(out):
         outcome.deliver(trials.place(outcome.folder_of(best)) / "model", out / "model")
-        result["seconds"] = time.time() - began
-        publish(out, finite(result), draw)
+        told = finite(replace(result, seconds=time.time() - began).to_json())
+        publish(out, told, draw)
     return Found(
         delivered,
         dict(best.params),
         study=study.study,
-        result=finite(result),
+        result=told,
         path=out / "model",
         report=out / SEARCH_HTML,
     )
@@ -298,15 +295,14 @@ def _run_trials(study: "Search", trials: Trials, options: SearchOptions, began: 
             record = trials.run(
                 asked.number, asked.values, neighbour, _complete_curves(finished), deadline, progress, asked.attempts
             )
-            studies.check_numbers(study, asked, record["score"], record["objectives"])
-        score, objectives, late = record.pop("score"), record.pop("objectives"), record.pop("late")
-        if late:
+            studies.check_numbers(study, asked, record.score, record.objectives)
+        if record.late:
             studies.give_back(study, asked, "the search's time was up before it kept the floor")
         else:
-            studies.tell(study, asked, score, objectives, **record)
+            studies.tell(study, asked, record.score, record.objectives, **record.attributes())
             trials.settle(asked.number, *asked.attempts)
-        lasted.append(record["seconds"])
-        progress.say(_line(asked, record, score=score, objectives=objectives, trials=trials, late=late))
+        lasted.append(record.seconds)
+        progress.say(_line(asked, record, trials))
 
 
 def _out_of_time(study: "Search", options: SearchOptions) -> str:
@@ -330,24 +326,21 @@ def _neighbours(finished: Sequence[Any], trials: Trials) -> list[Neighbour]:
 
 def _complete_curves(finished: Sequence[Any]) -> list[list[dict[str, Any]]]:
     """The learning curves of trials that went to their end."""
-    return [
-        t.user_attrs["curve"]
-        for t in finished
-        if not t.user_attrs["stopped_early"] and math.isfinite(t.user_attrs["score"])
-    ]
+    told = [TrialRecord.stored(t.user_attrs, t.values) for t in finished]
+    return [one.curve for one in told if not one.stopped_early and math.isfinite(one.score)]
 
 
-def _line(
-    asked: Any, record: dict[str, Any], score: float, objectives: Sequence[float], trials: Trials, late: bool
-) -> str:
+def _line(asked: Any, record: TrialRecord, trials: Trials) -> str:
     values = ", ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in asked.values.items()
     )
-    goals = ", ".join(f"{goal.name} {value:.5g}" for goal, value in zip(trials.goals, objectives, strict=True))
-    kept = "keeps" if score >= trials.floor else "misses"
-    start = "the original" if record["warm_from"] is None else f"trial {record['warm_from'] + 1}"
-    ended = ", put back: the time is up" if late else ", given up early" if record["stopped_early"] else ""
+    goals = ", ".join(f"{goal.name} {value:.5g}" for goal, value in zip(trials.goals, record.objectives, strict=True))
+    kept = "keeps" if record.score >= trials.floor else "misses"
+    start = "the original" if record.warm_from is None else f"trial {record.warm_from + 1}"
+    ended = ", given up early" if record.stopped_early else ""
+    if record.late:
+        ended = ", put back: the time is up"
     return (
-        f"trial {asked.number + 1}: {values}: score {score:.4f} {kept} the floor {trials.floor:.4f}, {goals}; "
-        f"{record['minibatches']} minibatches from {start}{ended}, {record['seconds']:.0f} s"
+        f"trial {asked.number + 1}: {values}: score {record.score:.4f} {kept} the floor {trials.floor:.4f}, {goals}; "
+        f"{record.minibatches} minibatches from {start}{ended}, {record.seconds:.0f} s"
     )

@@ -30,6 +30,7 @@ from laconic.recover.projection import Projection
 from laconic.scheme.filling import fix
 from laconic.scheme.text import Scheme
 from laconic.search.neighbours import Neighbour, hopeless, nearest
+from laconic.search.records import TrialRecord
 from laconic.search.remains import after_cut, encode_remains
 from laconic.weights import baked
 
@@ -85,10 +86,10 @@ class Trials:
         deadline: float | None,
         progress: Progress,
         interrupted: Sequence[int] = (),
-    ) -> dict[str, Any]:
+    ) -> TrialRecord:
         """The record of a trial; its score is that of the model read back from its file. `curves` are those of finished
         trials, which say what can still be gained. After the time `deadline` it ends with what it has, and the record
-        calls it "late" if that does not keep the floor. It goes on from the last L-step of the latest of the
+        calls it `late` if that does not keep the floor. It goes on from the last L-step of the latest of the
         `interrupted` trials that left one, if that was the same recovery; its own state stays until `settle`."""
         began = time.time()
         how, start = self.how, None
@@ -147,21 +148,21 @@ class Trials:
         candidate = self.candidate(delivered, place / "model")
         score = -math.inf if diverged else self.task.judge(delivered, self.task.validation).score
         curve = curve if diverged else recovery.curve
-        return {
-            "score": score,
-            "direct_score": direct,
-            "objectives": [
-                goal.beside(candidate, standard) for goal, standard in zip(self.goals, self.standards, strict=True)
+        return TrialRecord(
+            score=score,
+            direct_score=direct,
+            objectives=[
+                goal.beside(candidate, before) for goal, before in zip(self.goals, self.standards, strict=True)
             ],
-            "curve": curve,
-            "late": late and score < self.floor,
-            "stopped_early": recovery.stopped,
-            "warm_from": neighbour.number if neighbour is not None else None,
-            "minibatches": curve[-1]["minibatches"] if curve else 0,
-            "cold_minibatches": self.how.total_on(self.model, self.slots),
-            "seconds": time.time() - began + earlier,
-            "notes": [*recovery.notes, *([diverged] if diverged else [])],
-        }
+            curve=curve,
+            late=late and score < self.floor,
+            stopped_early=recovery.stopped,
+            warm_from=neighbour.number if neighbour is not None else None,
+            minibatches=curve[-1]["minibatches"] if curve else 0,
+            cold_minibatches=self.how.total_on(self.model, self.slots),
+            seconds=time.time() - began + earlier,
+            notes=[*recovery.notes, *([diverged] if diverged else [])],
+        )
 
     def _begin(self, number: int, interrupted: Sequence[int]) -> Path:
         """The folder of a trial, empty but for the state of the recovery that an interrupted trial left."""
