@@ -15,7 +15,7 @@ from laconic.recover.losses import Loss
 from laconic.recover.optimizers import Optimizer
 from laconic.recover.schedules import Schedule
 from laconic.recover.steps import Steps
-from laconic.scheme.expressions import instance, nearest, parsed
+from laconic.scheme.expressions import Language, parsed
 
 
 @cache
@@ -45,7 +45,7 @@ def parse_recovery(text: str) -> Recovery:
 
     Raises: SchemeError naming what was not understood, with the nearest spelling of an unknown name.
     """
-    found = _build(parsed("recovery", text))
+    found = _LANGUAGE.value(parsed("recovery", text))
     if not isinstance(found, Recovery):
         known = [name for name in known_recoveries() if name not in ("LC", "FineTune")]
         raise SchemeError(
@@ -54,39 +54,36 @@ def parse_recovery(text: str) -> Recovery:
     return found
 
 
-def _build(node: ast.expr) -> Any:
-    if isinstance(node, ast.Name):
-        node = ast.Call(func=node, args=[], keywords=[])
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
-        return _loss(node)
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-        try:
-            return ast.literal_eval(node)
-        except ValueError as error:
-            raise _unexpected(node) from error
-    known: dict[str, type[Any]] = {**known_recoveries(), **known_values()}
-    made = known.get(node.func.id)
-    if made is None:
-        raise SchemeError(f"recovery: unknown {node.func.id!r}{nearest(node.func.id, list(known))}")
-    return instance("recovery", node, made, node.args, node.keywords, _build)
+def _sum(left: Any, right: Any) -> Any:
+    """A sum of losses. Raises: TypeError for anything else."""
+    if not (isinstance(left, Loss) and isinstance(right, Loss)):
+        raise TypeError("only losses are added")
+    return left + right
 
 
-def _loss(node: ast.BinOp) -> Any:
-    """A weighted sum of losses."""
-    try:
-        left, right = _build(node.left), _build(node.right)
-    except SchemeError as error:
-        raise _unexpected(node) from error
-    if isinstance(node.op, ast.Add) and isinstance(left, Loss) and isinstance(right, Loss):
-        return left + right
-    if isinstance(node.op, ast.Mult) and type(left) in (int, float) and isinstance(right, Loss):
-        return left * right
-    raise _unexpected(node)
+def _weighted(weight: Any, loss: Any) -> Any:
+    """A number times a loss. Raises: TypeError for anything else."""
+    if type(weight) not in (int, float) or not isinstance(loss, Loss):
+        raise TypeError("only a loss is weighted, by a number before it")
+    return weight * loss
 
 
-def _unexpected(node: ast.expr) -> SchemeError:
-    known = ", ".join([*known_recoveries(), *known_values()])
-    return SchemeError(f"recovery: expected a number, a text or one of {known}, got {ast.unparse(node)!r}")
+def _vocabulary() -> dict[str, type[Any]]:
+    return {**known_recoveries(), **known_values()}
+
+
+def _expected() -> str:
+    return f"a number, a text or one of {', '.join(_vocabulary())}"
+
+
+_LANGUAGE = Language(
+    what="recovery",
+    vocabulary=_vocabulary,
+    operators={ast.Add: _sum, ast.Mult: _weighted},
+    expected=_expected,
+    literal=_expected,
+    factors=True,
+)
 
 
 def _classes_in(module: Any, base: type[Any]) -> dict[str, type[Any]]:

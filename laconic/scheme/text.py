@@ -15,7 +15,7 @@ from laconic.host.foreign import run_file
 from laconic.methods.base import Method
 from laconic.methods.free import Free
 from laconic.model.sites import Slot
-from laconic.scheme.expressions import instance, nearest, parsed, where
+from laconic.scheme.expressions import Language, parsed, where
 from laconic.scheme.keep import UNCOMPOSED, Keep
 from laconic.scheme.spelling import scheme_called
 
@@ -101,58 +101,39 @@ def describe(scheme: Scheme) -> str:
     return f"[{', '.join(rules)}]"
 
 
-def _method(node: ast.expr) -> Method:
-    """A method that is a part of another."""
-    choice = _choice(node)
-    if isinstance(choice, Keep):
-        raise SchemeError(f"scheme: {UNCOMPOSED}, as in {where(node)}")
-    return choice
+def _then(first: Any, second: Any) -> Method:
+    return _part(first) >> _part(second)
+
+
+def _plus(first: Any, second: Any) -> Method:
+    return _part(first) + _part(second)
+
+
+def _part(value: Any) -> Method:
+    """A method that is a part of another. Raises: TypeError for anything else, SchemeError for `Keep()`."""
+    if isinstance(value, Keep):
+        raise SchemeError(f"scheme: {UNCOMPOSED}")
+    if not isinstance(value, Method):
+        raise TypeError(f"no method: {value!r}")
+    return value
+
+
+_LANGUAGE = Language(
+    what="scheme",
+    vocabulary=lambda: {**vocabulary(), Free.__name__: Free},
+    operators={ast.RShift: _then, ast.Add: _plus},
+    expected=lambda: "a method such as GPTQ(bits=4)",
+    literal=lambda: "a literal value",
+    noun="method ",
+    hint="; only methods can be called",
+)
 
 
 def _choice(node: ast.expr) -> Choice:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift):
-        return _method(node.left) >> _method(node.right)
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _method(node.left) + _method(node.right)
-    if isinstance(node, ast.Name):  # GPTQ stands for GPTQ()
-        return _build(node, node.id, [], [])
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return _build(node, node.func.id, node.args, node.keywords)
-    raise SchemeError(f"scheme: expected a method such as GPTQ(bits=4), got {where(node)}; only methods can be called")
-
-
-def _build(node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Choice:
-    known = vocabulary()
-    if name not in known:
-        if name.upper() in {one.upper() for one in known}:
-            right = next(one for one in known if one.upper() == name.upper())
-            example = f"{right}({ast.unparse(ast.Call(ast.Name(right), args, keywords)).partition('(')[2]}"
-            raise SchemeError(f"scheme: unknown method {name!r}; did you mean {example}?")
-        raise SchemeError(f"scheme: unknown method {name!r} in {where(node)}{nearest(name, list(known))}")
-    return instance("scheme", node, cls=known[name], args=args, keywords=keywords, value=_value)
-
-
-def _value(node: ast.expr) -> Any:
-    """A literal, a float('inf'), a Free, a method given to a method, or a tuple of these."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Free":
-        return instance("scheme", node, cls=Free, args=node.args, keywords=node.keywords, value=_value, typed=False)
-    if isinstance(node, ast.Tuple):
-        return tuple(_value(item) for item in node.elts)
-    if isinstance(node, ast.Call | ast.Name) or (
-        isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift | ast.Add)
-    ):
-        if ast.unparse(node) in ("inf", "float('inf')"):
-            return float("inf")
-        return _method(node)
-    try:
-        value = ast.literal_eval(node)
-    except (ValueError, TypeError) as error:
-        raise SchemeError(f"scheme: expected a literal value, got {where(node)}") from error
-    if isinstance(value, list | dict | set):
-        raise SchemeError(
-            f"scheme: expected a number, a text, a truth value, None or a tuple of these, got {where(node)}"
-        )
-    return value
+    made = _LANGUAGE.made(node)
+    if not isinstance(made, Method | Keep):
+        raise SchemeError(f"scheme: expected a method such as GPTQ(bits=4), got {where(node)}")
+    return made
 
 
 def _rule(node: ast.expr) -> Rule:
@@ -225,5 +206,5 @@ def _evaluate(node: ast.expr, slot: Slot | None) -> Any:
     if field in _FIELDS:
         return None if slot is None else getattr(slot, str(field))
     if isinstance(node, ast.Constant | ast.Tuple | ast.List | ast.UnaryOp):
-        return _value(node)
+        return _LANGUAGE.value(node)
     raise SchemeError(f"scheme: a condition compares {', '.join(_FIELDS)} and literals, got {where(node)}")

@@ -48,7 +48,7 @@ class Sizes(Record):
     """Bytes in the model's own types, bytes without zeros, parameters."""
 
     stored_bytes: int
-    nonzero_bytes: int
+    nonzero_bytes: float
     parameters: int
 
 
@@ -77,7 +77,7 @@ class Best(Record):
     score: float
     objective: Objective
     stored_bytes: int
-    nonzero_bytes: int
+    nonzero_bytes: float
     parameters: int
     ratio: float
     nonzero_ratio: float
