@@ -73,7 +73,9 @@ class Language:
     factors: bool = False
 
     def made(self, node: ast.expr) -> Any:
-        """What a call, or an operation on calls, makes. Raises: SchemeError naming what was not understood, and where."""
+        """What a call, or an operation on calls, makes. Raises: SchemeError naming what was not understood, and
+        where.
+        """
         if isinstance(node, ast.BinOp) and type(node.op) in self.operators:
             left, right = self._operand(node.left), self._operand(node.right)
             try:

@@ -1,4 +1,6 @@
-"""What a search knows of a trial, of the original and of itself: records whose JSON is in the study and in search.json."""
+"""What a search knows of a trial, of the original and of itself: records whose JSON is in the study and in
+search.json.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +16,10 @@ Objective = float | list[float]
 class TrialRecord(Record):
     """What came of a trial.
 
-    `score`: that of the model read back from its file, -inf where training diverged; `direct_score`: direct compression's;
-    `curve`: the points of its learning curve; `late`: its time was up before it kept the floor; `warm_from`: the trial
-    whose state it started from, None for the original; `cold_minibatches`: those of a run that starts there and goes to
-    its end; `seconds`: those of the interrupted attempts it goes on from included.
+    `score`: that of the model read back from its file, -inf where training diverged; `direct_score`: direct
+    compression's; `curve`: the points of its learning curve; `late`: its time was up before it kept the floor;
+    `warm_from`: the trial whose state it started from, None for the original; `cold_minibatches`: those of a run that
+    starts there and goes to its end; `seconds`: those of the interrupted attempts it goes on from included.
     """
 
     score: float
@@ -87,7 +89,8 @@ class Best(Record):
 
 @dataclass(frozen=True)
 class SearchResult(Record):
-    """Everything a search knows. `trials` are those of the study, each with its attributes as JSON; `pareto` only of several objectives.
+    """Everything a search knows. `trials` are those of the study, each with its attributes as JSON; `pareto` only of
+    several objectives.
 
     `best` and `layers` are there once a trial that kept the floor is measured.
     """
