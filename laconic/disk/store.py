@@ -14,7 +14,7 @@ from laconic.disk.tensors import INDEX, TensorFiles
 from laconic.errors import CheckpointError
 from laconic.host.foreign import read_object
 from laconic.weights import Weight, unpack
-from laconic.weights.base import asks_its_layer, pack
+from laconic.weights.base import BIAS, COLUMN_SCALE, asks_its_layer, class_of, pack
 from laconic.weights.demands import Demands, why_no_bias, why_not
 from laconic.weights.inputs import inputs_of
 from laconic.weights.layout import check_spec, stored_names
@@ -90,12 +90,12 @@ class Compressed:
     def check_layers(self, name: str, layers: Iterable[nn.Module]) -> None:
         """Raises CheckpointError where the layers of a parameter cannot do with inputs and outputs what its weight asks for."""
         spec = self.weights[name]
-        inputs, scaled = inputs_of(spec), spec["kind"] == "scaled" and "column_scale" in spec
+        inputs, scaled = inputs_of(spec), COLUMN_SCALE in class_of(spec).parts_in(spec)
         for layer in layers:
             if inputs is not None and (reason := why_not(layer, inputs, scaled)) is not None:
                 key = next(iter(inputs.to_spec()))
                 raise CheckpointError(f"{self.path}: {name} is stored with {key}: {reason}")
-            if "bias" in spec and (reason := why_no_bias(layer)) is not None:
+            if BIAS in spec and (reason := why_no_bias(layer)) is not None:
                 raise CheckpointError(f"{self.path}: {name} is stored with an output bias: {reason}")
 
     def nbytes(self, name: str) -> int:

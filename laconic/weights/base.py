@@ -15,6 +15,17 @@ from laconic.weights.spec import Spec, expect, nested, prefixed, shape_of
 
 BIAS = "bias"
 """The name of a part [1, out] that is no part of the matrix: it is what the layer is to add to its outputs."""
+COLUMN_SCALE = "column_scale"
+"""The name of a part [1, in] that the columns of the rest are multiplied by: where a weight rounds its layer's inputs,
+they are multiplied by it first, so that they meet the rest as it is stored."""
+
+
+def _classes() -> "list[type[Weight]]":
+    """Weight and every class below it, those of one base in the order of their definitions."""
+    found: list[Any] = [Weight]
+    for cls in found:
+        found += cls.__subclasses__()
+    return found
 
 
 class Weight(nn.Module, ABC):
@@ -72,6 +83,15 @@ class Weight(nn.Module, ABC):
     def table_form(self) -> Table | None:
         """What `forms.as_table` compares with this weight, if there is anything; equality is not promised."""
         return None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Raises SchemeError for a kind that another class has: stored weights could be read by either."""
+        super().__init_subclass__(**options)
+        for other in _classes() if "kind" in vars(cls) else ():
+            kind, again = cls.kind, (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+            if vars(other).get("kind") == kind and not again:
+                del cls.kind  # a traceback keeps the class alive, and it must not be found
+                raise SchemeError(f"{cls.__qualname__}: the kind {kind!r} is that of {other.__qualname__}")
 
     # --------------------------------------------------------------------------------------------------- what is stored
     def own(self) -> tuple[Spec, dict[str, Tensor]]:
@@ -311,24 +331,21 @@ def unpack(spec: Spec, tensors: dict[str, Tensor], keep: Tensor | None = None) -
 
 
 def class_of(spec: Any) -> type[Weight]:
-    """The class that a spec names by its `kind`, wherever it is defined; of two of one name the one that was defined
-    last.
+    """The class that a spec names by its `kind`, wherever it is defined; one that was defined again, as it is now.
 
     Raises: CheckpointError for a kind that is not known.
     """
     kind = spec.get("kind") if isinstance(spec, dict) else None
-    todo: list[Any] = [Weight]
-    while todo:
-        cls = todo.pop()
-        todo += cls.__subclasses__()
-        if kind is not None and getattr(cls, "kind", None) == kind:
-            return cls
-    raise CheckpointError(f"unknown kind of weight {str(kind)[:40]!r}; this file needs a newer laconic, or is damaged")
+    named = [cls for cls in _classes() if kind is not None and vars(cls).get("kind") == kind]
+    if not named:
+        told = str(kind)[:40]
+        raise CheckpointError(f"unknown kind of weight {told!r}; this file needs a newer laconic, or is damaged")
+    return named[-1]
 
 
 def asks_its_layer(spec: Spec) -> bool:
     """Whether a packed weight asks something of its layer beside its matrix: to round inputs, to add to outputs."""
-    return asks_inputs(spec) or "bias" in spec
+    return asks_inputs(spec) or BIAS in spec
 
 
 def parameter(x: Tensor) -> nn.Parameter:

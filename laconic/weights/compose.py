@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.errors import CheckpointError, SchemeError
-from laconic.weights.base import ColumnWeight, Packed, Weight, check_matrix
+from laconic.weights.base import COLUMN_SCALE, ColumnWeight, Packed, Weight, check_matrix
 from laconic.weights.forms import Form, Grid, Table
 from laconic.weights.spec import Spec, shape_of
 
@@ -79,8 +79,8 @@ class Scaled(ColumnWeight):
     all parts."""
 
     kind = "scaled"
-    part_names = ("weight", "row_scale", "column_scale")
-    side_names = ("row_scale", "column_scale")
+    part_names = ("weight", "row_scale", COLUMN_SCALE)
+    side_names = ("row_scale", COLUMN_SCALE)
 
     def __init__(self, weight: Weight, *, row_scale: Weight | None = None, column_scale: Weight | None = None) -> None:
         super().__init__()

@@ -6,8 +6,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from laconic.errors import SchemeError
-from laconic.weights.base import Weight, check_parts
-from laconic.weights.compose import Scaled
+from laconic.weights.base import COLUMN_SCALE, Weight, check_parts
 from laconic.weights.inputs import Inputs, round_input
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -98,9 +97,8 @@ def _bias(source: Weight | Demands) -> Tensor | None:
 
 def column_scale_of(weight: Weight) -> Tensor | None:
     """The factors [in] that a weight's columns were divided by, which the layer's inputs are multiplied by before they are rounded."""
-    if not isinstance(weight, Scaled) or weight.column_scale is None:
-        return None
-    return weight.column_scale.forward().flatten()
+    scale = weight.parts().get(COLUMN_SCALE)
+    return None if scale is None else scale.forward().flatten()
 
 
 _CHILD = "laconic_demands"  # holds column scale and bias, so that they move and are copied with the layer
@@ -173,7 +171,7 @@ def check_demands(module: nn.Module, weight: Weight, name: str) -> None:
         check_parts(weight)
     except SchemeError as error:
         raise SchemeError(f"{name}: {error}") from error
-    scaled = isinstance(weight, Scaled) and weight.column_scale is not None
+    scaled = COLUMN_SCALE in weight.parts()
     if weight.inputs is not None and (reason := why_not(module, weight.inputs, scaled)) is not None:
         raise SchemeError(
             f"{name}: {reason}; give it a rule of its own in the plan, with a method that rounds no inputs, or Keep()"

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import laconic as lc
 from laconic.disk.store import MANIFEST, read_manifest
-from laconic.errors import CheckpointError
+from laconic.errors import CheckpointError, SchemeError
 from laconic.measure.objectives import nonzero_bytes_of
 from laconic.show.inspect import inspect_directory
-from laconic.weights import Dense, Scaled, Sparse, Sum, Uniform, View, Weight, install, installed
-from laconic.weights.base import Packed
+from laconic.weights import Dense, Inputs, Scaled, Sparse, Sum, Uniform, View, Weight, install, installed
+from laconic.weights.base import Packed, class_of
 from laconic.weights.spec import Spec
 from tests.weights.laws_weights import SHAPE, W, WeightLaws, factor, solved
 
@@ -169,6 +169,59 @@ def test_a_reader_without_the_class_says_so(tmp_path: Path) -> None:
         CheckpointError, match="unknown kind of weight 'of another program'; this file needs a newer laconic"
     ):
         lc.load_into(net(), tmp_path, verify=False)
+
+
+def test_a_kind_is_that_of_one_class() -> None:
+    """Defined again, as in a notebook, the class is the later one; a kind that is taken is refused where it is defined."""
+    with pytest.raises(SchemeError, match="'sparse' is that of Sparse"):
+        type("Mine", (Weight,), {"kind": "sparse"})
+    assert class_of({"kind": "sparse"}) is Sparse
+
+    def define() -> type[Weight]:
+        class Again(Kronecker):
+            kind = "defined twice"
+
+        return Again
+
+    earlier, later = define(), define()
+    assert class_of({"kind": "defined twice"}) is later is not earlier
+    assert class_of({"kind": "kronecker"}) is Kronecker
+
+
+class Shrunk(Weight):
+    """W = weight diag(column_scale): a column scale is known by its name."""
+
+    kind = "shrunk"
+    part_names = ("weight", "column_scale")
+
+    def __init__(self, weight: Weight, column_scale: Weight) -> None:
+        super().__init__()
+        self.weight, self.column_scale, self.shape = weight, column_scale, weight.shape
+
+    def forward(self) -> Tensor:
+        return self.weight.forward() * self.column_scale.forward()
+
+    def right_inverse(self, W: Tensor) -> tuple[()]:
+        return self.weight.right_inverse(W / self.column_scale.forward())
+
+
+def test_what_it_asks_of_its_layer_is_what_the_librarys_own_asks(tmp_path: Path) -> None:
+    """Inputs are multiplied by the column scale before they are rounded, in memory and from the file."""
+    x = torch.randn(4, SHAPE[1], generator=torch.Generator().manual_seed(5))
+    outputs = []
+    for make in (Shrunk, lambda weight, scale: Scaled(weight, column_scale=scale)):
+        weight = make(Uniform(SHAPE, bits=4), factor(SHAPE[1]))
+        weight.weight.fit(W / weight.column_scale())
+        weight.right_inverse(W)
+        weight.inputs = Inputs(4)
+        model = with_weight(weight)
+        folder = tmp_path / weight.kind
+        lc.save(model, folder)
+        again = net()
+        lc.load_into(again, folder)
+        assert torch.equal(again(x), model(x))
+        outputs.append(model(x))
+    assert torch.equal(*outputs)
 
 
 def test_the_matrix_of_a_weight_of_ones_own_is_checked(tmp_path: Path) -> None:
