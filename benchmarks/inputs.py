@@ -57,7 +57,13 @@ def main() -> None:
     model.load_state_dict(load_file(shared(args, "models/cifar-resnet20.safetensors")))
     data = {"labels": labels, "reference": classes(model, x)}
     rows: list[dict[str, Any]] = [
-        {"input bits": 32, "range": "as they are", "grid": "", "scheme": "float32", **judged(data["reference"], data)}
+        {
+            "input bits": 32,
+            "range": "as they are, weights too",
+            "grid": "",
+            "scheme": "float32",
+            **judged(data["reference"], data),
+        }
     ]
     for row in schemes():
         started = time.time()

@@ -28,6 +28,7 @@ from laconic.scheme.keep import Keep
 from laconic.scheme.text import parse
 from laconic.search import search
 from laconic.surgery import fold
+from laconic.weights.inputs import Inputs
 
 __all__ = [
     "LC",
@@ -38,6 +39,7 @@ __all__ = [
     "Direct",
     "FineTune",
     "Free",
+    "Inputs",
     "Keep",
     "LaconicError",
     "Maximize",
