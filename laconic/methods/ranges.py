@@ -1,4 +1,6 @@
-"""What methods share that round inputs: the forms a scheme can ask for, and the range of a site's inputs, calibrated."""
+"""What methods share that round inputs: the forms a scheme can ask for, and the range of a site's inputs,
+calibrated.
+"""
 
 from typing import Any, Literal
 
@@ -12,7 +14,9 @@ from laconic.weights.demands import column_scale_of
 from laconic.weights.inputs import Granularity, Inputs
 
 Range = Literal["dynamic", "minmax", "mse"]
-"""Where a range comes from: every input itself, the least and largest value seen in calibration, or the least squared error there."""
+"""Where a range comes from: every input itself, the least and largest value seen in calibration, or the least squared
+error there.
+"""
 NEEDS: dict[Range, Stats] = {"dynamic": NONE, "minmax": Stats.RANGE, "mse": Stats.RANGE | Stats.SAMPLE}
 """The statistics that a range is found from."""
 
@@ -23,7 +27,9 @@ def needs_of(range: Any) -> Stats:
 
 
 def form_of(who: str, bits: int, granularity: Granularity, symmetric: bool, range: Range) -> Inputs:
-    """What a scheme asks of inputs, the static range still open. Raises: SchemeError, with the method's name, for what cannot be."""
+    """What a scheme asks of inputs, the static range still open. Raises: SchemeError, with the method's name, for what
+    cannot be.
+    """
     try:
         form = Inputs(bits, granularity, symmetric)
     except SchemeError as error:
@@ -38,9 +44,11 @@ def form_of(who: str, bits: int, granularity: Granularity, symmetric: bool, rang
 
 
 def calibrated(form: Inputs, range: Range, site: Site, weight: Weight) -> Inputs:
-    """The form with the range of the site's inputs, multiplied by the column scale that the weight found for them has, if any.
+    """The form with the range of the site's inputs, multiplied by the column scale that the weight found for them has,
+    if any.
 
-    Where no input but zeros was seen the form stays dynamic, and the site's notes say so. Cost: that of `least_error` for "mse".
+    Where no input but zeros was seen the form stays dynamic, and the site's notes say so. Cost: that of `least_error`
+    for "mse".
     """
     if range == "dynamic":
         return form

@@ -17,13 +17,17 @@ from laconic.weights.relax import Relaxation
 
 @dataclass(frozen=True, repr=False)
 class RoundInputs(Method):
-    """Compresses W [out, in] by `method` and lets its layer round the inputs x to `bits` whenever it runs: y = W_hat Q(x).
+    """Compresses W [out, in] by `method` and lets its layer round the inputs x to `bits` whenever it runs: y = W_hat
+    Q(x).
 
-    Q rounds to d (clamp(round(x / d) + z) - z). `granularity`: "token", a step d for every row of x, for linear layers; "tensor", one for the
-    whole input, for convolutions too. `symmetric`: z = 0, else z is the code of 0. `range`, where d and z come from: "dynamic", every input
-    itself; "minmax" or "mse", stored: the range of all calibration inputs, or the one within it that rounds a sample of them best.
-    Bits: those of the method. Raises: SchemeError where `method` rounds inputs or cuts channels, and for a static range per token.
-    Source: Jacob et al. 2018, section 2; Nagel et al. 2021, sections 2.2 and 3.1. Cost: the method's; "mse" 55 to 275 passes over a sample.
+    Q rounds to d (clamp(round(x / d) + z) - z). `granularity`: "token", a step d for every row of x, for linear layers;
+    "tensor", one for the whole input, for convolutions too. `symmetric`: z = 0, else z is the code of 0. `range`, where
+    d and z come from: "dynamic", every input itself; "minmax" or "mse", stored: the range of all calibration inputs, or
+    the one within it that rounds a sample of them best.
+    Bits: those of the method. Raises: SchemeError where `method` rounds inputs or cuts channels, and for a static range
+    per token.
+    Source: Jacob et al. 2018, section 2; Nagel et al. 2021, sections 2.2 and 3.1. Cost: the method's; "mse" 55 to 275
+    passes over a sample.
     """
 
     method: Method

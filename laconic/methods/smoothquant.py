@@ -19,13 +19,16 @@ from laconic.weights.uniform import Group, uniform_bits
 
 @dataclass(frozen=True, repr=False)
 class SmoothQuant(Method):
-    """Rounds W diag(s) to a symmetric grid and, when the model runs, the inputs x / s: s takes the outliers out of the inputs.
+    """Rounds W diag(s) to a symmetric grid and, when the model runs, the inputs x / s: s takes the outliers out of the
+    inputs.
 
-    W x = (W diag(s)) (diag(s)^-1 x), s_j = (max |X_j|)^alpha / (max |W_j|)^(1 - alpha), the maxima over the calibration inputs and over the
-    rows of all sites that read them. `activations`: the bits inputs are rounded to, symmetrically, None to leave them as they are; by a step
-    per token (the paper's O1) or per tensor (O2), which `range` makes a stored one (O3): "minmax" of the calibration inputs, or "mse".
-    Nothing is folded into the layer before: 1 / s is stored with each weight. Bits: bits per weight + 16 per row (or group) and column.
-    Raises: SchemeError when the group does not divide the columns. Source: Xiao et al. 2022, eq. 3-4 and table 2. Cost: O(entries).
+    W x = (W diag(s)) (diag(s)^-1 x), s_j = (max |X_j|)^alpha / (max |W_j|)^(1 - alpha), the maxima over the calibration
+    inputs and over the rows of all sites that read them. `activations`: the bits inputs are rounded to, symmetrically,
+    None to leave them as they are; by a step per token (the paper's O1) or per tensor (O2), which `range` makes a
+    stored one (O3): "minmax" of the calibration inputs, or "mse". Nothing is folded into the layer before: 1 / s is
+    stored with each weight. Bits: bits per weight + 16 per row (or group) and column.
+    Raises: SchemeError when the group does not divide the columns. Source: Xiao et al. 2022, eq. 3-4 and table 2. Cost:
+    O(entries).
     """
 
     bits: int = 8

@@ -1,4 +1,6 @@
-"""What a Weight asks of the layer that multiplies with it, beside its matrix: to round its inputs, to add to its outputs."""
+"""What a Weight asks of the layer that multiplies with it, beside its matrix: to round its inputs, to add to its
+outputs.
+"""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -13,8 +15,9 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 class Demands(nn.Module):
-    """What is left of a Weight beside its matrix when it is decoded into a dense parameter: how inputs are rounded (`inputs`, or None for not
-    at all; `column_scale` [in]), and what is added to outputs (`bias` [out], or None)."""
+    """What is left of a Weight beside its matrix when it is decoded into a dense parameter: how inputs are rounded
+    (`inputs`, or None for not at all; `column_scale` [in]), and what is added to outputs (`bias` [out], or None).
+    """
 
     column_scale: Tensor | None
     bias: Tensor | None
@@ -35,7 +38,9 @@ class Demands(nn.Module):
         return cls(weight.inputs, *(None if side is None else side.detach().float().clone() for side in (scale, bias)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Both move with the module but stay float32: the scale decides which numbers are rounded, whatever type they come in."""
+        """Both move with the module but stay float32: the scale decides which numbers are rounded, whatever type they
+        come in.
+        """
         exact = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, moved in self._buffers.items():
@@ -55,7 +60,9 @@ class Demands(nn.Module):
 
 
 class InputHook:
-    """The forward pre-hook that rounds a layer's input, as a Demands or an installed Weight (as it is at that moment) says."""
+    """The forward pre-hook that rounds a layer's input, as a Demands or an installed Weight (as it is at that moment)
+    says.
+    """
 
     def __init__(self, source: Weight | Demands) -> None:
         self.source = source
@@ -76,7 +83,9 @@ class InputHook:
 
 
 class OutputHook:
-    """The forward hook that adds to a layer's output what a Demands or an installed Weight (as it is at that moment) says, in the output's type."""
+    """The forward hook that adds to a layer's output what a Demands or an installed Weight (as it is at that moment)
+    says, in the output's type.
+    """
 
     def __init__(self, source: Weight | Demands) -> None:
         self.source = source
@@ -96,7 +105,9 @@ def _bias(source: Weight | Demands) -> Tensor | None:
 
 
 def column_scale_of(weight: Weight) -> Tensor | None:
-    """The factors [in] that a weight's columns were divided by, which the layer's inputs are multiplied by before they are rounded."""
+    """The factors [in] that a weight's columns were divided by, which the layer's inputs are multiplied by before they
+    are rounded.
+    """
     scale = weight.parts().get(COLUMN_SCALE)
     return None if scale is None else scale.forward().flatten()
 
@@ -111,8 +122,9 @@ def demands_of(module: nn.Module) -> Weight | Demands | None:
 
 
 def set_demands(module: nn.Module, source: Weight | Demands | None) -> None:
-    """Let the module do with inputs and outputs what `source` says, instead of what it did before; None (or a Weight that asks for nothing)
-    ends it."""
+    """Let the module do with inputs and outputs what `source` says, instead of what it did before; None (or a Weight
+    that asks for nothing) ends it.
+    """
     for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, InputHook):
             del module._forward_pre_hooks[key]
@@ -132,13 +144,17 @@ def set_demands(module: nn.Module, source: Weight | Demands | None) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module computes y = x W on the last dimension of what it is called with. GPT-2's Conv1D is known by its sizes, `nx` and `nf`."""
+    """Whether a module computes y = x W on the last dimension of what it is called with. GPT-2's Conv1D is known by its
+    sizes, `nx` and `nf`.
+    """
     like_gpt2 = type(module).__name__ == "Conv1D" and hasattr(module, "nx") and hasattr(module, "nf")
     return isinstance(module, nn.Linear) or like_gpt2
 
 
 def why_not(module: nn.Module, inputs: Inputs, scaled: bool = False) -> str | None:
-    """Why the inputs of a module cannot be rounded so when it is called; None if they can. `scaled`: first multiplied by a column scale."""
+    """Why the inputs of a module cannot be rounded so when it is called; None if they can. `scaled`: first multiplied
+    by a column scale.
+    """
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "a look-up has no inputs to round"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):

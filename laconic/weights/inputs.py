@@ -20,15 +20,18 @@ BITS_KEY, KEY = "input_bits", "inputs"
 
 @dataclass(frozen=True)
 class Inputs:
-    """How a layer rounds its input x whenever it runs, c being the column scale of a weight stored as W diag(1 / c), else 1:
+    """How a layer rounds its input x whenever it runs, c being the column scale of a weight stored as W diag(1 / c),
+    else 1:
 
         x' = x diag(c),  q = clamp(round(x' / d) + z, low, high),  the layer sees d (q - z) diag(1 / c)
 
-    `bits`, 2 to 16. `granularity`: "token", d of every row of x [..., in] its own, or "tensor", one d for the whole input.
-    `symmetric`: z = 0 and codes from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1; else codes from 0 to 2^bits - 1, and z is the code of 0.
-    Dynamic, without a `scale`: d (and z) come from x itself, its largest magnitude (or its range, 0 included) being the last level.
-    Static, with one: d = `scale`, a float32, and z = `zero`; what lies outside takes the last level. Per tensor only.
-    Raises: SchemeError for anything else. Source: Jacob et al. 2018, section 2.1; Nagel et al. 2021, section 2.2; Xiao et al. 2022, table 2.
+    `bits`, 2 to 16. `granularity`: "token", d of every row of x [..., in] its own, or "tensor", one d for the whole
+    input. `symmetric`: z = 0 and codes from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1; else codes from 0 to 2^bits - 1,
+    and z is the code of 0. Dynamic, without a `scale`: d (and z) come from x itself, its largest magnitude
+    (or its range, 0 included) being the last level. Static, with one: d = `scale`, a float32, and z = `zero`; what lies
+    outside takes the last level. Per tensor only.
+    Raises: SchemeError for anything else. Source: Jacob et al. 2018, section 2.1; Nagel et al. 2021, section 2.2; Xiao
+    et al. 2022, table 2.
     """
 
     bits: int = 8
@@ -55,7 +58,8 @@ class Inputs:
 
     @classmethod
     def within(cls, low: float, high: float, bits: int = 8, symmetric: bool = True) -> Self:
-        """Static inputs whose levels span `low` to `high` (float), 0 always among them; a range of nothing but 0 has the step 1.
+        """Static inputs whose levels span `low` to `high` (float), 0 always among them; a range of nothing but 0 has
+        the step 1.
 
         Raises: SchemeError for a range that is not finite.
         """
@@ -99,7 +103,9 @@ def check_bits(bits: object, name: str = "inputs: bits") -> None:
 
 
 def _check_scale(scale: object, last: int) -> None:
-    """Raises SchemeError unless a step is a positive number that a float32 holds exactly, as it does the level of the last code."""
+    """Raises SchemeError unless a step is a positive number that a float32 holds exactly, as it does the level of the
+    last code.
+    """
     sound = type(scale) is float and _SMALLEST <= scale <= _LARGEST / last and _as_float32(scale) == scale
     if not sound:
         raise SchemeError(f"inputs: scale should be a positive float32 (up to 2^127 / {last}), got {scale!r}")
@@ -116,7 +122,9 @@ def asks_inputs(spec: dict[str, Any]) -> bool:
 
 
 def inputs_of(spec: dict[str, Any]) -> Inputs | None:
-    """What a spec says of inputs, None where it says nothing. Raises: CheckpointError for anything that `Inputs.to_spec` does not write."""
+    """What a spec says of inputs, None where it says nothing. Raises: CheckpointError for anything that
+    `Inputs.to_spec` does not write.
+    """
     if not asks_inputs(spec):
         return None
     try:
@@ -140,12 +148,13 @@ def inputs_of(spec: dict[str, Any]) -> Inputs | None:
 
 
 def round_input(x: Tensor, inputs: Inputs, column_scale: Tensor | None = None) -> Tensor:
-    """x [..., in] (per tensor, of any shape) rounded as `Inputs` says; `column_scale` [in] is its c, so that q is what an integer product
-    with the stored codes would see.
+    """x [..., in] (per tensor, of any shape) rounded as `Inputs` says; `column_scale` [in] is its c, so that q is what
+    an integer product with the stored codes would see.
 
-    Computed in float32, returned in x's type. What is all zeros stays zero. A dynamic range that holds NaN or infinity makes NaN of all it is
-    for; a static one takes infinity for its last level. Where c is 0 the weight's column is 0 and so is the result. Gradients pass straight
-    through to x, but not where a static range cuts it off. Cost: O(entries), a few passes over x.
+    Computed in float32, returned in x's type. What is all zeros stays zero. A dynamic range that holds NaN or infinity
+    makes NaN of all it is for; a static one takes infinity for its last level. Where c is 0 the weight's column is 0
+    and so is the result. Gradients pass straight through to x, but not where a static range cuts it off. Cost:
+    O(entries), a few passes over x.
     """
     values = x.detach().float()
     scale = None if column_scale is None else column_scale.detach().to(values)
@@ -166,7 +175,9 @@ def round_input(x: Tensor, inputs: Inputs, column_scale: Tensor | None = None) -
 
 
 def _grid(values: Tensor, inputs: Inputs) -> tuple[Tensor | float, Tensor | float]:
-    """The step d and the code z of zero for values [..., in]: numbers if they are stored, else tensors that broadcast over the values."""
+    """The step d and the code z of zero for values [..., in]: numbers if they are stored, else tensors that broadcast
+    over the values.
+    """
     if inputs.scale is not None:
         return inputs.scale, inputs.zero
     if not values.numel():
