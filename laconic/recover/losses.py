@@ -175,7 +175,13 @@ def _watching(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(name: str) -> Any:
-        return lambda module, inputs, output: seen[name].append(tensors_in(output)[0])
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            found = tensors_in(output)
+            if not found:
+                raise SchemeError(f"Features: {name} gives no tensor but a {type(output).__name__}")
+            seen[name].append(found[0])
+
+        return hook
 
     hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     try:

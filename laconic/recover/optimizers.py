@@ -12,7 +12,8 @@ from laconic.host.ambient import undisturbed
 from laconic.scheme.expressions import nearest
 
 _GROWING = ("SGD", "ASGD")  # whose steps are as long as the gradient; all others divide by what its size has been
-_REFUSED = (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError)  # what torch raises for arguments
+_REFUSED = (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, AssertionError)
+"""What torch raises for arguments."""
 
 
 Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from laconic.errors import SchemeError
+from laconic.methods.arguments import check_values
 from laconic.recover.losses import KL, Loss, TaskLoss, Weighted
 from laconic.recover.optimizers import Optimizer, Parameters
 from laconic.recover.schedules import Geometric, Schedule
 from laconic.recover.written import QUIET, Usual, given, written
 
+_NUMBERS = ("lr", "lr_end", "momentum", "weight_decay", "clip", "distill", "temperature", "beta2")
 _NAMES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 
 
@@ -49,6 +51,7 @@ class Steps:
     loss: Loss | None = field(default=None, metadata=QUIET)
 
     def __post_init__(self) -> None:
+        check_values("Steps", Steps, {name: getattr(self, name) for name in _NUMBERS})
         if not (0 <= self.distill <= 1 and 0 < self.temperature < math.inf):
             raise SchemeError(
                 f"Steps: expected distill in 0 ... 1 and temperature > 0, got {self.distill!r} and {self.temperature!r}"

@@ -149,8 +149,11 @@ def test_every_recovery_has_an_example() -> None:
 @pytest.mark.parametrize("name", known_recoveries())
 def test_it_says_where_it_comes_from_and_has_a_page(name: str) -> None:
     assert "Source:" in inspect.getdoc(known_recoveries()[name])  # type: ignore[operator]
-    pages = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
+    texts = [page.read_text(encoding="utf-8") for page in DOCS.glob("*.md")]
+    pages = "".join(text for text in texts if f"{name}(" in text)
     assert f"`lc.{name}(" in pages or f"`{name}(" in pages
+    for parameter in inspect.signature(known_recoveries()[name]).parameters:
+        assert f"`{parameter}`" in pages or f"{parameter}=" in pages, parameter
 
 
 def test_it_is_its_text(how: Recovery) -> None:

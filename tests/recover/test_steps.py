@@ -1,13 +1,14 @@
 """How steps are taken, as values: optimizers of torch, schedules, losses, and what they say of memory before training."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import laconic as lc
@@ -28,9 +29,10 @@ from laconic.recover import (
     parse_recovery,
     recover_task,
 )
-from laconic.recover.losses import answer_of
+from laconic.recover.losses import Answer, Loss, answer_of
 from laconic.recover.memory import memory_of
 from laconic.recover.recipes import llm_qat
+from laconic.recover.schedules import Schedule
 from laconic.recover.train import Trainer
 from laconic.weights import installed
 from tests.conftest import tiny_config
@@ -112,6 +114,8 @@ def test_optimizers_are_known_by_name() -> None:
         (lambda: Steps(schedule="cosine"), "a schedule such as Cosine"), (lambda: Steps("rmsprop"), "must be sgd, adam or adamw, or Optimizer"),
         (lambda: Steps([]), "must be sgd"), (lambda: Steps(Optimizer("SGD", lr=1e-5)), "lr_end <= lr"), (lambda: Steps(lr=-1), "lr above 0"),
         (lambda: Cosine(warmup=1), "warmup is a share"), (lambda: Linear(end=2), "end is a share"), (lambda: Geometric(end=0), "never ends at 0"),
+        (lambda: Steps(lr="0.1"), "lr should be float, got '0.1'"), (lambda: Steps(clip="no"), "clip should be"),
+        (lambda: Optimizer("Adam", capturable=True), "capturable"), (lambda: Optimizer("Adam", lr=float("nan")), "Invalid learning rate"),
         (lambda: KL(0), "temperature above 0"), (lambda: Features("layer"), "a tuple of names"), (lambda: -1 * KL(), "a weight from 0"),
         (lambda: FineTune(trains="scales"), "trains should be 'w' or 'side'"), (lambda: FineTune(along="biases"), "along should be"),
     ],
@@ -193,6 +197,24 @@ def test_features_by_hand() -> None:
     assert not own[0]._forward_hooks
 
 
+def test_features_of_a_module_that_gives_no_tensor() -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, str]:
+            return {"name": "x"}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.named = Named()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.named(x)
+            return x
+
+    with pytest.raises(SchemeError, match="named gives no tensor but a dict"):
+        answer_of(Net(), torch.ones(1, 2), ["named"])
+
+
 def test_hidden_states_are_those_transformers_gives() -> None:
     model = seeded(
         lambda: transformers.LlamaForCausalLM(tiny_config(hidden_size=32, num_hidden_layers=3, dtype="float32"))
@@ -257,6 +279,51 @@ def test_what_is_not_trained_does_not_move(trains: Any, along: Any) -> None:
         if name not in weights:
             moved = not torch.equal(tuned.get_parameter(name), parameter)
             assert moved == (along == "all" or (along == "norms" and parameter.dim() == 1)), name
+
+
+@dataclass(frozen=True)
+class Halves(Schedule):
+    """Half the rate in the second half."""
+
+    def fall(self, x: float) -> float:
+        return 1.0 if x < 0.5 else 0.5
+
+
+@dataclass(frozen=True)
+class Far(Loss):
+    """The mean absolute distance to the original's outputs."""
+
+    @property
+    def compares(self) -> bool:
+        return True
+
+    def __call__(self, own: Answer, original: Answer | None, batch: Any, task: Task) -> Tensor:
+        assert original is not None
+        distance: Tensor = (own.output - original.output).abs().mean()
+        return distance
+
+
+def test_a_schedule_and_a_loss_of_ones_own() -> None:
+    """The labels say nothing, so that only the original can be followed."""
+    given = task()
+    wrong = [(x, torch.zeros_like(y)) for x, y in given.train]
+    learn = Steps(lr=0.05, schedule=Halves(warmup=0.25), loss=Far())
+    _, found = recover_task(mlp(), "RTN(2, 'channel')", FineTune(30, learn, checks=3), Task(wrong, given.validation))
+    losses = [point["loss"] for point in found.curve[1:]]
+    assert losses[2] < losses[0]
+    assert [Halves().factor(t, 4) for t in range(4)] == [1, 1, 0.5, 0.5]
+
+
+def test_a_recovery_is_given_as_text() -> None:
+    problem = task()
+    data: dict[str, Any] = {"train": problem.train, "validation": problem.validation}
+    text, value = (
+        lc.recover(mlp(), "RTN(3, 'channel')", how, **data)[1]
+        for how in ("FineTune(4, checks=2)", FineTune(4, checks=2))
+    )
+    assert figures(text) == figures(value)
+    with pytest.raises(SchemeError, match="unknown 'FineTuned'; did you mean 'FineTune'"):
+        lc.recover(mlp(), "RTN(3, 'channel')", "FineTuned(4)", **data)
 
 
 def test_values_are_text() -> None:
