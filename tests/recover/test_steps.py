@@ -322,7 +322,7 @@ def test_a_recovery_is_given_as_text() -> None:
         for how in ("FineTune(4, checks=2)", FineTune(4, checks=2))
     )
     assert figures(text) == figures(value)
-    with pytest.raises(SchemeError, match="unknown 'FineTuned'; did you mean 'FineTune'"):
+    with pytest.raises(SchemeError, match="unknown 'FineTuned'.*did you mean 'FineTune'"):
         lc.recover(mlp(), "RTN(3, 'channel')", "FineTuned(4)", **data)
 
 
