@@ -5,11 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from laconic.engine.report import Report
+from laconic.host.told import SiteRecord
 from laconic.show.compare import quality_plot, row_of, write_comparison
 
 
 def report(bits: float, kl: float) -> Report:
-    site = {"name": "a", "role": "body", "shape": [4, 8], "bits": 32 * bits, "error": 0.1, "notes": []}
+    site = SiteRecord(
+        name="a",
+        aliases=[],
+        parameter="a.weight",
+        shape=[4, 8],
+        role="body",
+        method=f"RTN(bits={bits:g})",
+        kind="uniform",
+        bits=int(32 * bits),
+        bits_per_weight=bits,
+        error=0.1,
+        weight_error=0.1,
+        checksum=0,
+    ).to_json()
     metrics = {
         "perplexity": 10 + kl,
         "perplexity_interval": (9.0, 12.0),

@@ -6,14 +6,24 @@ import pytest
 from rich.console import Console
 
 from laconic.command.console import Terminal, markup, terminal_console
+from laconic.host.told import SiteRecord
 
-RECORD = {
-    "name": "block.0.[up]",
-    "bits_per_weight": 3.125,
-    "error": 0.0123,
-    "seconds": 0.5,
-    "notes": ["no token reached it"],
-}
+RECORD = SiteRecord(
+    name="block.0.[up]",
+    aliases=[],
+    parameter="block.0.up.weight",
+    shape=[4, 8],
+    role="body",
+    method="RTN(bits=3)",
+    kind="uniform",
+    bits=100,
+    bits_per_weight=3.125,
+    error=0.0123,
+    weight_error=0.1,
+    checksum=0,
+    notes=["no token reached it"],
+    seconds=0.5,
+)
 
 
 def drawn(terminal: Terminal) -> io.StringIO:

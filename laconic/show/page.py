@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from laconic.disk.files import write_json, write_text
@@ -48,7 +49,9 @@ def fill_page(template: str, **values: Any) -> str:
 def inline_svg(figure: Figure) -> str:
     """A figure as an SVG element to stand in a page, the same bytes at any time."""
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    with rc_context({"svg.hashsalt": "laconic"}):  # without one, the names of shapes are drawn anew each time
+        figure.savefig(stream, format="svg", metadata=metadata)
     return stream.getvalue()[stream.getvalue().index("<svg") :]
 
 
