@@ -16,6 +16,8 @@ from laconic.errors import CheckpointError
 from laconic.host.progress import Log
 from laconic.host.record import Record, plain
 from laconic.host.told import Preflight, SiteRecord
+from laconic.recover.curve import Point
+from laconic.search.records import TrialRecord
 
 SITE = [
     "name", "aliases", "parameter", "shape", "role", "method", "kind", "bits", "bits_per_weight", "error", "weight_error", "checksum", "notes",
@@ -52,6 +54,27 @@ def test_a_record_is_its_json_and_is_read_by_key() -> None:
     assert Inner.from_json({"value": 2.5, "new": 3}) == Inner(2.5)
     with pytest.raises(CheckpointError, match="a Inner without 'value'"):
         Inner.from_json({})
+
+
+def test_a_point_of_a_curve_says_what_its_recovery_tells_among_the_others() -> None:
+    point = Point(3, 0.5, 0.25, {"phase": "L-C", "skipped": 1})
+    told = {"minibatches": 3, "score": 0.5, "validation_loss": 0.25, "phase": "L-C", "skipped": 1}
+    assert list(point.to_json().items()) == list(told.items())
+    assert Point.from_json(json.loads(json.dumps(point.to_json()))) == point
+    assert (point["phase"], point.get("distance")) == ("L-C", None)
+    with pytest.raises(CheckpointError, match="without 'score'"):
+        Point.from_json({"minibatches": 3, "validation_loss": 1.0})
+
+
+def test_a_trial_is_read_back_from_its_study() -> None:
+    curve = [Point(0, 0.5, 0.25), Point(3, 0.75, 0.125, {"phase": "L-C"})]
+    record = TrialRecord(0.75, 0.5, [2.0], curve, False, False, None, 3, 4, 1.5, ["a note"])
+    attributes = json.loads(json.dumps(record.attributes()))
+    assert not attributes.keys() & {"score", "objectives", "late"}
+    assert TrialRecord.stored({**attributes, "score": 0.75, "late": 7, "stage": 1}, (2.0,)) == record
+    del attributes["curve"]
+    with pytest.raises(CheckpointError, match="without 'curve'"):
+        TrialRecord.stored({**attributes, "score": 0.75}, (2.0,))
 
 
 class Told(Log):

@@ -17,6 +17,7 @@ from laconic.errors import SchemeError
 from laconic.host.ambient import undisturbed
 from laconic.host.progress import Log, Progress
 from laconic.host.randomness import private_randomness
+from laconic.host.record import plain
 from laconic.measure.judging import OutputLoss, OutputScore
 from laconic.model.batches import Batch
 from laconic.model.sites import find_slots
@@ -25,6 +26,7 @@ from laconic.recover.batches import length_of, stream
 from laconic.recover.checkpoint import Checkpoints, Listener, StopRecovery
 from laconic.recover.compressed import Bench, Snapshot
 from laconic.recover.course import Course
+from laconic.recover.curve import Point
 from laconic.recover.lc import LC
 from laconic.recover.parsing import parse_recovery
 from laconic.recover.projection import Projection, compressed_slots, project_onto, reads_data
@@ -50,7 +52,7 @@ class Recovered:
     loss: float
     direct: float
     minibatches: int
-    curve: list[dict[str, Any]]
+    curve: list[Point]
     seconds: float
     stopped: bool = False
     test_score: float | None = None
@@ -61,9 +63,8 @@ class Recovered:
 
     def as_dict(self) -> dict[str, Any]:
         """The figures, for JSON."""
-        return {
-            key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("state", "projection", "types")
-        }
+        told = [name for name in self.__dataclass_fields__ if name not in ("state", "projection", "types")]
+        return {name: plain(getattr(self, name)) for name in told}
 
 
 def recover(
@@ -135,8 +136,8 @@ def recover_task(
     if not keep:
         checkpoints.done()
     return model, Recovered(
-        scheme=projection.scheme, score=snapshot.judgement.score, loss=snapshot.judgement.loss, direct=curve[0]["score"],
-        minibatches=curve[-1]["minibatches"], curve=curve, seconds=checkpoints.seconds, stopped=stopped, test_score=test_score,
+        scheme=projection.scheme, score=snapshot.judgement.score, loss=snapshot.judgement.loss, direct=curve[0].score,
+        minibatches=curve[-1].minibatches, curve=curve, seconds=checkpoints.seconds, stopped=stopped, test_score=test_score,
         notes=projection.notes, state=state, projection=projection, types=types,
     )  # fmt: skip
 
@@ -150,12 +151,12 @@ class _Heard:
     listen: Listener | None
     taken: int = 0
 
-    def __call__(self, found: dict[str, Any]) -> None:
+    def __call__(self, found: Point) -> None:
         curve = self.checkpoints.curve
         if not any(found is point for point in curve):  # which a checkpoint's are
             curve.append(found)
-        self.progress.advance(found["minibatches"] - self.taken, f"validation score {found['score']:.4f}")
-        self.taken = found["minibatches"]
+        self.progress.advance(found.minibatches - self.taken, f"validation score {found.score:.4f}")
+        self.taken = found.minibatches
         if self.listen is not None:
             self.listen(found)
 

@@ -17,9 +17,11 @@ from laconic.disk.tensors import checksum_of
 from laconic.errors import CheckpointError, OutputError
 from laconic.host.foreign import parse_object
 from laconic.host.progress import logger
+from laconic.host.record import plain
 from laconic.measure.judging import Judgement
 from laconic.model.sites import Slot
 from laconic.recover.compressed import Bench, Best, Snapshot
+from laconic.recover.curve import Point
 from laconic.recover.train import Trainer
 from laconic.weights import Weight, unpack
 from laconic.weights.base import pack
@@ -28,7 +30,7 @@ from laconic.weights.spec import nested, prefixed
 STATE = "recovery.safetensors"
 _TOLD = {"fingerprint", "crc", "done", "trainer", "best", "specs", "curve", "notes", "seconds"}
 
-Listener = Callable[[dict[str, Any]], None]
+Listener = Callable[[Point], None]
 """Is told every point of the learning curve; raising StopRecovery from it ends the recovery with the best found so
 far.
 """
@@ -67,7 +69,7 @@ class Checkpoints:
     began: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
-        self.curve: list[dict[str, Any]] = []
+        self.curve: list[Point] = []
         self._told: dict[str, Any] | None = None
         self._before = 0.0
         if self.folder is None and self.resuming:
@@ -170,7 +172,7 @@ class Checkpoints:
             "trainer": None if trainer is None else trainer.counts(),
             "best": [best.judgement.loss, best.judgement.score, best.judgement.examples, best.minibatches],
             "specs": specs,
-            "curve": self.curve,
+            "curve": plain(self.curve),
             "notes": bench.projection.notes,
             "seconds": self.seconds,
         }
@@ -199,13 +201,14 @@ class Checkpoints:
             found = {which: _placed(bench, weights) for which, weights in self._weights(told, tensors).items()}
             loss, score, examples, minibatches = told["best"]
             best.offer(Snapshot(found["best"], nested(tensors, "best"), Judgement(loss, score, examples), minibatches))
+            curve = [Point.from_json(point) for point in told["curve"]]
             saved = Saved(
                 file=self._file, weights=found["now"], done=int(told["done"]), state=nested(tensors, "state"),
                 optimizer=nested(tensors, "optimizer"), counts=told["trainer"],
             )  # fmt: skip
         except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
             raise CheckpointError(f"{self._file}: damaged, or of another version: {error}") from error
-        self.curve, self._before = told["curve"], told["seconds"]
+        self.curve, self._before = curve, told["seconds"]
         for point in self.curve[:-1]:
             with suppress(StopRecovery):  # what more was trained is there
                 listen(point)

@@ -12,6 +12,7 @@ from laconic.model.sites import Slot
 from laconic.recover.base import Recovery
 from laconic.recover.checkpoint import Checkpoints, Listener, Saved
 from laconic.recover.compressed import Bench, Best, Snapshot
+from laconic.recover.curve import Point
 from laconic.recover.memory import memory_of
 from laconic.recover.train import Trainer
 from laconic.weights import Weight
@@ -72,7 +73,7 @@ class Course:
             return Start(saved.weights, saved.done, saved.state, saved)
         weights = self.bench.projection.compress(self.bench.values())
         self.best.offer(self.bench.judged(clones(weights), 0))
-        self.listen(point(self.best.found, **({"phase": "direct"} | more(weights))))
+        self.listen(_point(self.best.found, **({"phase": "direct"} | more(weights))))
         return Start(weights)
 
     def offer(
@@ -90,7 +91,7 @@ class Course:
         self.best.offer(found)
         skipped = {} if trainer is None else {"skipped": trainer.skipped}
         try:
-            self.listen(point(found, **told, **skipped))
+            self.listen(_point(found, **told, **skipped))
         finally:  # also when that ends the run: another can go on from here
             self.checkpoints.write(self.bench, weights, self.best.found, done, trainer=trainer, state=state)
         return found
@@ -119,14 +120,9 @@ class Course:
             )
 
 
-def point(snapshot: Snapshot, **more: Any) -> dict[str, Any]:
+def _point(snapshot: Snapshot, **told: Any) -> Point:
     """A point of the learning curve."""
-    return {
-        "minibatches": snapshot.minibatches,
-        "score": snapshot.judgement.score,
-        "validation_loss": snapshot.judgement.loss,
-        **more,
-    }
+    return Point(snapshot.minibatches, snapshot.judgement.score, snapshot.judgement.loss, told)
 
 
 def clones(weights: Mapping[Slot, Weight]) -> dict[Slot, Weight]:

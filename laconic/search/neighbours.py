@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laconic.recover.curve import Point
+
 _SLACK = 0.25  # more than the largest share of the gap that a finished run closed is allowed for
 
 
@@ -40,9 +42,9 @@ def nearest(values: Mapping[str, Any], finished: Sequence[Neighbour]) -> Neighbo
 
 
 def hopeless(
-    curve: Sequence[dict[str, Any]],
+    curve: Sequence[Point],
     total: int,
-    finished: Sequence[Sequence[dict[str, Any]]],
+    finished: Sequence[Sequence[Point]],
     reference: float,
     floor: float,
 ) -> bool:
@@ -53,12 +55,12 @@ def hopeless(
     Only those that were behind the floor there say anything; two are needed, and half of this run has to be done. An
     estimate: a trial can be given up wrongly, which costs sparsity and never accuracy.
     """
-    done = curve[-1]["minibatches"] / max(total, 1)
+    done = curve[-1].minibatches / max(total, 1)
     if not 0.5 <= done < 1:
         return False
     closed = []
     for other in finished:
-        here = _best_score([p for p in other if p["minibatches"] <= done * other[-1]["minibatches"]])
+        here = _best_score([p for p in other if p.minibatches <= done * other[-1].minibatches])
         if here < floor:
             closed.append((_best_score(other) - here) / (reference - here))
     if len(closed) < 2:
@@ -67,5 +69,5 @@ def hopeless(
     return here + min(1.0, (1 + _SLACK) * max(closed)) * (reference - here) < floor
 
 
-def _best_score(curve: Sequence[dict[str, Any]]) -> float:
-    return max(point["score"] for point in curve)
+def _best_score(curve: Sequence[Point]) -> float:
+    return max(point.score for point in curve)

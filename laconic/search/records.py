@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from laconic.host.record import Record
+from laconic.recover.curve import Point
 
 Objective = float | list[float]
 """The value of the one objective, or those of all."""
@@ -25,7 +26,7 @@ class TrialRecord(Record):
     score: float
     direct_score: float
     objectives: list[float]
-    curve: list[dict[str, Any]]
+    curve: list[Point]
     late: bool
     stopped_early: bool
     warm_from: int | None
@@ -42,7 +43,10 @@ class TrialRecord(Record):
     @classmethod
     def stored(cls, attributes: dict[str, Any], objectives: Sequence[float] | None) -> Self:
         """A finished trial as the study has it. Raises: CheckpointError where an attribute is missing."""
-        return cls.from_json({**attributes, "objectives": list(objectives or ()), "late": False})
+        told = {**attributes, "objectives": list(objectives or ()), "late": False}
+        if "curve" in told:
+            told["curve"] = [Point.from_json(point) for point in told["curve"]]
+        return cls.from_json(told)
 
 
 @dataclass(frozen=True)

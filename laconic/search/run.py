@@ -27,6 +27,7 @@ from laconic.methods.free import Free
 from laconic.model.sites import find_slots
 from laconic.recover import Recovery, Task
 from laconic.recover.call import first_batches
+from laconic.recover.curve import Point
 from laconic.scheme.filling import fix
 from laconic.scheme.text import Scheme, describe, parse
 from laconic.search.checks import STUDY, check_first, check_folder, clear_folder, original_score, remarks, some_value
@@ -324,7 +325,7 @@ def _neighbours(finished: Sequence[Any], trials: Trials) -> list[Neighbour]:
     return [Neighbour(None, {}, None), *(Neighbour(t.number, dict(t.params), trials.state(folder_of(t))) for t in kept)]
 
 
-def _complete_curves(finished: Sequence[Any]) -> list[list[dict[str, Any]]]:
+def _complete_curves(finished: Sequence[Any]) -> list[list[Point]]:
     """The learning curves of trials that went to their end."""
     told = [TrialRecord.stored(t.user_attrs, t.values) for t in finished]
     return [one.curve for one in told if not one.stopped_early and math.isfinite(one.score)]

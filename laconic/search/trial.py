@@ -26,6 +26,7 @@ from laconic.model.batches import Batch
 from laconic.model.sites import Slot
 from laconic.recover import Direct, Recovered, Recovery, StopRecovery, Task, recover_task
 from laconic.recover.checkpoint import STATE as UNFINISHED
+from laconic.recover.curve import Point
 from laconic.recover.projection import Projection
 from laconic.scheme.filling import fix
 from laconic.scheme.text import Scheme
@@ -82,7 +83,7 @@ class Trials:
         number: int,
         values: Mapping[str, Any],
         neighbour: Neighbour | None,
-        curves: Sequence[Sequence[dict[str, Any]]],
+        curves: Sequence[Sequence[Point]],
         deadline: float | None,
         progress: Progress,
         interrupted: Sequence[int] = (),
@@ -99,13 +100,13 @@ class Trials:
         else:
             neighbour = None
         scheme = fix(self.scheme, values, self.slots)
-        curve: list[dict[str, Any]] = []
+        curve: list[Point] = []
         total, late = how.total_on(self.model, self.slots), False
 
-        def listen(point: dict[str, Any]) -> None:
+        def listen(point: Point) -> None:
             nonlocal late
             curve.append(point)
-            late = deadline is not None and time.time() > deadline and point["minibatches"] < total
+            late = deadline is not None and time.time() > deadline and point.minibatches < total
             if late or (self.early_stop and hopeless(curve, total, curves, self.reference, self.floor)):
                 raise StopRecovery
 
@@ -158,7 +159,7 @@ class Trials:
             late=late and score < self.floor,
             stopped_early=recovery.stopped,
             warm_from=neighbour.number if neighbour is not None else None,
-            minibatches=curve[-1]["minibatches"] if curve else 0,
+            minibatches=curve[-1].minibatches if curve else 0,
             cold_minibatches=self.how.total_on(self.model, self.slots),
             seconds=time.time() - began + earlier,
             notes=[*recovery.notes, *([diverged] if diverged else [])],

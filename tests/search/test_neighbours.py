@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 
 import laconic as lc
+from laconic.recover.curve import Point
 from laconic.search.neighbours import Neighbour, hopeless, nearest
 from laconic.search.remains import Survivors, after_cut
 
 
-def point(minibatches: int, score: float) -> dict[str, Any]:
-    return {"minibatches": minibatches, "score": score}
+def point(minibatches: int, score: float) -> Point:
+    return Point(minibatches, score, 0.0)
 
 
-def curve(*scores: float) -> list[dict[str, Any]]:
+def curve(*scores: float) -> list[Point]:
     return [point(10 * i, score) for i, score in enumerate(scores)]
 
 
