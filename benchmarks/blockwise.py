@@ -1,11 +1,13 @@
-"""Rounding and scales trained block by block after RTN and GPTQ, in groups of 64: KL on two held-out texts, stored bytes, seconds.
+"""Rounding and scales trained block by block after RTN and GPTQ, in groups of 64: KL on two held-out texts, stored
+bytes, seconds.
 
     python benchmarks/blockwise.py                       # about 15 minutes on one CPU core
     python benchmarks/blockwise.py --bits 2 --steps 200
 
-books-llama-7m, everything but the tied embedding compressed. Every figure is of the stored files, read back. The recoveries see the same
-minibatches, from which GPTQ has its statistics too; `GPTQ, compress` is the command that reads as many windows of the same text and takes its
-statistics from the compressed prefix. Seconds are of compression and training, not of storing and measuring.
+books-llama-7m, everything but the tied embedding compressed. Every figure is of the stored files, read back. The
+recoveries see the same minibatches, from which GPTQ has its statistics too; `GPTQ, compress` is the command that reads
+as many windows of the same text and takes its statistics from the compressed prefix. Seconds are of compression and
+training, not of storing and measuring.
 """
 
 import argparse
@@ -101,6 +103,7 @@ def main() -> None:
         batch=args.batch, seed=args.seed, dtype="auto",
     )  # fmt: skip
     task = Task(task.train, task.validation)
+    name = "blockwise" if len(args.bits) > 1 else f"blockwise-{args.bits[0]}bits"
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
 
@@ -109,7 +112,7 @@ def main() -> None:
             row = {"bits": bits, "scheme": scheme, "trained": trained} | make(out)
             rows.append(row | judge.measure(out))
             show(f"{len(rows)}", rows[-1:], COLUMNS)
-            record("blockwise", rows, args)
+            record(name, rows, args)
 
         for bits in args.bits:
             gptq = f"GPTQ(bits={bits}, group=64)"

@@ -50,6 +50,13 @@ def recover(
     bits: Annotated[
         int | None, typer.Option(min=1, max=8, help="Bits per weight of --method; 3 for dkm, 4 for llm-qat.")
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="A compressed directory made of the model: instead of compressing, its blocks are trained one after the "
+            "other, with one in memory at a time, by --recovery AdaRound(...) or Blockwise(...)."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The directory to write.")] = Path("recovered"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")] = False,
@@ -71,6 +78,32 @@ def recover(
         from laconic.recover.deliver import check_folder, recover_directory
         from laconic.recover.projection import compressed_slots
 
+        if start is not None:
+            others = {
+                "--task": task,
+                "--test": test,
+                "--scheme": scheme,
+                "--plan": plan,
+                "--method": method,
+                "--bits": bits,
+            }
+            _refuse_beside_start(others)
+            with Terminal(quiet=as_json, brief=True) as terminal:
+                told = _part_by_part(
+                    source, start, recovery, data, out, length or LENGTH, batch or BATCH, seed=seed, device=device,
+                    resume=resume, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=terminal,
+                )  # fmt: skip
+            if as_json:
+                emit(told)
+                return
+            print_rows(
+                [
+                    (part["part"], part["note"] or f"error {part['before']:.4g} to {part['after']:.4g}")
+                    for part in told["parts"]
+                ]
+            )
+            err.print(f"model: {shown(out)}", markup=False)
+            return
         choice = _choice(scheme, plan, recovery, method, bits)
         chosen = choice.scheme
         problem = Problem(
@@ -120,6 +153,38 @@ def recover(
         err.print(f"model: {shown(out)}, figures: {shown(out / 'recovery.json')}", markup=False)
 
     guard(work, "; what is finished is kept: run the same command with --resume")
+
+
+def _refuse_beside_start(given: dict[str, Any]) -> None:
+    """Raises SchemeError for options that say how a model is compressed or judged, beside one that is compressed."""
+    for name, value in given.items():
+        if value is not None:
+            raise SchemeError(
+                f"--start is compressed already, and its blocks are trained without labels: leave out {name}"
+            )
+
+
+def _part_by_part(
+    source: str | None, start: Path, recovery: str | None, data: str | None, out: Path, length: int, batch: int, *, seed: int,
+    trust_remote_code: bool, progress: Terminal, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What the blocks of a compressed directory were trained to, on a text."""
+    from laconic.data.text import calibration_windows, read_text
+    from laconic.disk.load import fetch, load_tokenizer
+    from laconic.recover import parse_recovery
+    from laconic.recover.blockwise import Reconstruction
+    from laconic.recover.directory import reconstruct_directory
+
+    if source is None or recovery is None or data is None:
+        raise SchemeError("--start needs the model it was made of, --recovery and --data, a text")
+    how = parse_recovery(recovery)
+    if not isinstance(how, Reconstruction):
+        raise SchemeError(f"--start: expected AdaRound(...) or Blockwise(...) as --recovery, got {recovery}")
+    tokenizer = load_tokenizer(fetch(source), trust_remote_code)
+    windows = calibration_windows(read_text(data), tokenizer, how.samples * batch, length, seed, data)
+    return reconstruct_directory(
+        source, start, how, windows.batches(batch), out, seed=seed, trust_remote_code=trust_remote_code, progress=progress, **options
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -123,12 +123,15 @@ class Run:
     def _part_files(self) -> list[Path]:
         return sorted(self.work.glob("part-*.safetensors"))
 
+    def file(self, part: str) -> Path:
+        """The file that a finished part is in."""
+        return self.work / f"part-{hashlib.sha256(part.encode()).hexdigest()[:12]}.safetensors"
+
     def commit(self, part: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Write a finished part. Raises: OutputError when the disk is full; earlier parts are kept and the run can be resumed."""
-        name = hashlib.sha256(part.encode()).hexdigest()[:12]
         with disk_errors(self.out):
             told = {"laconic": json.dumps(record | {"part": part}), "run": self.mark}
-            atomically(self.work / f"part-{name}.safetensors", tensors, seal(tensors, told))
+            atomically(self.file(part), tensors, seal(tensors, told))
 
     def finish(self, manifest: dict[str, Any], beside: Companions | None, config: dict[str, Any]) -> None:
         """Turn the parts into a model directory: shards, their index, config, the model's other files, and the manifest last."""

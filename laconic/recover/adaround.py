@@ -25,18 +25,21 @@ _LEFT = 1e-3  # the least distance of h from 0 and 1 in the beginning: at the en
 
 @dataclass(frozen=True, repr=False)
 class AdaRound(Reconstruction):
-    """Learned rounding onto grids that stay as they are: W~ = s (clip(floor(W / s + z) + h(V), n, p) - z), with V trained.
+    """Learned rounding onto grids that stay as they are: W~ = s (clip(floor(W / s + z) + h(V), n, p) - z), with V
+    trained.
 
         h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1),                      zeta = 1.1, gamma = -0.1
         loss = mean squared error of the part / that of the start + lam mean(1 - |2 h(V) - 1|^beta)
 
-    The penalty drives h to 0 or 1 while `beta` falls from its first to its second value; it begins after `warmup` of the steps. `start="weight"`
-    begins where h is the fraction, so that the soft weights are W; "codes" with the codes that compression found (error feedback leaves others than
-    the nearest), each against its neighbour on W's side. Sites that are stored on no uniform grid are left alone.
-    Deviations: the paper's loss sums over outputs with lambda = 0.01; here both terms are means, relative to the start, so that one lam fits all
-    parts. Blocks, as in BRECQ, and not single layers are matched by default (`per="layer"` is the paper's). Values beyond a grid's end choose between
-    its last two points.
-    Source: Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", eqs. 21 to 25; Li et al. 2021 (BRECQ).
+    The penalty drives h to 0 or 1 while `beta` falls from its first to its second value; it begins after `warmup` of
+    the steps. `start="weight"` begins where h is the fraction, so that the soft weights are W; "codes" with the codes
+    that compression found (error feedback leaves others than the nearest), each against its neighbour on W's side.
+    Sites that are stored on no uniform grid are left alone.
+    Deviations: the paper's loss sums over outputs with lambda = 0.01; here both terms are means, relative to the start,
+    so that one lam fits all parts. Blocks, as in BRECQ, and not single layers are matched by default (`per="layer"` is
+    the paper's). Values beyond a grid's end choose between its last two points.
+    Source: Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", eqs. 21 to 25; Li et al.
+    2021 (BRECQ).
     """
 
     steps: int = 400
@@ -57,7 +60,7 @@ class AdaRound(Reconstruction):
         if not (len(self.beta) == 2 and self.beta[0] >= self.beta[1] > 0):
             raise SchemeError(f"AdaRound: beta falls from a first to a second value above 0, got {self.beta!r}")
 
-    def relaxation(self, method: Method, weight: Weight, W: Tensor) -> Relaxation | None:
+    def relaxation(self, method: Method | None, weight: Weight, W: Tensor) -> Relaxation | None:
         if not isinstance(weight, Uniform):
             return None
         return RoundingLogits(weight, W, self.start, self.warmup, self.beta)
@@ -71,9 +74,11 @@ class AdaRound(Reconstruction):
 
 
 class RoundingLogits(Carrying):
-    """A uniform weight whose codes are `below` or one more; V says which. Training mode: soft, below + h(V). Evaluation: the nearer of the two.
+    """A uniform weight whose codes are `below` or one more; V says which. Training mode: soft, below + h(V).
+    Evaluation: the nearer of the two.
 
-    w is not looked at: the grid's position of W [out, in] is taken when this is made. `advance` anneals `beta`, infinite during the warm-up.
+    w is not looked at: the grid's position of W [out, in] is taken when this is made. `advance` anneals `beta`,
+    infinite during the warm-up.
     Source: Nagel et al. 2020, eqs. 22 to 24.
     """
 

@@ -1,10 +1,12 @@
-"""Block reconstruction: one part of a model after the other is trained to answer as the original does, on inputs from the compressed prefix."""
+"""Block reconstruction: one part of a model after the other is trained to answer as the original does, on inputs from
+the compressed prefix.
+"""
 
 import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +45,17 @@ def adam(lr: float) -> Steps:
 class Reconstruction(Recovery):
     """What recoveries that go part by part share.
 
-    Each block of the chain (`per="layer"`: each layer that holds a site; where the model is no chain, each element of its containers) is trained
-    for `steps` minibatches, drawn from `samples` minibatches of training data, to answer as the original does: the mean squared error, weighted
-    by Fisher information if asked. Its inputs are those the compressed prefix gives; `target="original"` is what the original answers to its own
-    inputs (the asymmetric target, which makes up for what the prefix lost), "compressed" what it answers to these. A share `held` of the minibatches
-    is not trained on: on them each of `checks` states is measured, as it would be stored, and the best is kept, or the start where none is better.
-    `patience`: checks without a better state after which a part is left. The whole model is judged after every `every` parts, and at the end; after
-    each part the state is stored, where there is a folder. The learning rate of `learn` is relative to the size of what is trained.
-    Memory: a copy of the model, and four states per block and minibatch. Cost: steps x a forward and a backward pass of every part.
+    Each block of the chain (`per="layer"`: each layer that holds a site; where the model is no chain, each element of
+    its containers) is trained for `steps` minibatches, drawn from `samples` minibatches of training data, to answer as
+    the original does: the mean squared error, weighted by Fisher information if asked. Its inputs are those the
+    compressed prefix gives; `target="original"` is what the original answers to its own inputs (the asymmetric target,
+    which makes up for what the prefix lost), "compressed" what it answers to these. A share `held` of the minibatches
+    is not trained on: on them each of `checks` states is measured, as it would be stored, and the best is kept, or the
+    start where none is better. `patience`: checks without a better state after which a part is left. The whole model is
+    judged after every `every` parts, and at the end; after each part the state is stored, where there is a folder. The
+    learning rate of `learn` is relative to the size of what is trained.
+    Memory: a copy of the model, and four states per block and minibatch. Cost: steps x a forward and a backward pass of
+    every part.
     """
 
     steps: int = 300
@@ -92,8 +97,11 @@ class Reconstruction(Recovery):
         self.learn.check(list(model.parameters()))
 
     @abstractmethod
-    def relaxation(self, method: Method, weight: Weight, W: Tensor) -> Relaxation | None:
-        """What a site [out, in] is trained through; None leaves it as compression made it."""
+    def relaxation(self, method: Method | None, weight: Weight, W: Tensor) -> Relaxation | None:
+        """What a site [out, in] is trained through; None leaves it as compression made it.
+
+        `method` made the weight; it is None where the weight was read from a directory.
+        """
 
     def along(self, state: Tensor) -> bool:
         """Whether a parameter that is no site is trained with the sites of its part."""
@@ -104,7 +112,7 @@ class Reconstruction(Recovery):
         return None
 
     def run(self, course: "Course") -> None:
-        """Direct compression, then part after part. Raises: SchemeError where no part has anything that can be trained."""
+        """Direct compression, then part after part. Raises: SchemeError where nothing in any part can be trained."""
         original = copy.deepcopy(course.bench.model).eval().requires_grad_(False)
         _Walk(course, self, original, course.begin()).run()
 
@@ -113,9 +121,11 @@ class Reconstruction(Recovery):
 class Blockwise(Reconstruction):
     """Part by part, what compression left free is trained to match the original's answers.
 
-    `trains`: "side" scales, float zero points, tables, low-rank factors and dense parts, codes and masks as they are; "w" the uncompressed values
-    through what their method makes of them (straight through, or soft clusters); "none". `beside`: "norms" trains norms and biases of the part too.
-    Source: Li et al. 2021 (BRECQ), section 3.2 (block reconstruction, Fisher weights); Nagel et al. 2020, eq. 25 (asymmetric target).
+    `trains`: "side" scales, float zero points, tables, low-rank factors and dense parts, codes and masks as they are;
+    "w" the uncompressed values through what their method makes of them (straight through, or soft clusters); "none".
+    `beside`: "norms" trains norms and biases of the part too.
+    Source: Li et al. 2021 (BRECQ), section 3.2 (block reconstruction, Fisher weights); Nagel et al. 2020, eq. 25
+    (asymmetric target).
     """
 
     patience: int | None = 2
@@ -129,8 +139,12 @@ class Blockwise(Reconstruction):
         if self.trains == "none" and self.beside == "none":
             raise SchemeError("Blockwise: with trains='none' and beside='none' there is nothing to train")
 
-    def relaxation(self, method: Method, weight: Weight, W: Tensor) -> Relaxation | None:
+    def relaxation(self, method: Method | None, weight: Weight, W: Tensor) -> Relaxation | None:
         if self.trains == "w":
+            if method is None:
+                raise SchemeError(
+                    f"{self!r}: of a stored weight only what is beside its codes can be trained; say trains='side'"
+                )
             return method.relax(weight, W)
         return Tuned(weight) if self.trains == "side" and float_states(weight) else None
 
@@ -139,7 +153,9 @@ class Blockwise(Reconstruction):
 
 
 class _Walk:
-    """A module in memory, part by part. `original` holds the uncompressed w; the bench's module the compressed values, as far as they are."""
+    """A module in memory, part by part. `original` holds the uncompressed w; the bench's module the compressed values,
+    as far as they are.
+    """
 
     def __init__(self, course: "Course", how: Reconstruction, original: nn.Module, start: "Start") -> None:
         self.course, self.how, self.original, self.weights = course, how, original, start.weights
@@ -192,7 +208,7 @@ class _Walk:
         self.taken += fitting.taken
         self.trained |= set(trainee.relaxations)
         if fitting.found is None:
-            self.bench.projection.notes.append(_why_left(part.path, fitting))
+            self.bench.projection.notes.append(why_left(part.path, fitting))
             return
         self.weights |= fitting.found.weights
         with torch.no_grad():
@@ -202,30 +218,14 @@ class _Walk:
                 part.module.get_parameter(name).copy_(state)
 
     def _trainee(self, part: Part) -> Trainee:
-        prefix = f"{part.path}." if part.path else ""
-        relaxations: dict[Slot, Relaxation] = {}
-        w: dict[Slot, nn.Parameter] = {}
-        for slot in self.bench.projection.slots:
-            if slot in self.trained or not all(name.startswith(prefix) for name in slot.parameters):
-                continue
-            matrix = slot.view.matrix(self.original.get_parameter(slot.parameter)).clone()
-            found = self.how.relaxation(self.bench.projection.chosen[slot], self.weights[slot], matrix)
-            if found is not None:
-                relaxations[slot], w[slot] = found.to(self.device), nn.Parameter(matrix)
-        sites = {id(parameter) for parameter in self.bench.parameters.values()}
-        along = {
-            name: state
-            for name, state in part.module.named_parameters()
-            if id(state) not in sites and state.is_floating_point() and self.how.along(state)
-        }
-        return Trainee(
-            relaxations,
-            w,
-            names={slot: [name.removeprefix(prefix) for name in slot.parameters] for slot in relaxations},
-            beside={name: nn.Parameter(state.detach().clone()) for name, state in along.items()},
-            types={name: t for name in along if (t := self.bench.types.get(prefix + name)) is not None},
-            masks={name: self._silent[id(state)] for name, state in along.items() if id(state) in self._silent},
-        )
+        bench, sites = self.bench, []
+        for slot in within(part, bench.projection.slots):
+            if slot not in self.trained:
+                W = slot.view.matrix(self.original.get_parameter(slot.parameter))
+                sites.append(Trained(slot, bench.projection.chosen[slot], self.weights[slot], W))
+        compressed = {id(parameter) for parameter in bench.parameters.values()}
+        beside = {name: p for name, p in part.module.named_parameters() if id(p) not in compressed}
+        return trainee_of(self.how, part, sites, beside, bench.types, self._silent)
 
     def _state(self) -> Mapping[str, Tensor]:
         trained = [i for i, slot in enumerate(self.bench.projection.slots) if slot in self.trained]
@@ -253,7 +253,56 @@ class _Walk:
             )
 
 
-def _why_left(path: str, fitting: Fitting) -> str:
+class Trained(NamedTuple):
+    """A site of a part, for `trainee_of`: its method, its weight as compression made it, and its uncompressed values W
+    [out, in].
+    """
+
+    slot: Slot
+    method: Method | None
+    weight: Weight
+    W: Tensor
+
+
+def within(part: Part, slots: Sequence[Slot]) -> list[Slot]:
+    """The sites all of whose users lie in a part."""
+    prefix = f"{part.path}." if part.path else ""
+    return [slot for slot in slots if all(name.startswith(prefix) for name in slot.parameters)]
+
+
+def trainee_of(
+    how: Reconstruction,
+    part: Part,
+    sites: Sequence[Trained],
+    beside: Mapping[str, Tensor],
+    types: Mapping[str, torch.dtype],
+    masks: Mapping[int, Tensor],
+) -> Trainee:
+    """What a recovery trains in a part: of its sites those it has a relaxation for, and of the tensors `beside` them
+    those it wants.
+
+    `types`: of stored tensors, by their names in the model; `masks`: by the identity of tensors beside the sites.
+    """
+    prefix = f"{part.path}." if part.path else ""
+    relaxations: dict[Slot, Relaxation] = {}
+    w: dict[Slot, nn.Parameter] = {}
+    for site in sites:
+        matrix = site.W.detach().clone()
+        found = how.relaxation(site.method, site.weight.to(matrix.device), matrix)
+        if found is not None:
+            relaxations[site.slot], w[site.slot] = found.to(matrix.device), nn.Parameter(matrix)
+    along = {name: state for name, state in beside.items() if state.is_floating_point() and how.along(state)}
+    return Trainee(
+        relaxations,
+        w,
+        names={slot: [name.removeprefix(prefix) for name in slot.parameters] for slot in relaxations},
+        beside={name: nn.Parameter(state.detach().clone()) for name, state in along.items()},
+        types={name: dtype for name in along if (dtype := types.get(prefix + name)) is not None},
+        masks={name: masks[id(state)] for name, state in along.items() if id(state) in masks},
+    )
+
+
+def why_left(path: str, fitting: Fitting) -> str:
     """Why a part is as compression left it."""
     where = path or "the model"
     if fitting.fault:
@@ -261,6 +310,6 @@ def _why_left(path: str, fitting: Fitting) -> str:
     if not fitting.taken:
         return f"{where}: as compression left it: it answers exactly as the original does"
     return (
-        f"{where}: as compression left it: no check in {fitting.taken} minibatches of training came below the start's error on held-out ones "
-        f"({fitting.before:.4g} of that on the others)"
+        f"{where}: as compression left it: no check in {fitting.taken} minibatches of training came below the start's "
+        f"error on held-out ones ({fitting.before:.4g} of that on the others)"
     )

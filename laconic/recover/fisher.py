@@ -79,9 +79,7 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 @contextmanager
 def asking_gradients(module: nn.Module) -> Iterator[None]:
-    """The module's float parameters ask for a gradient inside this context, so that its answer has one; none is
-    kept.
-    """
+    """The module's float parameters ask for a gradient inside this context, so that its answer has one."""
     asked = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
     for parameter in asked:
         parameter.requires_grad_()

@@ -50,9 +50,7 @@ class Trainee:
         ]
 
     def instead(self, stored: bool = False) -> dict[str, Tensor]:
-        """The tensors in the parameters' places, differentiable in what is trained; `stored`: as they would be
-        stored.
-        """
+        """The tensors in the parameters' places, differentiable; `stored`: as they would be stored."""
         found: dict[str, Tensor] = {}
         for slot, relaxation in self.relaxations.items():
             seen = slot.view.restore(relaxation.train(not stored)(self.w[slot]))

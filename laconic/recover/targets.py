@@ -293,8 +293,8 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _first(output: Any) -> Tensor:
-    """What is compared of a module's answer: its logits, or its first float tensor. Raises: RecoveryError where it has
-    none.
+    """What is compared of a module's answer: its logits, or its first float tensor.
+    Raises: RecoveryError where it has none.
     """
     logits = getattr(output, "logits", None)
     found = [logits] if isinstance(logits, Tensor) else _tensors(output)

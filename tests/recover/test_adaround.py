@@ -28,7 +28,9 @@ def matrix(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_the_formulas_by_hand() -> None:
-    """s = 1, z = 0, w = 0.25, 1.5 and -1: below 0, 1 and -1 or -2, h the fraction; V = 0 is h = 1/2, where nothing is decided."""
+    """s = 1, z = 0, w = 0.25, 1.5 and -1: below 0, 1 and -1 or -2, h the fraction; V = 0 is h = 1/2, where nothing is
+    decided.
+    """
     weight = Uniform((1, 3), bits=4, group="tensor", symmetric=True)
     weight.set_step(1.0)
     W = torch.tensor([[0.25, 1.5, -1.0]])
@@ -104,7 +106,9 @@ def correlated(columns: int, factors: int = 3, count: int = 256) -> Tensor:
 
 
 def test_it_is_nearly_the_best_of_all_roundings_of_a_small_layer() -> None:
-    """2 x 6 weights: all 2^6 ways to round a row up and down are tried. With one factor nearest rounding has about 20 times the least error."""
+    """2 x 6 weights: all 2^6 ways to round a row up and down are tried. With one factor nearest rounding has about 20
+    times the least error.
+    """
     net = seeded(lambda: nn.Linear(6, 2, bias=False), 1)
     X, W = correlated(6, factors=1), net.weight.detach()
     how = AdaRound(steps=300, samples=14, checks=1, learn=Steps("adam", lr=0.1, lr_end=0.01, clip=None))

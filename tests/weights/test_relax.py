@@ -129,7 +129,9 @@ def test_its_state_dict_says_all_that_is_stored(make: Any) -> None:
 
 
 def test_it_is_what_a_module_trains() -> None:
-    """Its states are parameters of whatever holds it: any optimizer finds them, and casting the module leaves them exact."""
+    """Its states are parameters of whatever holds it: any optimizer finds them, and casting the module leaves them
+    exact.
+    """
     holder = nn.Module()
     holder.relaxation = Tuned(WEIGHTS["uniform"](matrix()))
     assert [tuple(p.shape) for p in holder.parameters()] == [(2, 6)]
