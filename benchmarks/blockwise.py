@@ -26,6 +26,7 @@ from laconic.disk.store import stored_bytes
 from laconic.engine.module import half_types, save
 from laconic.model.batches import unlabelled
 from laconic.recover import AdaRound, Blockwise, Direct, Recovery, Task, recover_task
+from laconic.recover.blockwise import adam
 from laconic.recover.text import complete_directory, text_task
 from laconic.weights import installed
 
@@ -47,13 +48,14 @@ COLUMNS = (
 def recoveries(args: argparse.Namespace) -> list[tuple[str, str, Recovery]]:
     """(method, what trains it in words, the recovery) of every row at a width."""
     common: dict[str, Any] = {"steps": args.steps, "samples": args.samples, "every": 99}
+    rounding = common | {"learn": adam(args.lr), "checks": 1}
     return [
         ("RTN", "", Direct()),
         ("GPTQ", "", Direct()),
-        ("GPTQ", "AdaRound from its codes", AdaRound(**common, start="codes")),
+        ("GPTQ", "AdaRound from its codes", AdaRound(**rounding, start="codes")),
         ("GPTQ", "scales and norms", Blockwise(**common)),
-        ("RTN", "AdaRound", AdaRound(**common)),
-        ("GPTQ", "AdaRound on its grid", AdaRound(**common)),
+        ("RTN", "AdaRound", AdaRound(**rounding)),
+        ("GPTQ", "AdaRound on its grid", AdaRound(**rounding)),
     ]
 
 
@@ -90,9 +92,11 @@ def main() -> None:
     args_parser = parser(__doc__)
     args_parser.add_argument("--tokens", type=int, default=24576, help="of each text, in windows of 256")
     args_parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
-    args_parser.add_argument("--steps", type=int, default=200, help="minibatches a block is trained for")
-    args_parser.add_argument("--samples", type=int, default=48, help="minibatches of training text")
+    args_parser.add_argument("--steps", type=int, default=100, help="minibatches a block is trained for")
+    args_parser.add_argument("--samples", type=int, default=24, help="minibatches of training text")
     args_parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens in a minibatch")
+    args_parser.add_argument("--lr", type=float, default=0.06, help="of AdaRound: the fewer steps, the higher")
+    args_parser.add_argument("--only", default="", help="only rows whose scheme and training contain this")
     args_parser.add_argument("--threads", type=int, default=1)
     args = args_parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -108,6 +112,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def add(bits: int, scheme: str, trained: str, make: Any) -> None:
+            if args.only.lower() not in f"{scheme} {trained}".lower():
+                return
             out = Path(folder) / str(len(rows))
             row = {"bits": bits, "scheme": scheme, "trained": trained} | make(out)
             rows.append(row | judge.measure(out))
