@@ -75,11 +75,12 @@ def test_methods_that_read_gradients_recover_a_language_model(scheme: str, how: 
 
 def test_a_search_reads_gradients_of_a_language_model(tiny: Path, text: Path, tmp_path: Path) -> None:
     extra("optuna")
+    from laconic.measure.objectives import stored_bytes
     from laconic.search import SearchOptions, search_task
 
     model, task = text_task(tiny, text, length=32, batch=8, train_tokens=2048, check_tokens=512)
     scheme = "[('lm_head', Keep()), ('*', Magnitude(Free(0.01, 0.1), criterion='taylor', scope='model') >> RTN(8, 32))]"
-    goal = lc.Minimize(lc.objectives.stored_bytes)
+    goal = lc.Minimize(stored_bytes)
     found = search_task(
         model, scheme, task, (goal,), lc.within(2.0), Direct(), tmp_path / "out", SearchOptions(trials=2), Log()
     )
