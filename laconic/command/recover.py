@@ -53,8 +53,8 @@ def recover(
     start: Annotated[
         Path | None,
         typer.Option(
-            help="A compressed directory made of the model: instead of compressing, its blocks are trained one after the "
-            "other, with one in memory at a time, by --recovery AdaRound(...) or Blockwise(...)."
+            help="A compressed directory made of the model: instead of compressing, its blocks are trained one after "
+            "the other, with one in memory at a time, by --recovery AdaRound(...) or Blockwise(...)."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The directory to write.")] = Path("recovered"),
@@ -165,9 +165,19 @@ def _refuse_beside_start(given: dict[str, Any]) -> None:
 
 
 def _part_by_part(
-    source: str | None, start: Path, recovery: str | None, data: str | None, out: Path, length: int, batch: int, *, seed: int,
-    trust_remote_code: bool, progress: Terminal, **options: Any,
-) -> dict[str, Any]:  # fmt: skip
+    source: str | None,
+    start: Path,
+    recovery: str | None,
+    data: str | None,
+    out: Path,
+    length: int,
+    batch: int,
+    *,
+    seed: int,
+    trust_remote_code: bool,
+    progress: Terminal,
+    **options: Any,
+) -> dict[str, Any]:
     """What the blocks of a compressed directory were trained to, on a text."""
     from laconic.data.text import calibration_windows, read_text
     from laconic.disk.load import fetch, load_tokenizer
@@ -183,8 +193,16 @@ def _part_by_part(
     tokenizer = load_tokenizer(fetch(source), trust_remote_code)
     windows = calibration_windows(read_text(data), tokenizer, how.samples * batch, length, seed, data)
     return reconstruct_directory(
-        source, start, how, windows.batches(batch), out, seed=seed, trust_remote_code=trust_remote_code, progress=progress, **options
-    )  # fmt: skip
+        source,
+        start,
+        how,
+        windows.batches(batch),
+        out,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+        **options,
+    )
 
 
 @dataclass(frozen=True)

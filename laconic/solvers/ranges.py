@@ -8,9 +8,8 @@ from torch import Tensor
 
 from laconic.weights.inputs import Inputs, round_input
 
-_COARSE = [
-    2.0 ** (-k / 4) for k in range(40)
-]  # shares of a range: from all of it to a thousandth, where only outliers make it so wide
+# shares of a range: from all of it to a thousandth, where only outliers make it so wide
+_COARSE = [2.0 ** (-k / 4) for k in range(40)]
 _FINE = [2.0 ** (k / 32) for k in range(-7, 8)]  # around the best of them
 _ROUNDS = 2  # of a search for one end after the other
 

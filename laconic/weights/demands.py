@@ -94,9 +94,8 @@ class OutputHook:
         bias = _bias(self.source)
         if bias is None:
             return output
-        places = (
-            layer.weight.dim() - 2 if isinstance(layer, Convolution) else 0
-        )  # their channels come before the places
+        # their channels come before the places
+        places = layer.weight.dim() - 2 if isinstance(layer, Convolution) else 0
         return output + bias.to(output).view(-1, *(1,) * places)
 
 
