@@ -22,8 +22,9 @@ import torch
 from language import TEXTS, Judge
 
 import laconic as lc
+from laconic.disk.state import half_types
 from laconic.disk.store import stored_bytes
-from laconic.engine.module import half_types, save
+from laconic.engine.saved import save
 from laconic.model.batches import unlabelled
 from laconic.recover import AdaRound, Blockwise, Direct, Recovery, Task, recover_task
 from laconic.recover.blockwise import adam

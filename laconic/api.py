@@ -3,8 +3,8 @@
 from laconic.clustering import dkm_decode
 from laconic.disk import hf as _hf  # noqa: F401 - registers compressed directories with transformers, whatever became of `registration`
 from laconic.disk.load import load
-from laconic.engine.module import load_into, save
 from laconic.engine.report import Report
+from laconic.engine.saved import load_into, save
 from laconic.errors import (
     CheckpointError,
     DataError,

@@ -3,16 +3,25 @@ loses the model."""
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
+from laconic.data.reading import Material
+from laconic.disk.load import CompressedCheckpoint
+from laconic.disk.originals import Checkpoint
 from laconic.disk.output import Run
 from laconic.disk.store import Compressed, stored_bytes
+from laconic.engine.options import Options
 from laconic.engine.report import Report, read_report
 from laconic.errors import LaconicError, OutputError, ReportError
 from laconic.host.clock import Clock
 from laconic.host.foreign import last_line
-from laconic.host.progress import peak_memory
+from laconic.host.machine import pick_dtype
+from laconic.host.progress import Progress, peak_memory
+from laconic.measure.quality import perplexity, predicts, similarity
 from laconic.show.page import write_report
 
 Measure = Callable[[], dict[str, Any]]
@@ -109,3 +118,14 @@ class _Survived:
 def _words(error: BaseException) -> str:
     """An error in one line."""
     return " ".join((str(error) if isinstance(error, LaconicError) else last_line(error)).split())[:300]
+
+
+def quality_of(
+    out: Path, checkpoint: Checkpoint, test: Material, options: Options, device: torch.device, progress: Progress
+) -> dict[str, Any]:
+    """The stored model against the original on the test windows."""
+    progress.start("evaluating what was stored", 1)
+    stored = CompressedCheckpoint(out, trust_remote_code=options.trust_remote_code)
+    if not predicts(checkpoint.skeleton, test):
+        return {"data": test.source, **similarity(stored, checkpoint, test, pick_dtype(options.dtype), device)}
+    return perplexity(stored, test, reference=checkpoint, dtype=pick_dtype(options.dtype), device=device).as_dict()

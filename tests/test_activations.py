@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import laconic as lc
-import laconic.engine.passes
+import laconic.engine.directory
 from laconic.disk.load import open_source
 from laconic.disk.store import MANIFEST, Compressed, write_manifest
 from laconic.errors import CheckpointError, SchemeError, VerificationError
@@ -530,7 +530,7 @@ def test_a_look_up_in_a_manifest(tiny: Path, text: Path, tmp_path: Path) -> None
 def test_verification_notices_when_it_is_lost(
     tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = laconic.engine.passes.pack_weights
+    original = laconic.engine.directory.pack_weights
 
     def forgetful(weights: Any) -> Any:
         tensors, specs = original(weights)
@@ -538,7 +538,7 @@ def test_verification_notices_when_it_is_lost(
             name: {key: value for key, value in spec.items() if key != "input_bits"} for name, spec in specs.items()
         }
 
-    monkeypatch.setattr(laconic.engine.passes, "pack_weights", forgetful)
+    monkeypatch.setattr(laconic.engine.directory, "pack_weights", forgetful)
     with pytest.raises(VerificationError, match="does not decode to what was computed"):
         compress_directory(tiny, Rounded(4), tmp_path / "out", Options(data=str(text), evaluate=False))
 

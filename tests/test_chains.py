@@ -11,15 +11,17 @@ import transformers
 from torch import Tensor, nn
 
 import laconic as lc
-from laconic.disk.load import build_skeleton
-from laconic.engine.preflight import preflight
-from laconic.engine.walk import Shelf, parameters_of, survey, survey_whole
+from laconic.disk.skeletons import build_skeleton
+from laconic.engine.preflight import load_of, plan_directory, preflight
+from laconic.engine.shelf import Shelf
+from laconic.engine.survey import survey, survey_whole
+from laconic.engine.walk import parameters_of
 from laconic.host.progress import Log
 from laconic.model.batches import examples_in
 from laconic.model.blocks import BlockModel, InMemory, find_chain, open_chain
 from laconic.model.calling import call
 from laconic.model.sites import Site, Slot, Stats, find_slots
-from laconic.pipeline import Options, _load_of, compress_directory, plan_directory
+from laconic.pipeline import Options, compress_directory
 from laconic.recover.projection import project_onto
 from tests.conftest import tiny_config
 
@@ -337,7 +339,7 @@ def test_a_model_that_is_run_whole_is_told_with_the_memory_of_that(tmp_path: Pat
     assert find_chain(checkpoint.skeleton) == "model.decoder.layers"
     progress = Planned()
     compress_directory(source, scheme, tmp_path / "out", options, progress)
-    expected = preflight(checkpoint, chosen, _load_of(checkpoint, chosen, options), None)["stages"]
+    expected = preflight(checkpoint, chosen, load_of(checkpoint, chosen, options), None)["stages"]
     told = {name: stage["bytes"] for name, stage in progress.told["stages"].items()}
     assert told == {name: stage["bytes"] for name, stage in expected.items()}
     assert told["compression"] > plan["stages"]["compression"]["bytes"]

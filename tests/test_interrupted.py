@@ -179,10 +179,10 @@ def whole(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return out, run(tiny, RTN, out, data=str(text))
 
 
-FAILS = [(what, RuntimeError("not enough memory")) for what in ("_quality", "generation_samples", "write_report")]
+FAILS = [(what, RuntimeError("not enough memory")) for what in ("quality_of", "generation_samples", "write_report")]
 
 
-@pytest.mark.parametrize(("what", "error"), [*FAILS, ("_quality", KeyboardInterrupt())])
+@pytest.mark.parametrize(("what", "error"), [*FAILS, ("quality_of", KeyboardInterrupt())])
 def test_what_fails_after_the_weights_is_repeated_alone(
     what: str,
     error: BaseException,
@@ -212,9 +212,9 @@ def test_what_fails_after_the_weights_is_repeated_alone(
             for note in json.loads((out / "report.json").read_text())["notes"]
         )
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_stored_model", failing)  # which would be the work again
-        if what != "_quality":
-            patch.setattr(pipeline, "_quality", failing)
+        patch.setattr(pipeline, "stored_model", failing)  # which would be the work again
+        if what != "quality_of":
+            patch.setattr(pipeline, "quality_of", failing)
         report = run(tiny, RTN, out, data=str(text), resume=True)
     assert report.metrics["kl"] >= 0
     assert not any("complete" in note for note in report.notes)
@@ -444,7 +444,7 @@ def test_damaged_work_is_said_and_done_again(
 
 def test_many_logits_are_taken_in_parts_to_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient is softmax - label, whichever labels were drawn, and the loss is that of these labels."""
-    import laconic.engine.walk as calibrate
+    import laconic.engine.losses as calibrate
 
     logits = (3 * torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))).requires_grad_()
     monkeypatch.setattr(calibrate, "MANY", 100)

@@ -10,9 +10,13 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from laconic.disk.load import Checkpoint, build_skeleton
+from laconic.disk.originals import Checkpoint
+from laconic.disk.skeletons import build_skeleton
+from laconic.engine.losses import sampled_labels
+from laconic.engine.shelf import Shelf
 from laconic.engine.statistics import Statistics
-from laconic.engine.walk import Shelf, parameters_of, sampled_labels, survey, survey_whole, units, walk
+from laconic.engine.survey import survey, survey_whole
+from laconic.engine.walk import parameters_of, units, walk
 from laconic.errors import CheckpointError
 from laconic.model.blocks import BlockModel, InMemory, find_chain
 from laconic.model.residence import Residence

@@ -157,7 +157,7 @@ def dying(temporary, file):
         os.kill(os.getpid(), signal.SIGKILL)
     settle(temporary, file)
 files.settle = assemble.settle = dying
-from laconic.engine.walk import Shelf
+from laconic.engine.shelf import Shelf
 put = Shelf.put
 def shelved(self, key, tensors):
     global count
@@ -285,10 +285,10 @@ def test_somebody_elses_files_are_never_removed(tiny: Path, tmp_path: Path) -> N
 def test_an_unfinished_run_is_continued_by_itself_only(
     tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import laconic.pipeline as pipeline
+    import laconic.engine.directory as directory
 
     out = tmp_path / "out"
-    monkeypatch.setattr(pipeline, "commit_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(directory, "commit_rest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(tiny, "RTN(bits=4, group=32)", out, data=str(text), evaluate=False)
     monkeypatch.undo()
@@ -512,7 +512,7 @@ def test_verification_notices_a_wrong_byte(
     tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault between computing and writing is caught by reading back, not by a user."""
-    import laconic.engine.passes as passes
+    import laconic.engine.directory as passes
 
     original = passes.pack_weights
 

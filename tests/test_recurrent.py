@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import laconic as lc
+from laconic.engine.losses import random_projection
 from laconic.engine.statistics import Statistics
-from laconic.engine.walk import random_projection
 from laconic.model.sites import Slot, Stats, find_slots
 from laconic.weights.install import bake, installed
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from laconic.disk.load import build_skeleton
+from laconic.disk.skeletons import build_skeleton
 from laconic.engine.resolve import resolve
 from laconic.errors import SchemeError
 from laconic.methods.base import Method

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import laconic as lc
-from laconic.disk.load import Checkpoint, open_source
+from laconic.disk.load import open_source
+from laconic.disk.originals import Checkpoint
 from laconic.disk.store import Compressed
 from laconic.disk.ties import differing
 from laconic.errors import CheckpointError

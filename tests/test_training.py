@@ -17,8 +17,8 @@ extra("torch_pruning")
 extra("sklearn")
 
 import laconic as lc
+from laconic.disk.ours import RECOVERY as RESULT
 from laconic.disk.store import MANIFEST, read_manifest, stored_bytes
-from laconic.recover.deliver import RESULT
 from laconic.recover.recipes import recipe
 from laconic.recover.text import text_task
 from laconic.weights import installed

@@ -17,7 +17,8 @@ from laconic.data.reading import Material, Reader
 from laconic.data.sampled import Vocabulary, sample_windows, vocabulary_of
 from laconic.data.text import Windows
 from laconic.disk.files import atomically, disk_errors, seal
-from laconic.disk.load import Checkpoint, load_tokenizer
+from laconic.disk.load import load_tokenizer
+from laconic.disk.originals import Checkpoint
 from laconic.disk.output import Run
 from laconic.errors import CheckpointError, DataError
 from laconic.host.progress import Progress

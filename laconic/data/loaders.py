@@ -17,7 +17,7 @@ from laconic.data.modality import accepts, decoder_start, main_input
 from laconic.disk.tensors import bytes_of
 from laconic.errors import DataError
 from laconic.host.randomness import private_randomness
-from laconic.model.batches import Batch, examples_in
+from laconic.model.batches import Batch, examples_in, usable
 
 EXPECTED = (
     "an iterable of batches (a list, a DataLoader, a data set), each a tensor, a dict of tensors or a tuple whose "
@@ -250,8 +250,13 @@ def uncached(batch: Batch, model: nn.Module) -> Batch:
         return batch
     named = batch
     if not isinstance(batch, dict):
-        named = {main_input(model): batch[0] if isinstance(batch, tuple) else batch}
+        named = {main_input(model): batch[0] if isinstance(batch, list | tuple) else batch}
     return {**named, "use_cache": named.get("use_cache", False)}
+
+
+def ready(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
+    """Batches as statistics of a model are gathered from them: no caches, no padding, tensors that gradients can pass through."""
+    return [part for batch in batches for part in without_padding(uncached(usable(batch), model))]
 
 
 @dataclass(frozen=True)

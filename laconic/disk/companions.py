@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from laconic.disk.ours import OF_EVERY_OUTPUT, is_result
 from laconic.errors import CheckpointError
 
 WEIGHTS = (
@@ -20,13 +21,6 @@ WEIGHTS = (
 _INDEXES = ("*.safetensors.index.json", "*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json")
 _ADAPTERS = ("adapter_config.json", "adapter_model.*")  # half an adapter makes transformers look for its weights
 _CODE = ("*.py", "*.pyc", "*.so", "*.pyd", "*.dll", "*.dylib", "*.ipynb", "*.sh")
-_WRITTEN = (
-    "config.json",
-    "laconic.json",
-    "report.json",
-    "report.html",
-    "recovery.json",
-)  # which every output has of its own
 _FOREIGN = (
     "checkpoint-[0-9]*",
     "__pycache__",
@@ -77,7 +71,7 @@ def companions(source: Path, *, trusted: bool, model: Collection[Path] = (), out
                 left.setdefault("weights that are no part of the model", []).append(name)
         elif not trusted and any(fnmatch(name, pattern) for pattern in _CODE):
             left.setdefault("code, which --trust-remote-code carries over", []).append(name)
-        elif name in _WRITTEN:
+        elif name in OF_EVERY_OUTPUT:
             continue
         elif not file.exists():
             left.setdefault("links to nowhere", []).append(name)
@@ -115,7 +109,7 @@ def _walk(folder: Path, source: Path, seen: set[Path]) -> Iterator[tuple[Path, s
                 yield file, file.relative_to(source).as_posix()
             continue
         there = file.resolve()
-        if there not in seen and not (file / "laconic.json").exists() and not (file / ".laconic").exists():
+        if there not in seen and not is_result(file):
             seen.add(there)
             yield from _walk(file, source, seen)
 

@@ -5,8 +5,8 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,13 +15,23 @@ from laconic.disk.assemble import assemble
 from laconic.disk.companions import Companions
 from laconic.disk.files import atomically, disk_errors, read_seal, read_sealed_json, seal, write_json, write_sealed_json
 from laconic.disk.lock import LOCK
+from laconic.disk.ours import (
+    CONFIG,
+    DONE,
+    REPORT_HTML,
+    REPORT_JSON,
+    WORK,
+    copied_names,
+    earlier_files,
+    is_of_model,
+    relative_paths,
+    remove,
+    unfinished_files,
+)  # fmt: skip
 from laconic.disk.store import MANIFEST, amend_manifest, write_manifest
-from laconic.disk.tensors import INDEX
 from laconic.errors import CheckpointError, OutputError
 from laconic.weights.spec import Spec
 
-_WORK = ".laconic"
-_DONE = ".laconic-done"  # the folder of a complete run, on its way out
 _RUN, _NOTES, _VERIFIED = "run.json", "notes.json", "verified.json"
 
 
@@ -37,7 +47,7 @@ class Run:
     def __init__(
         self, out: Path, fingerprint: dict[str, Any], *, resume: bool = False, overwrite: bool = False
     ) -> None:
-        self.out, self.work, self.fingerprint = out, out / _WORK, json.loads(json.dumps(fingerprint))
+        self.out, self.work, self.fingerprint = out, out / WORK, json.loads(json.dumps(fingerprint))
         self.mark = hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:12]
         self.mended: list[str] = []
         check_out(out, resume=resume, overwrite=overwrite)
@@ -50,7 +60,7 @@ class Run:
                 self._tidy()
                 return
             self.work.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(out / _DONE, ignore_errors=True)
+            shutil.rmtree(out / DONE, ignore_errors=True)
             if (self.work / _RUN).exists():
                 self._claim()
             else:
@@ -141,7 +151,7 @@ class Run:
             assemble(self._part_files(), self.out)
             if beside is not None:
                 beside.copy_to(self.out)
-            write_json(self.out / "config.json", config, indent=2)
+            write_json(self.out / CONFIG, config, indent=2)
             write_manifest(self.out, manifest | {"copied": copied, "run": self.fingerprint}, config=True)
 
     def describe(self, **fields: Any) -> None:
@@ -170,14 +180,14 @@ class Run:
     def close(self) -> None:
         """The run is complete: only the model and its report stay. The folder is renamed first: half of one must never look like a run."""
         if not self.closed:
-            shutil.rmtree(self.out / _DONE, ignore_errors=True)
-            self.work.rename(self.out / _DONE)
+            shutil.rmtree(self.out / DONE, ignore_errors=True)
+            self.work.rename(self.out / DONE)
         self._tidy()
 
     def _tidy(self) -> None:
         """Remove what a kill left of a run that is complete."""
-        shutil.rmtree(self.out / _DONE, ignore_errors=True)
-        remove(self.out, [file for name in _names(self.out) if (file := self.out / f"{name}.tmp").is_file()])
+        shutil.rmtree(self.out / DONE, ignore_errors=True)
+        remove(self.out, unfinished_files(self.out, _ours(self.out), skip=(WORK, DONE)))
 
 
 def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
@@ -187,13 +197,13 @@ def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
     if overwrite:
         _removable(out)
         return
-    if (out / _WORK / _RUN).exists():
+    if (out / WORK / _RUN).exists():
         if not resume:
             raise OutputError(
                 f"{out}: holds an unfinished run; pass --resume to go on with it or --overwrite to replace it"
             )
         return
-    others = [file.name for file in out.iterdir() if file.name not in (_WORK, _DONE, LOCK)]
+    others = [file.name for file in out.iterdir() if file.name not in (WORK, DONE, LOCK)]
     if not others:
         return
     if not resume:
@@ -212,7 +222,7 @@ def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
 
 def _is_closed(out: Path) -> bool:
     """Whether a directory holds the complete result of a run."""
-    return (out / MANIFEST).is_file() and not (out / _WORK / _RUN).exists()
+    return (out / MANIFEST).is_file() and not (out / WORK / _RUN).exists()
 
 
 def _manifest_run(out: Path) -> dict[str, Any]:
@@ -226,15 +236,6 @@ def _manifest_run(out: Path) -> dict[str, Any]:
             f"{out}: nothing to resume: it holds a model that does not say which run made it; pass --overwrite to replace it"
         )
     return run
-
-
-def earlier_files(out: Path, writer: str, ours: Callable[[Path], bool]) -> list[Path]:
-    """What an earlier run of a `writer` left in a folder, by name. Raises: OutputError where anything is there that is not `ours`."""
-    found = sorted(file for file in out.iterdir() if file.name != LOCK) if out.is_dir() else []
-    for file in found:
-        if not ours(file):
-            raise OutputError(f"{out}: holds files that no {writer} wrote ({file.name}); choose another directory")
-    return found
 
 
 def finite(value: Any) -> Any:
@@ -252,83 +253,31 @@ def clear(out: Path) -> None:
     The records of what is ours go last, so that a kill leaves a directory that can be cleared again.
     """
     remove(out, [file for file in _removable(out) if file != out / MANIFEST])
-    if (out / _WORK).exists():
-        shutil.rmtree(out / _DONE, ignore_errors=True)
-        (out / _WORK).rename(out / _DONE)
-    shutil.rmtree(out / _DONE, ignore_errors=True)
+    if (out / WORK).exists():
+        shutil.rmtree(out / DONE, ignore_errors=True)
+        (out / WORK).rename(out / DONE)
+    shutil.rmtree(out / DONE, ignore_errors=True)
     (out / MANIFEST).unlink(missing_ok=True)
-
-
-def remove(out: Path, files: Iterable[Path]) -> None:
-    """Remove files below a folder, and the folders below it that they leave empty."""
-    for file in files:
-        file.unlink(missing_ok=True)
-        for folder in file.parents:
-            if folder == out or any(folder.iterdir()):
-                break
-            folder.rmdir()
 
 
 def _removable(out: Path) -> list[Path]:
     """The files of an earlier run. Raises: OutputError where anything else is in the directory."""
-    ours, found = _names(out), []
-    for file in below(out, skip=(_WORK, _DONE, LOCK)):
-        if file.is_dir() or file.relative_to(out).as_posix().removesuffix(".tmp") not in ours:
-            raise OutputError(
-                f"{out}: holds files that no run of laconic wrote ({file.relative_to(out)}); choose another directory"
-            )
-        found.append(file)
-    return found
+    return earlier_files(out, "run of laconic", _ours(out), skip=(WORK, DONE))
 
 
-def below(folder: Path, skip: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Every file below a folder, links and empty folders among them; no link is followed."""
-    for file in sorted(folder.iterdir()):
-        if file.name in skip:
-            continue
-        if file.is_dir() and not file.is_symlink() and any(file.iterdir()):
-            yield from below(file)
-        else:
-            yield file
-
-
-def _names(out: Path) -> set[str]:
-    """The paths in a directory of the files that the run wrote whose result, or whose beginning, is there."""
-    names = {*copied_names(out / MANIFEST), *_noted_copies(out)}
-    if (out / _WORK / _RUN).is_file() or (out / MANIFEST).is_file():
-        names |= {"report.json", "report.html", "config.json", MANIFEST, INDEX, "model.safetensors"}
-        names |= {
-            name
-            for file in out.glob("model-*.safetensors*")
-            if (name := file.name.removesuffix(".tmp")).endswith(".safetensors")
-        }
-    return names
+def _ours(out: Path) -> Callable[[str], bool]:
+    """Whether a path in a directory is that of a file which the run writes whose result, or whose beginning, is there."""
+    copied = {*copied_names(out / MANIFEST), *_noted_copies(out)}
+    begun = (out / WORK / _RUN).is_file() or (out / MANIFEST).is_file()
+    return lambda name: name in copied or (begun and (is_of_model(name) or name in (REPORT_JSON, REPORT_HTML)))
 
 
 def _noted_copies(out: Path) -> list[str]:
     """The paths of the files that an unfinished run copies; none from a record that cannot be read."""
     try:
-        return _relative(read_sealed_json(out / _WORK / _NOTES).get("copied"))
+        return relative_paths(read_sealed_json(out / WORK / _NOTES).get("copied"))
     except (CheckpointError, AttributeError):
         return []
-
-
-def copied_names(record: Path) -> list[str]:
-    """The paths of the files a run copied beside its model; none from a record that cannot be read."""
-    try:
-        return _relative(json.loads(record.read_text(encoding="utf-8")).get("copied"))
-    except (OSError, ValueError, AttributeError):
-        return []
-
-
-def _relative(names: Any) -> list[str]:
-    """Those that are paths below a folder, and nothing that leads out of it."""
-    names = names if isinstance(names, list) else []
-    return [
-        name
-        for name in names
-        if isinstance(name, str) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-    ]
 
 
 def _same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:

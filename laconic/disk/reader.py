@@ -1,6 +1,6 @@
 """How transformers' loader is told of a compressed directory: which parameters it will not find, and what they decode to."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
+from laconic.disk.places import slots_of
 from laconic.disk.store import MANIFEST, Compressed
 from laconic.disk.ties import differing
 from laconic.errors import CheckpointError
 from laconic.host.ambient import undisturbed
-from laconic.model.sites import Slot, find_slots, stored_uses
 from laconic.weights.demands import set_demands
 
 
@@ -26,22 +26,12 @@ class Filling:
         if verify:
             self.stored.verify()
         self.places = _places(model, self.stored)
-        for slot in self._slots():
-            if slot.parameter in self.places:
-                for layer in slot.layers(model):  # no random values, which would also move the user's generator
-                    if (
-                        next(layer.buffers(recurse=False), None) is None
-                    ):  # but a buffer that is not stored (Gemma's scale) is made only then
-                        layer._is_hf_initialized = True  # type: ignore[assignment]
+        for slot in slots_of(model, self.stored, self.places).values():
+            for layer in slot.layers(model):  # no random values, which would also move the user's generator
+                if next(layer.buffers(recurse=False), None) is None:  # one not stored (Gemma's scale) is made only then
+                    layer._is_hf_initialized = True  # type: ignore[assignment]
         self._settle_ties()
-        self._ignore({*self.places, *self.stored.weights})
-
-    def _slots(self) -> list[Slot]:
-        """The model's sites, seen as what was stored was seen."""
-        views = self.stored.manifest.get("views", {})
-        if isinstance(views, Mapping):
-            views = {place: views[name] for place, name in self.places.items() if name in views}
-        return find_slots(self.model, stored_uses(self.model, views, self.places))
+        self._ignore({*self.places.values(), *self.stored.weights})
 
     def _settle_ties(self) -> None:
         """A tie is stored once: what is stored under two of its names is none. What is decoded later is not missing."""
@@ -53,7 +43,7 @@ class Filling:
         present = set(_in_model(self.model, self.stored.names).values())
         for _, name in differing(groups, sources, present, lambda one, other: False):
             del sources[name]
-        model, places = self.model, self.places
+        model, places = self.model, set(self.places.values())
 
         def tie_weights(missing_keys: set[str] | None = None, **options: Any) -> Any:
             if missing_keys is not None:
@@ -73,30 +63,18 @@ class Filling:
     @torch.no_grad()
     def finish(self) -> None:
         """Decode every stored weight that the model has a place for. Raises: CheckpointError where one does not fit its place."""
-        model, stored = self.model, self.stored
-        del model.tie_weights
-        slots = {name: slot for slot in self._slots() for name in slot.parameters}
-        for place, name in self.places.items():
-            spec = stored.weights[name]
-            if place not in slots or tuple(spec["shape"]) != slots[place].shape:
-                raise CheckpointError(
-                    f"{stored.path}: stores {name} as {spec['shape']}, which the configured model does not have"
-                )
-            self._fill(slots[place], name)
-
-    def _fill(self, slot: Slot, name: str) -> None:
-        path, parameter = slot.users[0]
-        target = getattr(self.model.get_submodule(path), parameter)
-        target.copy_(slot.view.restore(self.stored.weight(name).forward()))
-        layers = slot.layers(self.model)
-        self.stored.check_layers(name, layers)
-        for layer in layers:
-            if (demands := self.stored.demands(name)) is not None:
-                set_demands(layer, demands.to(target.device))
+        del self.model.tie_weights
+        for name, slot in slots_of(self.model, self.stored, self.places).items():
+            path, parameter = slot.users[0]
+            target = getattr(self.model.get_submodule(path), parameter)
+            target.copy_(slot.view.restore(self.stored.weight(name).forward()))
+            for layer in slot.layers(self.model):
+                if (demands := self.stored.demands(name)) is not None:
+                    set_demands(layer, demands.to(target.device))
 
 
 def _places(model: nn.Module, stored: Compressed) -> dict[str, str]:
-    """Where in a model each stored weight belongs: the parameter's name in the model -> the stored name.
+    """Where in a model each stored weight belongs: the stored name -> the parameter's name in the model.
 
     A model of another class than the one that was stored (the base model, another head) has other prefixes, and does not have every weight.
     Raises: CheckpointError where a model of the stored class does not have one.
@@ -105,7 +83,7 @@ def _places(model: nn.Module, stored: Compressed) -> dict[str, str]:
     places = {}
     for name, place in _in_model(model, stored.weights).items():
         if place in parameters:
-            places[place] = name
+            places[name] = place
         elif type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
             shape = stored.weights[name]["shape"]
             raise CheckpointError(f"{stored.path}: stores {name} as {shape}, which the configured model does not have")

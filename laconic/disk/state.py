@@ -139,6 +139,20 @@ def plain_value(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
+def plain_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors of a plain module's state, every tie once."""
+    tensors = [
+        value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)
+    ]  # extra state can be anything
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+def half_types(model: nn.Module) -> dict[str, torch.dtype]:
+    """The types of a module's 16-bit float tensors, by name."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.dtype for name, tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)}
+
+
 def not_stored(model: nn.Module) -> dict[str, str]:
     """Type and CRC-32 of every non-persistent buffer: a module's constructor makes them, and a reader can tell whether it made the same."""
     found = {}

@@ -1,6 +1,5 @@
 """Compressed models on disk: safetensors shards and one JSON that says how each weight decodes; checked before anything is read."""
 
-import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,6 @@ from laconic.weights.spec import Spec
 
 MANIFEST = "laconic.json"
 SCHEMA = 1
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}[.]safetensors")
 
 
 class Compressed:
@@ -156,13 +154,6 @@ def stored_bytes(path: Path) -> int:
     """
     manifest = path / MANIFEST
     return TensorFiles(path).bytes + (manifest.stat().st_size if manifest.is_file() else 0)
-
-
-def remove_shards(folder: Path) -> None:
-    """Remove the shards and the index of an earlier model of ours, over which a single `model.safetensors` was just written."""
-    for file in [folder / INDEX, *folder.glob("*.safetensors")]:
-        if file.name == INDEX or _SHARD.fullmatch(file.name):
-            file.unlink(missing_ok=True)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], *, config: bool = False) -> None:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from laconic.disk.load import Checkpoint
+from laconic.disk.originals import Checkpoint
+from laconic.engine.losses import MANY, PART
 from laconic.engine.plan import Plan
-from laconic.engine.walk import MANY, PART, units
+from laconic.engine.walk import units
 from laconic.host.told import Cost
 from laconic.model.calling import COMPARED, LOGITS
 from laconic.model.sites import NONE, Slot, Stats

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laconic.disk.ours import REPORT_JSON
 from laconic.engine.coverage import coverage_line
 from laconic.host.told import SiteRecord
 
-REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 _WORST = 10
 _DERIVED = ("bits_per_weight", "matrix_bits", "worst", "by_class")  # of the values
 

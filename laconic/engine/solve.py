@@ -2,14 +2,13 @@
 
 import re
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from laconic.disk.tensors import is_finite
+from laconic.disk.verify import checksum
 from laconic.engine.walk import Stage
 from laconic.errors import SchemeError
 from laconic.host.told import SiteRecord
@@ -21,7 +20,9 @@ from laconic.solvers.output_error import output_error
 from laconic.weights import Weight
 from laconic.weights.demands import Demands, check_demands, set_demands
 
-_ROWS = 2048  # decoded at a time for a checksum
+Told_co = TypeVar("Told_co", covariant=True)
+Told = TypeVar("Told")
+"""What is told of a site: the report's record, or less."""
 
 
 def fed_alike(methods: Mapping[Slot, Method], inputs: Mapping[Slot, int | None]) -> list[list[Slot]]:
@@ -44,41 +45,47 @@ def solve_sites(method: Method, sites: Sequence[Site]) -> list[Weight]:
         raise error if named else SchemeError(f"{', '.join(names)}: {error}") from error
 
 
+class Place(Protocol[Told_co]):
+    """What `solve_stage` asks of where weights live (`loop.Home`)."""
+
+    def matrix(self, slot: Slot) -> Tensor: ...
+    def known(self, site: Site) -> Site: ...
+    def record(self, slot: Slot, method: Method, site: Site, weight: Weight, seconds: float) -> Told_co: ...
+
+
 def solve_stage(
-    stage: Stage, chosen: Mapping[Slot, Method], model: nn.Module, given: Callable[[Site], Site], seed: int
-) -> Iterator[tuple[Slot, Weight, SiteRecord]]:
-    """The weight of every site of a stage, and the record of it; `given` adds to a site what was kept for it before.
+    stage: Stage, methods: Mapping[Slot, Method], home: Place[Told], seed: int
+) -> Iterator[tuple[Slot, Weight, Told]]:
+    """The weight of every site of a stage, and the record of it.
 
     Raises: SchemeError with the name of a site, DataError where its statistics are not finite.
     """
     statistics = stage.statistics
     if statistics is None:
         return
-    chosen = {slot: fitted(chosen[slot], slot.shape) for slot in stage.slots}
-    for slots in fed_alike(chosen, {slot: statistics.input_of(slot) for slot in stage.slots}):
+    methods = {slot: fitted(methods[slot], slot.shape) for slot in stage.slots}
+    for slots in fed_alike(methods, {slot: statistics.input_of(slot) for slot in stage.slots}):
         started = time.perf_counter()
-        described = [given(statistics.describe(slot, matrix_of(model, slot), seed)) for slot in slots]
-        sites = [completed(site, chosen[slot].wants) for slot, site in zip(slots, described, strict=True)]
+        described = [home.known(statistics.describe(slot, home.matrix(slot), seed)) for slot in slots]
+        sites = [completed(site, methods[slot].wants) for slot, site in zip(slots, described, strict=True)]
         del described
         for slot in slots:
             statistics.forget(slot)
-        weights = solve_sites(chosen[slots[0]], sites)
-        for slot, weight in zip(slots, weights, strict=True):
-            for layer in slot.layers(model):
-                check_demands(layer, weight, slot.name)
+        weights = solve_sites(methods[slots[0]], sites)
+        seconds, entries = time.perf_counter() - started, sum(slot.entries for slot in slots)
         records = [
-            record_of(*found) for found in zip(slots, [chosen[slot] for slot in slots], sites, weights, strict=True)
+            home.record(slot, methods[slot], site, weight, seconds * slot.entries / entries)
+            for slot, site, weight in zip(slots, sites, weights, strict=True)
         ]
         del (
             sites
         )  # a tensor of the block that is left behind keeps its Hessian, or the pages of its whole file, in memory
-        seconds, entries = time.perf_counter() - started, sum(slot.entries for slot in slots)
         for slot, record in zip(slots, records, strict=True):
-            yield slot, weights.pop(0), replace(record, seconds=seconds * slot.entries / entries)
+            yield slot, weights.pop(0), record
 
 
-def record_of(slot: Slot, method: Method, site: Site, weight: Weight) -> SiteRecord:
-    """What the report says of a site and its weight, but for the seconds."""
+def record_of(slot: Slot, method: Method, site: Site, weight: Weight, seconds: float) -> SiteRecord:
+    """What the report says of a site and its weight; `seconds` is what finding it took."""
     bits = weight.bits()
     packed = site.tokens if site.groups > 1 and slot.view.lead > 1 else None
     return SiteRecord(
@@ -86,27 +93,14 @@ def record_of(slot: Slot, method: Method, site: Site, weight: Weight) -> SiteRec
         method=repr(method), kind=weight.words(), bits=bits, bits_per_weight=bits / slot.entries, error=output_error(site, weight),
         weight_error=output_error(site.having(hessian=None, squares=None), weight), checksum=checksum(weight, slot.name),
         notes=site.notes, expert_tokens=packed.tolist() if packed is not None else None, unmeasured=site.unmeasured or None,
-        **(weight.inputs.to_spec() if weight.inputs is not None else {}),
+        seconds=seconds, **(weight.inputs.to_spec() if weight.inputs is not None else {}),
     )  # fmt: skip
 
 
-def checksum(weight: Weight, name: str = "") -> int:
-    """CRC-32 of the decoded matrix and output bias as float32, a few rows at a time.
-
-    Raises: SchemeError when the site is named and a decoded value is not finite, as where 16 bits cannot hold it.
-    """
-    value = 0
-    with torch.no_grad():
-        for start in range(0, weight.shape[0], _ROWS):
-            rows = weight.rows(start, min(start + _ROWS, weight.shape[0])).float().cpu().contiguous()
-            if name and not is_finite(rows):
-                raise SchemeError(
-                    f"{name}: decodes to values that are not finite: the type its values are stored in does not hold them"
-                )
-            value = zlib.crc32(rows.numpy().data, value)
-        if (bias := weight.output_bias()) is not None:
-            value = zlib.crc32(bias.float().cpu().contiguous().numpy().data, value)
-    return value
+def check_layers(model: nn.Module, slot: Slot, weight: Weight) -> None:
+    """Raises SchemeError where a layer of a site cannot do with inputs and outputs what the weight asks for."""
+    for layer in slot.layers(model):
+        check_demands(layer, weight, slot.name)
 
 
 def matrix_of(model: nn.Module, slot: Slot) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from laconic.disk import store
-from laconic.engine.module import save
+from laconic.engine.saved import save
 from laconic.errors import SearchError
 from laconic.measure.candidate import Candidate, Objective
 from laconic.measure.goals import Maximize, Minimize, at_least, within  # noqa: F401 - the documented place of all four

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from laconic.data.chats import conversations
 from laconic.data.modality import accepts, check_length, is_language_model, kind_of
 from laconic.data.reading import Material, Reader
-from laconic.disk.load import Checkpoint, CompressedCheckpoint, load, load_tokenizer, open_source
+from laconic.disk.load import CompressedCheckpoint, load, load_tokenizer, open_source
+from laconic.disk.originals import Checkpoint
 from laconic.disk.store import stored_bytes
 from laconic.errors import DataError
 from laconic.host.ambient import undisturbed
@@ -209,11 +210,6 @@ def main_output(output: Any) -> Tensor:
     return found
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Distinct parameters, ties counted once."""
-    return sum(p.numel() for p in model.parameters())
-
-
 @undisturbed(0)
 def evaluate_source(
     source: str | Path,
@@ -236,7 +232,7 @@ def evaluate_source(
     if tasks and not trust_remote_code:
         refuse_code(tasks)
     result: dict[str, Any] = {"source": str(source), "stored_bytes": stored_bytes(opened.path)}
-    result["bits_per_weight"] = 8 * result["stored_bytes"] / count_parameters(opened.skeleton)
+    result["bits_per_weight"] = 8 * result["stored_bytes"] / sum(p.numel() for p in opened.skeleton.parameters())
     if data is not None:
         windows = _material(opened, data, length, tokens, trust_remote_code)
         other = open_source(reference, trust_remote_code=trust_remote_code) if reference is not None else None

@@ -1,24 +1,16 @@
 """What a stored model and its original write after the same prompt."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from laconic.data.modality import most_positions
-from laconic.disk.load import Checkpoint, load, load_tokenizer
+from laconic.disk.load import load, load_tokenizer
+from laconic.disk.originals import Checkpoint
 from laconic.model.residence import Residence
 
 _PROMPT, _ANSWER = 24, 60  # tokens of the generation sample
-
-
-def samples_fit(checkpoint: Checkpoint) -> bool:
-    """Whether the model writes text, and takes no more than a quarter of the free memory as a whole in float32."""
-    size = sum(p.numel() for p in checkpoint.skeleton.parameters()) * 4
-    return hasattr(checkpoint.skeleton, "generate") and size * 4 <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf(
-        "SC_PAGE_SIZE"
-    )
 
 
 def generation_samples(

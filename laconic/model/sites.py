@@ -5,6 +5,7 @@ import enum
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -216,12 +217,11 @@ def find_slots(model: nn.Module, uses: Mapping[str, Use] | None = None) -> list[
 
 
 def uses_of(model: nn.Module, run: Callable[[], object]) -> Uses:
-    """What products show, while `run()` runs the model, of the parameters whose modules do not say it."""
+    """What products show, while `run()` runs the model once, of the parameters whose modules do not say it."""
     open_ones = _by_module(model)[1]
     uses = Uses(open_ones)
-    if open_ones:
-        with torch.no_grad(), uses:
-            run()
+    with torch.no_grad(), uses if open_ones else nullcontext():
+        run()
     return uses
 
 

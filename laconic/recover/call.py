@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laconic.disk.state import half_types
 from laconic.disk.tensors import bytes_of
-from laconic.engine.module import half_types
+from laconic.engine.checks import Prefix
 from laconic.errors import SchemeError
 from laconic.host.ambient import undisturbed
 from laconic.host.progress import Log, Progress
@@ -57,6 +58,7 @@ class Recovered:
     stopped: bool = False
     test_score: float | None = None
     notes: list[str] = field(default_factory=list)
+    statistics: Prefix = "original"
     state: dict[str, Tensor] = field(default_factory=dict, repr=False)
     projection: Projection | None = field(default=None, repr=False)
     types: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
@@ -71,13 +73,15 @@ def recover(
     model: nn.Module, scheme: Scheme | str, how: Recovery | str | None = None, *, train: Iterable[Batch] | None = None,
     validation: Iterable[Batch] | None = None, test: Iterable[Batch] | None = None, loss: OutputLoss | None = None,
     score: OutputScore | None = None, example: Batch | None = None, folder: str | Path | None = None, resume: bool = False,
-    seed: int = 0, progress: Progress | None = None,
+    statistics: Prefix = "original", seed: int = 0, progress: Progress | None = None,
 ) -> tuple[nn.Module, Recovered]:  # fmt: skip
     """Compress a copy of a module and recover its accuracy by training; the module given is not changed.
 
     `how`: `LC(...)`, `FineTune(...)`, `Direct()` or any other recovery, as a value or as text; by default what `usual_recovery` says. `train` is
     trained on, `validation` picks the best model, `test` is only measured at the end. With `folder`, the state is written there after every L-step
     or check; `resume=True` goes on from it.
+    `statistics`: what the inputs that methods look at have passed through, "original" (the module as it is given) or "compressed" (whatever is
+    compressed before a site, as `compress` has it by default). Either way they are gathered once, before training, and kept.
     Returns the compressed module (installed weights, evaluation mode) and what happened. Raises: SchemeError, DataError (splits that
     share samples), RecoveryError (training diverged), SurgeryError (structures of a network that cannot be traced).
     """
@@ -89,7 +93,7 @@ def recover(
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
     how = how or usual_recovery(scheme, model)
     return recover_task(
-        model, scheme, how, task, folder=folder, resume=resume, seed=seed, progress=progress
+        model, scheme, how, task, folder=folder, resume=resume, statistics=statistics, seed=seed, progress=progress
     )  # fmt: skip
 
 
@@ -101,12 +105,13 @@ def usual_recovery(scheme: Scheme, model: nn.Module) -> Recovery:
 @undisturbed()
 def recover_task(
     model: nn.Module, scheme: Scheme | str, how: Recovery, task: Task, *, start: dict[str, Tensor] | None = None, coupling: Any = None,
-    statistics: Sequence[Batch] | None = None, folder: str | Path | None = None, resume: bool = False, listen: Listener | None = None,
+    calibration: Sequence[Batch] | None = None, statistics: Prefix = "original", folder: str | Path | None = None, resume: bool = False, listen: Listener | None = None,
     seed: int = 0, progress: Progress | None = None, keep: bool = False, strict: bool = True, types: Mapping[str, torch.dtype] | None = None,
     tell: bool = True,
 ) -> tuple[nn.Module, Recovered]:  # fmt: skip
     """`recover` for a checked Task. `start` is the state of another recovery; `listen` hears every point of the curve and may stop it.
 
+    `calibration`: batches that statistics are gathered from, by default the first minibatches of training data.
     `types` are those of the original's 16-bit tensors, if the module given is a copy in float32.
     With `keep` the finished state stays in the folder, for a caller who removes it once the model is stored; without `strict` a state that
     is not this run's is removed, and no error. `tell`: whether the user is told what memory training takes.
@@ -118,9 +123,11 @@ def recover_task(
     how.check(model, compressed_slots(model, scheme))
     if start is not None:
         model.load_state_dict(start)
-    if statistics is None:
-        statistics = first_batches(task, seed) if reads_data(model, scheme) else []
-    projection = project_onto(model, scheme, example=task.sample(), data=statistics, seed=seed, coupling=coupling)
+    if calibration is None:
+        calibration = first_batches(task, seed) if reads_data(model, scheme) else []
+    projection = project_onto(
+        model, scheme, example=task.sample(), data=calibration, seed=seed, coupling=coupling, statistics=statistics
+    )
     types = half_types(original) if types is None else types
     bench = Bench(model, projection, task, how.norm_batches, seed, _teacher(original, how), types)
     place = Path(folder) if folder is not None else None
@@ -138,7 +145,7 @@ def recover_task(
     return model, Recovered(
         scheme=projection.scheme, score=snapshot.judgement.score, loss=snapshot.judgement.loss, direct=curve[0].score,
         minibatches=curve[-1].minibatches, curve=curve, seconds=checkpoints.seconds, stopped=stopped, test_score=test_score,
-        notes=projection.notes, state=state, projection=projection, types=types,
+        notes=projection.notes, statistics=projection.statistics, state=state, projection=projection, types=types,
     )  # fmt: skip
 
 
@@ -181,7 +188,9 @@ def _fingerprint(bench: Bench, how: Recovery) -> str:
     """What tells a run from another: scheme, recovery, seed, what was asked of the data as far as it shows, and where it starts."""
     length = length_of(bench.task.train)
     passes = f", {length} minibatches a pass" if length is not None else ""
-    return f"{bench.projection.scheme} by {how!r}, seed {bench.seed}{passes}{_mark(bench)}"
+    known = bench.projection.statistics
+    seen = f", {known} statistics" if known != "original" else ""
+    return f"{bench.projection.scheme} by {how!r}, seed {bench.seed}{passes}{seen}{_mark(bench)}"
 
 
 def _delivered(bench: Bench, snapshot: Snapshot, how: Recovery, flags: Mapping[str, bool]) -> dict[str, Tensor]:

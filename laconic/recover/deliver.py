@@ -9,11 +9,13 @@ from torch import nn
 
 from laconic.disk.files import disk_errors, write_json
 from laconic.disk.lock import LOCK, check_place, locked
-from laconic.disk.output import below, copied_names, finite, remove
+from laconic.disk.ours import RECOVERY, copied_names, earlier_files, is_of_model, remove
+from laconic.disk.output import finite
+from laconic.disk.state import half_types, plain_bytes
 from laconic.disk.store import MANIFEST, Compressed, stored_bytes
 from laconic.disk.tensors import checksum_of
-from laconic.engine.module import half_types, load_into, plain_bytes, save
-from laconic.errors import OutputError, VerificationError
+from laconic.engine.saved import load_into, save
+from laconic.errors import OutputError
 from laconic.host.foreign import read_object
 from laconic.host.machine import machine, versions
 from laconic.host.progress import Progress
@@ -26,9 +28,6 @@ from laconic.recover.projection import compressed_slots
 from laconic.recover.task import Task
 from laconic.recover.text import companions_of, complete_directory
 from laconic.scheme.text import Scheme, describe
-from laconic.weights import installed
-
-RESULT = "recovery.json"
 
 
 def recover_directory(
@@ -67,12 +66,12 @@ def _earlier(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
         return None
     Compressed(out)  # damage is found here
     try:
-        found = read_object(out / RESULT, OutputError)
+        found = read_object(out / RECOVERY, OutputError)
     except OutputError as error:
         raise OutputError(f"{error}; pass --overwrite to replace the model beside it") from error
     before = found.get("run")
     if not isinstance(before, dict):
-        raise OutputError(f"{out / RESULT}: does not say how the model was made; pass --overwrite to replace it")
+        raise OutputError(f"{out / RECOVERY}: does not say how the model was made; pass --overwrite to replace it")
     changed = sorted(key for key in about if before.get(key) != about[key])
     if changed:
         what = "; ".join(f"{key}: {before.get(key)!r} then, {about[key]!r} now" for key in changed)
@@ -112,10 +111,6 @@ def _recovered(
             copied=copied,
         )
     stored = load_into(copy.deepcopy(model), out).to(next(model.parameters()).device).eval()
-    theirs = installed(stored)
-    for name, weight in installed(compressed).items():
-        if not weight.forward().equal(theirs[name].forward().to(weight.forward())):
-            raise VerificationError(f"{out}: {name} does not decode to what was trained")
     test = {}
     if task.test is not None:
         test = {
@@ -131,7 +126,7 @@ def _recovered(
         if source is not None:
             result["notes"] = [*result["notes"], *complete_directory(out, model, source, trust_remote_code)]
         result["stored_bytes"] = stored_bytes(out)
-        write_json(out / RESULT, result, indent=1)
+        write_json(out / RECOVERY, result, indent=1)
     for file in _temporary(out):  # only now is nothing lost by a kill
         file.unlink()
     return result
@@ -149,7 +144,7 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     if overwrite:
         _leftovers(out)
     elif (out / MANIFEST).is_file() and not (out / STATE).is_file():
-        if not (resume and (out / RESULT).is_file()):
+        if not (resume and (out / RECOVERY).is_file()):
             raise OutputError(f"{out}: holds a model; pass --overwrite to replace it")
     elif (out / STATE).is_file():
         if not resume:
@@ -167,15 +162,12 @@ def _temporary(out: Path) -> list[Path]:
 
 def _leftovers(out: Path) -> list[Path]:
     """The files an earlier recovery wrote, the manifest, which names them, last. Raises: OutputError where anything else is in the folder."""
-    ours = {MANIFEST, RESULT, "config.json", "model.safetensors", *copied_names(out / MANIFEST)}
-    temporary, found = set(_temporary(out)), []
-    for file in below(out, skip=(LOCK,)):
-        if file.is_dir() or not (file in temporary or file.relative_to(out).as_posix().removesuffix(".tmp") in ours):
-            raise OutputError(
-                f"{out}: holds files that no recovery wrote ({file.relative_to(out)}); choose another directory"
-            )
-        found.append(file)
-    return sorted(found, key=lambda file: file == out / MANIFEST)
+    copied, temporary = copied_names(out / MANIFEST), set(_temporary(out))
+
+    def ours(path: str) -> bool:
+        return is_of_model(path) or path == RECOVERY or path in copied or out / path in temporary
+
+    return sorted(earlier_files(out, "recovery", ours), key=lambda file: file == out / MANIFEST)
 
 
 def _clear(out: Path) -> None:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from laconic.engine.walk import Shelf, default_loss
+from laconic.engine.losses import default_loss
+from laconic.engine.shelf import Shelf
 from laconic.model.batches import Batch
 from laconic.model.blocks import BlockModel, Calls
 

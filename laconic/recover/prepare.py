@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from laconic.disk.state import guard
-from laconic.engine.walk import Loss, parameters_of
+from laconic.engine.losses import Loss
+from laconic.engine.walk import parameters_of
 from laconic.errors import SchemeError
 from laconic.model.batches import Batch
 from laconic.recover.checks import check_choice

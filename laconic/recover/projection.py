@@ -1,26 +1,29 @@
 """The compression step: the weights nearest to given values, under one scheme, for a whole module in memory."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from laconic.data.loaders import ready
 from laconic.disk.tensors import is_finite
+from laconic.engine.checks import Prefix, check_prefix
+from laconic.engine.extras import Extras
+from laconic.engine.gather import Kept, gather_whole
+from laconic.engine.in_memory import InModule, at_rest
+from laconic.engine.loop import compress
+from laconic.engine.losses import Loss, default_loss
 from laconic.engine.plan import Plan
 from laconic.engine.resolve import resolve
-from laconic.engine.solve import fed_alike, solve_sites
-from laconic.engine.statistics import Statistics
-from laconic.engine.walk import Loss, default_loss, parameters_of, survey_whole
+from laconic.engine.walk import Stage, parameters_of, parts_of
 from laconic.errors import CheckpointError, DataError
 from laconic.host.ambient import undisturbed
 from laconic.methods.base import Method
-from laconic.methods.fitting import fitted
-from laconic.model.batches import Batch, to_device
-from laconic.model.calling import call, in_evaluation
-from laconic.model.sites import GRADIENTS, MEASURED, Site, Slot, Stats, find_slots
-from laconic.model.unmeasured import completed
+from laconic.model.batches import Batch
+from laconic.model.blocks import InMemory, find_chain, open_chain
+from laconic.model.sites import MEASURED, Site, Slot, Stats, find_slots
 from laconic.model.usage import in_sight
 from laconic.scheme.text import Scheme, describe
 from laconic.weights import Weight
@@ -31,15 +34,20 @@ class Projection:
     """C of "minimise L(w) subject to w = D(Theta)": Theta = argmin ||w - D(Theta)||^2 over what a scheme allows.
 
     Whatever a scheme spreads over the network (one threshold, say) is found anew from the values given; so are masks, scales and tables.
-    Statistics of the original model (curvature for a criterion, inputs for error feedback) are gathered once and kept.
+    Statistics (curvature for a criterion, inputs for error feedback) are gathered once, from the values that the module had then, and kept:
+    `surveyed`, what allocations see, and `gathered`, what methods see, in the stages in which the module's sites are compressed.
     Source: Carreira-Perpinan 2017, eq. 4; Condensa section 3.3. Cost: that of the scheme's methods.
     """
 
     scheme: str
     plan: Plan
-    sites: dict[Slot, Site]
+    surveyed: list[Stage]
+    gathered: list[Stage]
+    extras: Extras = field(default_factory=Extras)
     coupling: Any = None
     notes: list[str] = field(default_factory=list)
+    seed: int = 0
+    statistics: Prefix = "original"
 
     @property
     def chosen(self) -> dict[Slot, Method]:
@@ -49,29 +57,25 @@ class Projection:
     @property
     def slots(self) -> list[Slot]:
         """What is compressed."""
-        return list(self.sites)
+        return list(self.plan.methods)
+
+    @property
+    def sites(self) -> dict[Slot, Site]:
+        """What is known of every site, with the values it had when that was gathered."""
+        return {
+            slot: site
+            for stage in self.gathered
+            if isinstance(stage.statistics, Kept)
+            for slot, site in stage.statistics.sites.items()
+        }
 
     def compress(self, values: Mapping[Slot, Tensor]) -> dict[Slot, Weight]:
         """The weights nearest to `values`, tensors in their parameters' own shapes."""
+        home = AsValues(self, values)
         with torch.no_grad():
-            sites = {slot: site.having(W=slot.view.matrix(values[slot]), notes=[]) for slot, site in self.sites.items()}
-            sites = {slot: completed(site, self.chosen[slot].wants) for slot, site in sites.items()}
-            methods = dict(self.chosen)
-            for method, allocation in self.plan.allocations().items():
-                for slot, site in sites.items():
-                    if self.chosen[slot] == method:
-                        allocation.observe(site)
-                found = allocation.resolve()
-                self.notes.extend(note for note in allocation.notes if note not in self.notes)
-                methods |= {slot: found[slot.name] for slot in sites if self.chosen[slot] == method}
-            methods = {slot: fitted(method, slot.shape) for slot, method in methods.items()}
-            weights: dict[Slot, Weight] = {}
-            for slots in fed_alike(methods, {slot: site.input for slot, site in sites.items()}):
-                solved = solve_sites(methods[slots[0]], [sites[slot] for slot in slots])
-                weights |= zip(slots, solved, strict=True)
-            for site in sites.values():
-                self.notes.extend(note for note in site.notes if note not in self.notes)
-        return {slot: weights[slot] for slot in sites}
+            compress(home, self.plan)
+        self.notes.extend(note for note in dict.fromkeys(home.notes) if note not in self.notes)
+        return {slot: home.weights[slot] for slot in self.slots}
 
     def keep_side(self, weights: Mapping[Slot, Weight], values: Mapping[Slot, Tensor]) -> None:
         """Move weights to the nearest points with their masks, scales and tables as they are: `right_inverse`."""
@@ -80,46 +84,121 @@ class Projection:
                 weight.right_inverse(slot.view.matrix(values[slot]))
 
 
+class AsValues:
+    """Values that are given, of sites of which everything is known already, as the place where weights live: nothing is run, nothing put."""
+
+    def __init__(self, projection: Projection, values: Mapping[Slot, Tensor]) -> None:
+        self.projection, self.values, self.seed = projection, values, projection.seed
+        self.weights: dict[Slot, Weight] = {}
+        self.notes: list[str] = []
+
+    def surveyed(self, plan: Plan) -> Iterator[Stage]:
+        return iter(self.projection.surveyed)
+
+    def stages(self, plan: Plan) -> Iterator[Stage]:
+        return iter(self.projection.gathered)
+
+    def matrix(self, slot: Slot) -> Tensor:
+        return slot.view.matrix(self.values[slot])
+
+    def observed(self, slot: Slot, site: Site, wants: Stats) -> None:
+        """Nothing: what is known of it is kept already."""
+
+    def known(self, site: Site) -> Site:
+        return self.projection.extras.given(site).having(channels=channels_of(self.projection.coupling, site))
+
+    def settled(self, plan: Plan, allocate: Callable[[], tuple[Plan, list[str]]]) -> Plan:
+        found, notes = allocate()
+        self.notes += notes
+        return found
+
+    def record(self, slot: Slot, method: Method, site: Site, weight: Weight, seconds: float) -> list[str]:
+        return site.notes
+
+    def put(self, slot: Slot, weight: Weight, record: list[str]) -> None:
+        self.notes += record
+
+    def commit(self, part: str, weights: dict[Slot, Weight], records: list[list[str]]) -> None:
+        self.weights |= weights
+
+
 @undisturbed()
 def project_onto(
     model: nn.Module, scheme: Scheme, *, example: Batch | None = None, data: Sequence[Batch] = (), loss: Loss | None = None, seed: int = 0,
-    coupling: Any = None,
+    coupling: Any = None, statistics: Prefix = "original",
 ) -> Projection:  # fmt: skip
     """The projection of a module's present values: slots, methods, and the statistics the methods ask for, from `data`.
 
-    Structures need `example`, an input to trace the network with; `coupling` is what `surgery.couple` found for it before. Without one, rows of
-    a network that cannot be traced are masked each for itself, which the notes say.
+    `statistics`: what the inputs that methods look at have passed through, "original" (the module as it is: one run of it) or "compressed"
+    (whatever is compressed before a site, as where a module or a directory is compressed: every part is compressed in its turn for it, and
+    put back). Structures need `example`, an input to trace the network with; `coupling` is what `surgery.couple` found for it before. Without
+    one, rows of a network that cannot be traced are masked each for itself, which the notes say.
     Raises: SchemeError, DataError (statistics without data), CheckpointError (a parameter that is not finite), SurgeryError.
     """
+    check_prefix(statistics)
     for name, parameter in model.named_parameters():
         if not is_finite(parameter.detach()):
             raise CheckpointError(f"{name}: holds NaN or infinity")
     plan = resolve(scheme, find_slots(model))
-    wanted = plan.wanted
-    measured = {slot: need & MEASURED for slot, need in wanted.items()}
+    measured = {slot: need & MEASURED for slot, need in plan.wanted.items()}
     if any(measured.values()) and not data:
         raise DataError(f"{describe(scheme)}: needs data for its statistics")
-    statistics = _gather(model, measured, data, loss or default_loss, seed)
-    sites = {
-        slot: statistics.describe(slot, slot.view.matrix(p.detach()), seed)
-        for slot, p in parameters_of(model, list(plan.methods)).items()
-    }
     notes: list[str] = []
-    if plan.structures:
-        if coupling is None:
-            if example is None:
-                raise DataError(f"{describe(scheme)}: structures need an example input to trace the network with")
-            from laconic.surgery import couple_or_mask
+    if plan.structures and coupling is None:
+        if example is None:
+            raise DataError(f"{describe(scheme)}: structures need an example input to trace the network with")
+        from laconic.surgery import couple_or_mask
 
-            coupling = couple_or_mask(model, example)
-            notes += [] if coupling.groups else coupling.refused[:1]
-        sites = {slot: site.having(channels=coupling.channels.get(slot.name)) for slot, site in sites.items()}
-    return Projection(describe(scheme), plan, sites, coupling, notes)
+        coupling = couple_or_mask(model, example)
+        notes += [] if coupling.groups else coupling.refused[:1]
+    batches = ready(data, model) if any(measured.values()) else []
+    told = describe(scheme)
+    if statistics == "compressed" and any(measured.values()):
+        home = _gathered_in(model, plan, batches, loss or default_loss, seed, coupling)
+        return Projection(
+            told,
+            plan,
+            home.surveyed_stages,
+            home.walked_stages,
+            home.extras,
+            coupling,
+            [*notes, *home.notes],
+            seed,
+            statistics,
+        )
+    known = gather_whole(model, measured, batches, loss or default_loss, seed)
+    present = parameters_of(model, list(measured))
+    kept = Kept({slot: known.describe(slot, slot.view.matrix(present[slot].detach()), seed) for slot in present})
+    gathered = [
+        Stage(part, slots, kept) for part, slots in parts_of(model, list(present), _chain(model, plan, batches))
+    ]
+    return Projection(told, plan, [Stage("model", list(present), kept)], gathered, Extras(), coupling, notes, seed)
 
 
-def reads_data(model: nn.Module, scheme: Scheme) -> bool:
-    """Whether a scheme asks for statistics that the model has to be run for. Raises: SchemeError."""
-    return resolve(scheme, find_slots(model)).reads_data
+def _chain(model: nn.Module, plan: Plan, batches: list[Batch]) -> str | None:
+    """The chain of blocks within which, one by one, joint methods look for sites that are fed alike; None where it makes no difference."""
+    path = find_chain(model)
+    if not batches or not any(method.joint for method in plan.methods.values()):
+        return None
+    with at_rest(model), in_sight(model):
+        return path if open_chain(InMemory(model), path, batches[0])[0] is not None else None
+
+
+def _gathered_in(model: nn.Module, plan: Plan, batches: list[Batch], loss: Loss, seed: int, coupling: Any) -> InModule:
+    """What is known of the sites of a module where each has been seen behind what is compressed before it; the module is as it was."""
+    with at_rest(model), in_sight(model):
+        home = InModule(
+            model, batches, seed=seed, statistics="compressed", loss=loss, channels=coupling.channels if coupling is not None else {}, keep=True
+        )  # fmt: skip
+        with home:
+            compress(home, plan)
+            home.undo()
+    return home
+
+
+def channels_of(coupling: Any, site: Site) -> Tensor | None:
+    """The rows of a site that are one channel of the network, [out] int64; None where nobody asked."""
+    return None if coupling is None else coupling.channels.get(site.name)
 
 
 def compressed_slots(model: nn.Module, scheme: Scheme) -> list[Slot]:
@@ -127,41 +206,6 @@ def compressed_slots(model: nn.Module, scheme: Scheme) -> list[Slot]:
     return list(resolve(scheme, find_slots(model)).methods)
 
 
-def _gather(model: nn.Module, needs: dict[Slot, Stats], data: Iterable[Batch], loss: Loss, seed: int) -> Statistics:
-    device = next(model.parameters()).device
-    slots = list(needs)
-    flags = {p: (p.requires_grad, p.grad) for p in model.parameters()}
-    try:
-        with in_evaluation(model), in_sight(model):
-            if any(need & GRADIENTS for need in needs.values()):
-                for parameter in flags:
-                    parameter.requires_grad_(parameter.is_floating_point())
-                    parameter.grad = None
-                batches = [
-                    _detached(batch) for batch in data
-                ]  # a gradient is asked of them, which the user's own must not carry
-                statistics = survey_whole(model, batches, slots, needs, device, seed=seed, loss=loss).statistics
-                assert statistics is not None
-                return statistics
-            model.requires_grad_(False)
-            statistics = Statistics(parameters_of(model, slots), needs)
-            if any(needs.values()):
-                with torch.no_grad(), statistics.watch():
-                    for batch in data:
-                        call(model, to_device(batch, device))
-            return statistics
-    finally:
-        for parameter, (flag, grad) in flags.items():
-            parameter.requires_grad_(flag)
-            parameter.grad = grad
-
-
-def _detached(value: Any) -> Any:
-    """Tensors anywhere inside dicts, lists and tuples, as tensors of their own that share the values."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, dict):
-        return {key: _detached(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_detached(item) for item in value)
-    return value
+def reads_data(model: nn.Module, scheme: Scheme) -> bool:
+    """Whether a scheme asks for statistics that the model has to be run for. Raises: SchemeError."""
+    return resolve(scheme, find_slots(model)).reads_data

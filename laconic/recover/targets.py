@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from laconic.engine.walk import Shelf, default_loss, inside, units
+from laconic.engine.losses import default_loss
+from laconic.engine.shelf import Shelf
+from laconic.engine.walk import inside, units
 from laconic.errors import RecoveryError
 from laconic.model.batches import Batch, mapped, tensors_in, to_device
 from laconic.model.blocks import BlockModel, Calls, find_chain

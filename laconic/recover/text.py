@@ -15,7 +15,8 @@ from laconic.data.sampled import vocabulary_of
 from laconic.data.text import calibration_windows, evaluation_windows, read_text, split_text
 from laconic.disk.companions import Companions, companions
 from laconic.disk.files import disk_errors, write_json
-from laconic.disk.load import fetch, load_tokenizer, read_config
+from laconic.disk.load import fetch, load_tokenizer
+from laconic.disk.skeletons import read_config
 from laconic.disk.store import MANIFEST, SCHEMA, read_manifest, write_manifest
 from laconic.disk.tensors import TensorFiles
 from laconic.errors import CheckpointError, DataError

@@ -2,7 +2,6 @@
 to."""
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from laconic.disk.lock import check_place
-from laconic.disk.output import earlier_files
+from laconic.disk.ours import SEARCH_HTML, SEARCH_JSON, earlier_files, remove
 from laconic.engine.resolve import resolve
 from laconic.errors import OutputError, SchemeError, SearchError
 from laconic.measure.goals import Floor, Goal
@@ -28,13 +27,13 @@ if TYPE_CHECKING:
 
 
 STUDY = "study.db"  # where a search is kept if nothing else is said
-_OURS = ("trials", "model", "transformers", STUDY, "search.json", "search.html")
+_FOLDERS = ("trials", "model", "transformers")
 _PARTS = (
     ".model-",
-    "search.json.",
-    "search.html.",
-    "study.db-",
-)  # what is on its way, and what SQLite writes beside its file
+    f"{SEARCH_JSON}.",
+    f"{SEARCH_HTML}.",
+    f"{STUDY}-",
+)  # on their way; what SQLite writes beside its file
 
 
 def variables(scheme: Scheme, slots: Sequence[Slot]) -> dict[str, Free]:
@@ -133,8 +132,9 @@ def original_score(model: nn.Module, task: Task, keep: Floor) -> tuple[float, fl
 def earlier_search(out: Path) -> list[Path]:
     """What an earlier search wrote into a folder. Raises: OutputError where anything else is there too."""
 
-    def ours(file: Path) -> bool:
-        return file.name.removesuffix(".tmp") in _OURS or file.name.startswith(_PARTS) or is_own_text(file)
+    def ours(path: str) -> bool:
+        top = path.split("/", maxsplit=1)[0]
+        return top in (*_FOLDERS, STUDY, SEARCH_JSON, SEARCH_HTML) or top.startswith(_PARTS) or is_own_text(out / path)
 
     return earlier_files(out, "search", ours)
 
@@ -142,11 +142,8 @@ def earlier_search(out: Path) -> list[Path]:
 def clear_folder(out: Path) -> None:
     """Remove what an earlier search wrote. Raises: OutputError where anything else is there too; then nothing is
     removed."""
-    for file in earlier_search(out):
-        if file.is_dir() and not file.is_symlink():
-            shutil.rmtree(file)
-        elif not is_own_text(file):  # which the model may have written a moment ago
-            file.unlink()
+    found = [file for file in earlier_search(out) if not is_own_text(file)]  # which the model may have just written
+    remove(out, found)
 
 
 def check_folder(search: "Search", trials: Trials) -> None:

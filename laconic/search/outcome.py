@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from laconic.disk.output import finite
+from laconic.disk.state import plain_bytes
 from laconic.disk.store import stored_bytes
-from laconic.engine.module import plain_bytes
 from laconic.host.machine import machine, versions
 from laconic.host.progress import Progress
 from laconic.measure.candidate import Candidate

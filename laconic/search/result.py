@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from laconic.disk.files import write_json
+from laconic.disk.ours import SEARCH_HTML, SEARCH_JSON
 from laconic.disk.store import stored_bytes
-
-SEARCH_JSON, SEARCH_HTML = "search.json", "search.html"
 
 Draw = Callable[[Path, dict[str, Any]], None]
 """Writes a page of a result into a file that another worker may be writing too."""

@@ -15,9 +15,10 @@ from torch import nn
 
 from laconic.disk.files import disk_errors
 from laconic.disk.lock import alone, locked
+from laconic.disk.ours import SEARCH_HTML
 from laconic.disk.output import finite
+from laconic.disk.state import half_types
 from laconic.disk.tensors import checksum_of
-from laconic.engine.module import half_types
 from laconic.engine.resolve import resolve
 from laconic.errors import SearchError
 from laconic.host.ambient import undisturbed
@@ -34,7 +35,7 @@ from laconic.search.checks import STUDY, check_first, check_folder, clear_folder
 from laconic.search.neighbours import Neighbour, nearest
 from laconic.search.options import SearchOptions
 from laconic.search.records import Reference, TrialRecord
-from laconic.search.result import SEARCH_HTML, Draw, publish
+from laconic.search.result import Draw, publish
 from laconic.search.trial import Trials
 
 if TYPE_CHECKING:

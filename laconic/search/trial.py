@@ -121,7 +121,7 @@ class Trials:
                 self.unseen,
                 start=start,
                 coupling=self.coupling,
-                statistics=self.statistics,
+                calibration=self.statistics,
                 listen=listen,
                 seed=self.seed,
                 progress=progress,
@@ -190,7 +190,7 @@ class Trials:
             Direct(self.how.norm_batches),
             self.unseen,
             coupling=self.coupling,
-            statistics=self.statistics,
+            calibration=self.statistics,
             seed=self.seed,
             types=self.types,
         )

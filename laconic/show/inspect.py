@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from laconic.disk.ours import REPORT_JSON
 from laconic.disk.store import MANIFEST, Compressed
 from laconic.disk.tensors import INDEX, read_header
 from laconic.engine.plan import plan_of
-from laconic.engine.report import REPORT_JSON
 from laconic.errors import CheckpointError
 from laconic.host.foreign import read_object
 from laconic.weights.layout import words_of

@@ -11,7 +11,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from laconic.disk.files import write_json, write_text
-from laconic.engine.report import REPORT_HTML, REPORT_JSON, Report, by_class
+from laconic.disk.ours import REPORT_HTML, REPORT_JSON
+from laconic.engine.report import Report, by_class
 from laconic.host.told import SiteRecord
 from laconic.host.units import human_bytes
 

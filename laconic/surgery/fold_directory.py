@@ -13,6 +13,7 @@ from laconic.disk.load import load
 from laconic.disk.lock import locked
 from laconic.disk.output import Run, check_out
 from laconic.disk.store import Compressed, manifest_of, pack_weights, stored_bytes
+from laconic.disk.verify import Computed, verify
 from laconic.errors import CheckpointError, OutputError, SurgeryError, VerificationError
 from laconic.model.batches import Batch
 from laconic.surgery.fold import fold_scales
@@ -77,10 +78,8 @@ def _fold(
         beside,
         json.loads((source / "config.json").read_text()),
     )
+    verify(Compressed(out), {name: Computed.of(weight) for name, weight in weights.items()}, {})
     again = load(out, dense=False, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    for name, weight in installed(again).items():
-        if name in weights and not torch.equal(weight.forward(), weights[name].forward()):
-            raise VerificationError(f"{out}: {name} does not decode to what was computed")
     distance = apart(expected, answers(bench(again), example))
     if distance > tolerance:
         raise VerificationError(f"{out}: its output differs from that of {source} by {distance:.1e} of its size")

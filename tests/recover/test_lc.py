@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import laconic as lc
-from laconic.engine.module import load_into, save
+from laconic.engine.saved import load_into, save
 from laconic.errors import RecoveryError, SchemeError
 from laconic.recover import LC, Direct, FineTune, Recovered, Steps, Task, recover_task
 from laconic.recover.compressed import Bench

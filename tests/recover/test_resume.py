@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import laconic as lc
-from laconic.engine.module import save
+from laconic.engine.saved import save
 from laconic.errors import CheckpointError, OutputError, SchemeError
 from laconic.host.progress import Log
 from laconic.recover import LC, Direct, FineTune, Recovered, Steps, StopRecovery, Task, deliver, recover_task

@@ -37,7 +37,7 @@ def killed_at(call: int, original: Callable[..., Any], before: bool) -> Callable
 PLACES = [
     ("laconic.search.study", "SharedSampler.before_trial", 1, True), ("laconic.recover.checkpoint", "atomically", 2, False),
     ("laconic.recover.checkpoint", "atomically", 1, False), ("laconic.recover.checkpoint", "atomically", 1, False),
-    ("laconic.recover.checkpoint", "atomically", 1, False), ("laconic.engine.module", "write_manifest", 1, True),
+    ("laconic.recover.checkpoint", "atomically", 1, False), ("laconic.engine.saved", "write_manifest", 1, True),
     ("laconic.search.study", "tell", 1, True),
     ("laconic.search.study", "SharedSampler.sample_relative", 2, False), ("laconic.search.study", "tell", 1, False),
     ("laconic.search.outcome", "shutil.copytree", 1, False),
