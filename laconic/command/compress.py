@@ -50,6 +50,12 @@ def compress(
     true_sequential: Annotated[
         bool, typer.Option("--true-sequential", help="Within a block, later layers see earlier ones compressed.")
     ] = False,
+    statistics: Annotated[
+        str,
+        typer.Option(
+            help="What the inputs that methods look at have passed through: compressed (all that is compressed before) or original."
+        ),
+    ] = "compressed",
     skip_nonfinite: Annotated[
         bool, typer.Option("--skip-nonfinite", help="Leave tensors with NaN or infinity as they are.")
     ] = False,
@@ -85,6 +91,7 @@ def compress(
             device=device,
             dtype=dtype,
             true_sequential=true_sequential,
+            statistics=statistics,  # type: ignore[arg-type]
             resume=resume,
             overwrite=overwrite,
             skip_nonfinite=skip_nonfinite,

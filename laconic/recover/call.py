@@ -105,7 +105,8 @@ def usual_recovery(scheme: Scheme, model: nn.Module) -> Recovery:
 @undisturbed()
 def recover_task(
     model: nn.Module, scheme: Scheme | str, how: Recovery, task: Task, *, start: dict[str, Tensor] | None = None, coupling: Any = None,
-    calibration: Sequence[Batch] | None = None, statistics: Prefix = "original", folder: str | Path | None = None, resume: bool = False, listen: Listener | None = None,
+    calibration: Sequence[Batch] | None = None, statistics: Prefix = "original",
+    folder: str | Path | None = None, resume: bool = False, listen: Listener | None = None,
     seed: int = 0, progress: Progress | None = None, keep: bool = False, strict: bool = True, types: Mapping[str, torch.dtype] | None = None,
     tell: bool = True,
 ) -> tuple[nn.Module, Recovered]:  # fmt: skip
