@@ -164,7 +164,7 @@ class Values:
     def read(self, names: list[str]) -> dict[str, torch.Tensor]:
         return {name: self.values[name] for name in names if name in self.values}
 
-    def rounding(self, name: str) -> None:
+    def demands(self, name: str) -> None:
         return None
 
     def nbytes(self, name: str) -> int:

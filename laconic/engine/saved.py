@@ -30,7 +30,9 @@ from laconic.errors import CheckpointError, SchemeError
 from laconic.host.ambient import refuse_inference, undisturbed
 from laconic.model.sites import views_in
 from laconic.surgery.reshape import Shapes, rebuild
+from laconic.weights import unpack
 from laconic.weights.demands import Demands, demands_of
+from laconic.weights.spec import nested
 
 _log = logging.getLogger("laconic")
 
@@ -47,7 +49,7 @@ def save(
     architecture (`surgery.shapes(thinned, original)`). `fields` go into the manifest. A model saved here before is replaced.
     Raises: SchemeError, before anything is written, for a layer that rounds its inputs or adds a bias but has no installed Weight any more (a plain
     tensor cannot say so), for a tensor that is not exact in its type, and for state that a safetensors file cannot hold, by name; VerificationError
-    if what was written, read back, is not what the module holds.
+    if what was written, read back, is not what the module holds, each weight in the types that its kind is stored in.
     """
     for name, layer in model.named_modules():
         if isinstance(demands := demands_of(layer), Demands):
@@ -75,7 +77,7 @@ def save(
         write_manifest(folder, manifest_of([{"specs": specs}], **fields, **views_in(model)))
         if again:
             remove_shards(folder)
-    computed = {name: Computed.of(state.weights[name]) for name in first.values()}
+    computed = {name: Computed.of(unpack(spec, nested(tensors, name))) for name, spec in specs.items()}
     kept = {
         name: partial(tensors.__getitem__, name) for name, tensor in state.plain.items() if under[id(tensor)] == name
     }

@@ -14,6 +14,7 @@ from laconic.disk.output import finite
 from laconic.disk.state import half_types, plain_bytes
 from laconic.disk.store import MANIFEST, Compressed, stored_bytes
 from laconic.disk.tensors import checksum_of
+from laconic.disk.verify import Computed, verify
 from laconic.engine.saved import load_into, save
 from laconic.errors import OutputError
 from laconic.host.foreign import read_object
@@ -28,6 +29,7 @@ from laconic.recover.projection import compressed_slots
 from laconic.recover.task import Task
 from laconic.recover.text import companions_of, complete_directory
 from laconic.scheme.text import Scheme, describe
+from laconic.weights import installed
 
 
 def recover_directory(
@@ -110,6 +112,9 @@ def _recovered(
             versions=versions(),
             copied=copied,
         )
+    written = Compressed(out)
+    trained = {name: Computed.of(weight) for name, weight in installed(compressed).items() if name in written.weights}
+    verify(written, trained, {})
     stored = load_into(copy.deepcopy(model), out).to(next(model.parameters()).device).eval()
     test = {}
     if task.test is not None:
