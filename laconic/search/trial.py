@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from laconic.disk.files import atomically, disk_errors
 from laconic.disk.store import read_manifest
-from laconic.engine.module import load_into, save
+from laconic.engine.saved import load_into, save
 from laconic.errors import RecoveryError, SearchError
 from laconic.host.progress import Progress
 from laconic.measure.candidate import Candidate
