@@ -15,11 +15,12 @@ from torch import Tensor
 
 from laconic.disk.companions import companions
 from laconic.disk.integrity import SEALS, digest
-from laconic.disk.load import Checkpoint, CompressedCheckpoint, open_source
+from laconic.disk.load import CompressedCheckpoint, open_source
 from laconic.disk.lock import locked
+from laconic.disk.originals import Checkpoint
 from laconic.disk.output import Run, check_out
 from laconic.disk.store import manifest_of, pack_weights
-from laconic.engine.solve import checksum
+from laconic.disk.verify import checksum
 from laconic.errors import RecoveryError, SchemeError, VerificationError
 from laconic.host.ambient import undisturbed
 from laconic.host.machine import pick_device, versions
