@@ -17,12 +17,12 @@ from laconic.engine.statistics import Statistics
 from laconic.engine.walk import parameters_of
 from laconic.errors import CheckpointError, SchemeError
 from laconic.methods.base import Method
-from laconic.methods.free import fix
 from laconic.methods.ranges import calibrated
 from laconic.model.sites import Site, Stats, find_slots
 from laconic.pipeline import Options, compress_directory
 from laconic.recover import Direct, FineTune, recover_task
 from laconic.recover.prepare import convert, prepare
+from laconic.scheme.filling import fix
 from laconic.solvers.ranges import least_error
 from laconic.weights import Dense, Inputs, Weight, bake, installed
 from laconic.weights.inputs import round_input
