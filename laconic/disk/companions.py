@@ -1,4 +1,6 @@
-"""What of a model's folder is not weights and goes with every form of the model: one rule for local folders and hub repositories."""
+"""What of a model's folder is not weights and goes with every form of the model: one rule for local folders and hub
+repositories.
+"""
 
 import os
 import shutil
@@ -11,12 +13,49 @@ from laconic.disk.ours import OF_EVERY_OUTPUT, is_result
 from laconic.errors import CheckpointError
 
 WEIGHTS = (
-    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.onnx.data", "*.h5", "*.hdf5", "*.keras",
-    "*.msgpack", "*.npz", "*.npy", "*.pkl", "*.pickle", "*.joblib", "*.tflite", "*.pb", "*.ot", "*.mlmodel", "*.mlpackage/*", "*.pdparams",
-    "*.pdmodel", "*.nemo", "*.distcp", "*.params", "*.engine", "*.llamafile", "*.pte", "*.exl2", "*.zip", "*.tar", "*.tar.*", "*.tgz",
-    "*.data-?????-of-?????", "variables.index",
-)  # fmt: skip
-"""Names of files that hold weights, in whatever format (and of archives, which may): patterns as `fnmatch` reads them, of whole paths."""
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.ggml",
+    "*.onnx",
+    "*.onnx_data",
+    "*.onnx.data",
+    "*.h5",
+    "*.hdf5",
+    "*.keras",
+    "*.msgpack",
+    "*.npz",
+    "*.npy",
+    "*.pkl",
+    "*.pickle",
+    "*.joblib",
+    "*.tflite",
+    "*.pb",
+    "*.ot",
+    "*.mlmodel",
+    "*.mlpackage/*",
+    "*.pdparams",
+    "*.pdmodel",
+    "*.nemo",
+    "*.distcp",
+    "*.params",
+    "*.engine",
+    "*.llamafile",
+    "*.pte",
+    "*.exl2",
+    "*.zip",
+    "*.tar",
+    "*.tar.*",
+    "*.tgz",
+    "*.data-?????-of-?????",
+    "variables.index",
+)
+"""Names of files that hold weights, in whatever format (and of archives, which may): patterns as `fnmatch` reads them,
+of whole paths.
+"""
 
 _INDEXES = ("*.safetensors.index.json", "*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json")
 _ADAPTERS = ("adapter_config.json", "adapter_model.*")  # half an adapter makes transformers look for its weights
@@ -54,11 +93,13 @@ class Companions:
 
 
 def companions(source: Path, *, trusted: bool, model: Collection[Path] = (), out: Path | None = None) -> Companions:
-    """Everything of a model's folder that is not weights: tokenizer, processors, chat templates, sub-folders, licence; code only if `trusted`.
+    """Everything of a model's folder that is not weights: tokenizer, processors, chat templates, sub-folders, licence;
+    code only if `trusted`.
 
-    Links are followed, as in the cache of the hub, where every file is one. Hidden files, earlier states of a training run and folders that
-    hold a result of laconic's are passed over; weights that are not in `model` (the files the model was read from), adapters, code and files
-    above 256 MB are left out with a note. `out` is not looked into. Raises: CheckpointError for a file that cannot be read.
+    Links are followed, as in the cache of the hub, where every file is one. Hidden files, earlier states of a training
+    run and folders that hold a result of laconic's are passed over; weights that are not in `model` (the files the
+    model was read from), adapters, code and files above 256 MB are left out with a note. `out` is not looked into.
+    Raises: CheckpointError for a file that cannot be read.
     """
     found: list[str] = []
     left: dict[str, list[str]] = {}
@@ -77,7 +118,8 @@ def companions(source: Path, *, trusted: bool, model: Collection[Path] = (), out
             left.setdefault("links to nowhere", []).append(name)
         elif not os.access(file, os.R_OK):
             raise CheckpointError(
-                f"{file}: cannot be read; it belongs to the model's folder and would be missing from its compressed form"
+                f"{file}: cannot be read; it belongs to the model's folder and would be missing from its compressed "
+                "form"
             )
         elif file.stat().st_size > _LARGE:
             left.setdefault(f"more than {_LARGE >> 20} MB each", []).append(name)
@@ -96,7 +138,9 @@ def is_weights(name: str) -> bool:
 
 
 def _walk(folder: Path, source: Path, seen: set[Path]) -> Iterator[tuple[Path, str]]:
-    """Every file below a folder with its path from `source`, in order of their names; a folder is entered once, however it is linked."""
+    """Every file below a folder with its path from `source`, in order of their names; a folder is entered once, however
+    it is linked.
+    """
     try:
         inside = sorted(folder.iterdir())
     except OSError as error:

@@ -1,4 +1,6 @@
-"""Compressed models as modules and as providers of decoded parameters; the model of a directory or hub id, whichever kind it is."""
+"""Compressed models as modules and as providers of decoded parameters; the model of a directory or hub id, whichever
+kind it is.
+"""
 
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +27,9 @@ from laconic.weights.demands import Demands
 
 
 def fetch(source: str) -> Path:
-    """A local model directory: `source` itself, or the hub repository of that name, downloaded (safetensors and `companions`)."""
+    """A local model directory: `source` itself, or the hub repository of that name, downloaded (safetensors and
+    `companions`).
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -54,7 +58,9 @@ class CompressedCheckpoint:
 
     @cached_property
     def skeleton(self) -> nn.Module:
-        """The model without its weights. A tie is stored once, so what is stored under two of its names is none, whatever the config says."""
+        """The model without its weights. A tie is stored once, so what is stored under two of its names is none,
+        whatever the config says.
+        """
         settle_architecture(self.config, self.stored.names)
         model = build_skeleton(self.config, self.trust_remote_code)
         separate(model, apart(model, self.stored.names, lambda one, other: False))
@@ -91,7 +97,9 @@ class CompressedCheckpoint:
 
 
 def open_source(source: str | Path, *, trust_remote_code: bool = False) -> Checkpoint | CompressedCheckpoint:
-    """A model directory or hub id, compressed or not, checked to be complete, a compressed one against its checksums too."""
+    """A model directory or hub id, compressed or not, checked to be complete, a compressed one against its checksums
+    too.
+    """
     path = fetch(str(source))
     kind = CompressedCheckpoint if (path / MANIFEST).is_file() else Checkpoint
     opened = kind(path, trust_remote_code=trust_remote_code)
@@ -103,13 +111,20 @@ def open_source(source: str | Path, *, trust_remote_code: bool = False) -> Check
 
 @undisturbed()
 def load(
-    path: str | Path, *, dense: bool = True, dtype: torch.dtype | None = None, trust_remote_code: bool = False, verify: bool = True
-) -> nn.Module:  # fmt: skip
-    """The model of a compressed directory, ready to run: decoded once into dense parameters, or with `dense=False` with its Weights
-    installed (they decode on every read and can be trained). Layers whose weights ask for it round their inputs or add a bias, in either form.
+    path: str | Path,
+    *,
+    dense: bool = True,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    verify: bool = True,
+) -> nn.Module:
+    """The model of a compressed directory, ready to run: decoded once into dense parameters, or with `dense=False` with
+    its Weights installed (they decode on every read and can be trained). Layers whose weights ask for it round their
+    inputs or add a bias, in either form.
 
-    `dtype` is that of the dense parameters, by default the config's. What is stored is compared with its checksums first, about a second per
-    GB, unless `verify` is False. Raises: CheckpointError when the directory is damaged or incomplete.
+    `dtype` is that of the dense parameters, by default the config's. What is stored is compared with its checksums
+    first, about a second per GB, unless `verify` is False. Raises: CheckpointError when the directory is damaged or
+    incomplete.
     """
     checkpoint = CompressedCheckpoint(Path(path), trust_remote_code=trust_remote_code, verify=verify)
     checkpoint.check()

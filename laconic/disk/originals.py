@@ -1,4 +1,6 @@
-"""Models that have not been compressed: config, tensors, and which of them make up each parameter, whatever they are stored in."""
+"""Models that have not been compressed: config, tensors, and which of them make up each parameter, whatever they are
+stored in.
+"""
 
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +23,9 @@ _HALVES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Checkpoint:
-    """A Hugging Face model directory that has not been compressed: config, tensors, and which of them make up each parameter."""
+    """A Hugging Face model directory that has not been compressed: config, tensors, and which of them make up each
+    parameter.
+    """
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         self.path, self.trust_remote_code = path, trust_remote_code
@@ -47,7 +51,9 @@ class Checkpoint:
 
     @cached_property
     def untied(self) -> list[str]:
-        """The parameters that the config ties to others, and that are stored with values of their own: as in transformers, those hold."""
+        """The parameters that the config ties to others, and that are stored with values of their own: as in
+        transformers, those hold.
+        """
         return apart(self._configured, set(self._routes), self._same)
 
     def _same(self, one: str, other: str) -> bool:
@@ -82,23 +88,30 @@ class Checkpoint:
             kinds = sorted({pair.kind for pair in self.files.pairs.values()})
             name = str(self.files.dtype).removeprefix("torch.")
             lines.append(
-                f"{len(self.files.pairs)} tensors are stored as {' and '.join(kinds)}; they were taken by their scales, as {name}"
+                f"{len(self.files.pairs)} tensors are stored as {' and '.join(kinds)}; they were taken by their "
+                f"scales, as {name}"
             )
         return lines
 
     @cached_property
     def _routes(self) -> dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]]:
-        """For every parameter name: its converter (merging experts, say) if it has one, and the (pattern, stored name) it is made of."""
+        """For every parameter name: its converter (merging experts, say) if it has one, and the (pattern, stored name)
+        it is made of.
+        """
         return routes(self._configured, self.files.tensors)
 
     @cached_property
     def unused(self) -> list[str]:
-        """Stored tensors that no parameter of the model is made of (multi-token-prediction layers, say); they are carried over."""
+        """Stored tensors that no parameter of the model is made of (multi-token-prediction layers, say); they are
+        carried over.
+        """
         used = {stored for _, sources in self._routes.values() for _, stored in sources}
         return [name for name in self.files.tensors if name not in used]
 
     def check(self) -> None:
-        """Raises CheckpointError unless every parameter of the configured model is stored, as floats, in the configured shape."""
+        """Raises CheckpointError unless every parameter of the configured model is stored, as floats, in the configured
+        shape.
+        """
         parameters = dict(self.skeleton.named_parameters(remove_duplicate=False))
         for names in tied_names(self.skeleton):
             if not any(name in self._routes for name in names):
@@ -160,7 +173,9 @@ class Checkpoint:
         )
 
     def on_disk(self, name: str) -> int:
-        """Bytes that a parameter takes in the checkpoint's files: fewer than `nbytes` where it is stored in fp8 or MXFP4."""
+        """Bytes that a parameter takes in the checkpoint's files: fewer than `nbytes` where it is stored in fp8 or
+        MXFP4.
+        """
         return sum(self.files.on_disk(stored) for _, stored in self._routes[name][1]) if name in self._routes else 0
 
     def non_finite(self) -> list[str]:

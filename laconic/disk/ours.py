@@ -41,14 +41,18 @@ def is_result(folder: Path) -> bool:
 
 
 def remove_shards(folder: Path) -> None:
-    """Remove the shards and the index of an earlier model of ours, over which a single `model.safetensors` was just written."""
+    """Remove the shards and the index of an earlier model of ours, over which a single `model.safetensors` was just
+    written.
+    """
     for file in [folder / INDEX, *folder.glob("*.safetensors")]:
         if file.name == INDEX or is_shard(file.name):
             file.unlink(missing_ok=True)
 
 
 def copied_names(record: Path) -> list[str]:
-    """The paths of the files a run copied beside its model, as its record says; none from a record that cannot be read."""
+    """The paths of the files a run copied beside its model, as its record says; none from a record that cannot be
+    read.
+    """
     try:
         return relative_paths(json.loads(record.read_text(encoding="utf-8")).get("copied"))
     except (OSError, ValueError, AttributeError):
@@ -68,8 +72,8 @@ def relative_paths(names: Any) -> list[str]:
 def earlier_files(out: Path, writer: str, ours: Callable[[str], bool], skip: tuple[str, ...] = ()) -> list[Path]:
     """Every file below a folder that an earlier run of a `writer` left there, those on their way (".tmp") among them.
 
-    `ours` is asked for the path below the folder, of an empty folder with a "/" at its end. Raises: OutputError, naming the first, where
-    anything is there that is not ours.
+    `ours` is asked for the path below the folder, of an empty folder with a "/" at its end. Raises: OutputError, naming
+    the first, where anything is there that is not ours.
     """
     found = []
     for file in below(out, skip=(LOCK, *skip)) if out.is_dir() else ():
@@ -81,7 +85,9 @@ def earlier_files(out: Path, writer: str, ours: Callable[[str], bool], skip: tup
 
 
 def unfinished_files(out: Path, ours: Callable[[str], bool], skip: tuple[str, ...] = ()) -> list[Path]:
-    """The files below a folder that a kill left on their way to becoming ours; whatever else is there is passed over."""
+    """The files below a folder that a kill left on their way to becoming ours; whatever else is there is passed
+    over.
+    """
     names = {file.relative_to(out).as_posix(): file for file in below(out, skip=(LOCK, *skip)) if file.is_file()}
     return [
         file

@@ -38,10 +38,10 @@ _RUN, _NOTES, _VERIFIED = "run.json", "notes.json", "verified.json"
 class Run:
     """The output directory while a model is being compressed: finished parts, how to go on, and at the end the model.
 
-    A part (a block, or what lies before or after the blocks) is one file, written under a temporary name and renamed, that holds its
-    tensors and, in its header, their specs and what happened. `fingerprint` says which run this is; a directory is only continued by the
-    run that began it, and only left to others if it is empty. Every file that a resumed run reads has a checksum; what is damaged is removed,
-    named in `mended`, and made again.
+    A part (a block, or what lies before or after the blocks) is one file, written under a temporary name and renamed,
+    that holds its tensors and, in its header, their specs and what happened. `fingerprint` says which run this is; a
+    directory is only continued by the run that began it, and only left to others if it is empty. Every file that a
+    resumed run reads has a checksum; what is damaged is removed, named in `mended`, and made again.
     """
 
     def __init__(
@@ -138,13 +138,17 @@ class Run:
         return self.work / f"part-{hashlib.sha256(part.encode()).hexdigest()[:12]}.safetensors"
 
     def commit(self, part: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Write a finished part. Raises: OutputError when the disk is full; earlier parts are kept and the run can be resumed."""
+        """Write a finished part. Raises: OutputError when the disk is full; earlier parts are kept and the run can be
+        resumed.
+        """
         with disk_errors(self.out):
             told = {"laconic": json.dumps(record | {"part": part}), "run": self.mark}
             atomically(self.file(part), tensors, seal(tensors, told))
 
     def finish(self, manifest: dict[str, Any], beside: Companions | None, config: dict[str, Any]) -> None:
-        """Turn the parts into a model directory: shards, their index, config, the model's other files, and the manifest last."""
+        """Turn the parts into a model directory: shards, their index, config, the model's other files, and the manifest
+        last.
+        """
         copied = beside.files if beside is not None else []
         with disk_errors(self.out):
             self.note(copied=copied)
@@ -160,7 +164,9 @@ class Run:
             amend_manifest(self.out, fields)
 
     def verified(self, report: dict[str, Any]) -> None:
-        """The model is complete and was read back. What is known of it is kept until the report is written; the parts are not needed any more."""
+        """The model is complete and was read back. What is known of it is kept until the report is written; the parts
+        are not needed any more.
+        """
         self.know(report)
         for file in self.work.glob("*.safetensors"):
             if file.name.startswith(("part-", "hidden-", "survey-", "extra-")):
@@ -178,7 +184,9 @@ class Run:
         return read_sealed_json(file) if file.is_file() else None
 
     def close(self) -> None:
-        """The run is complete: only the model and its report stay. The folder is renamed first: half of one must never look like a run."""
+        """The run is complete: only the model and its report stay. The folder is renamed first: half of one must never
+        look like a run.
+        """
         if not self.closed:
             shutil.rmtree(self.out / DONE, ignore_errors=True)
             self.work.rename(self.out / DONE)
@@ -191,7 +199,9 @@ class Run:
 
 
 def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raises OutputError where a run may not write: another's files, or an earlier result and neither `resume` nor `overwrite`. Changes nothing."""
+    """Raises OutputError where a run may not write: another's files, or an earlier result and neither `resume` nor
+    `overwrite`. Changes nothing.
+    """
     if not out.is_dir():
         return
     if overwrite:
@@ -233,7 +243,8 @@ def _manifest_run(out: Path) -> dict[str, Any]:
         run = None
     if not isinstance(run, dict):
         raise OutputError(
-            f"{out}: nothing to resume: it holds a model that does not say which run made it; pass --overwrite to replace it"
+            f"{out}: nothing to resume: it holds a model that does not say which run made it; pass --overwrite to "
+            "replace it"
         )
     return run
 
@@ -248,7 +259,8 @@ def finite(value: Any) -> Any:
 
 
 def clear(out: Path) -> None:
-    """Remove what a run of ours left, by the names it noted. Raises: OutputError, removing nothing, where anything else is in the directory.
+    """Remove what a run of ours left, by the names it noted. Raises: OutputError, removing nothing, where anything else
+    is in the directory.
 
     The records of what is ours go last, so that a kill leaves a directory that can be cleared again.
     """
@@ -266,7 +278,9 @@ def _removable(out: Path) -> list[Path]:
 
 
 def _ours(out: Path) -> Callable[[str], bool]:
-    """Whether a path in a directory is that of a file which the run writes whose result, or whose beginning, is there."""
+    """Whether a path in a directory is that of a file which the run writes whose result, or whose beginning, is
+    there.
+    """
     copied = {*copied_names(out / MANIFEST), *_noted_copies(out)}
     begun = (out / WORK / _RUN).is_file() or (out / MANIFEST).is_file()
     return lambda name: name in copied or (begun and (is_of_model(name) or name in (REPORT_JSON, REPORT_HTML)))

@@ -16,7 +16,9 @@ from laconic.weights.spec import Spec
 
 
 class Overlay:
-    """A provider of parameters: those of `slots` that the run has finished decoded, all others as they are in the checkpoint."""
+    """A provider of parameters: those of `slots` that the run has finished decoded, all others as they are in the
+    checkpoint.
+    """
 
     def __init__(self, checkpoint: Checkpoint, run: Run, slots: Sequence[Slot]) -> None:
         self.checkpoint, self.run = checkpoint, run

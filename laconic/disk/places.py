@@ -13,9 +13,11 @@ from laconic.weights import install
 def slots_of(model: nn.Module, stored: Compressed, places: Mapping[str, str] | None = None) -> dict[str, Slot]:
     """The slot of `model` that each stored weight belongs to, by stored name.
 
-    `places`: the parameter that each stored name is in a model that has other names (the base model, another head); what is not in it has no
-    place. Without it every stored weight must have one, under its own name. Parameters that only use could tell are seen as what was stored.
-    Raises: CheckpointError naming the first weight that has no place, another shape than its place, or asks for what its layers cannot do.
+    `places`: the parameter that each stored name is in a model that has other names (the base model, another head);
+    what is not in it has no place. Without it every stored weight must have one, under its own name. Parameters that
+    only use could tell are seen as what was stored.
+    Raises: CheckpointError naming the first weight that has no place, another shape than its place, or asks for what
+    its layers cannot do.
     """
     named = {name: name for name in stored.weights} if places is None else dict(places)
     views = stored.manifest.get("views", {})
@@ -38,7 +40,9 @@ def slots_of(model: nn.Module, stored: Compressed, places: Mapping[str, str] | N
 
 
 def install_stored(model: nn.Module, stored: Compressed, slots: Mapping[str, Slot]) -> None:
-    """Put the stored weights in the places of `slots_of`. Raises: CheckpointError for one that cannot be read; nothing is installed then."""
+    """Put the stored weights in the places of `slots_of`. Raises: CheckpointError for one that cannot be read; nothing
+    is installed then.
+    """
     weights = {name: stored.weight(name) for name in slots}
     for name, slot in slots.items():
         for path, parameter in slot.users:

@@ -1,4 +1,6 @@
-"""How transformers' loader is told of a compressed directory: which parameters it will not find, and what they decode to."""
+"""How transformers' loader is told of a compressed directory: which parameters it will not find, and what they decode
+to.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +21,9 @@ from laconic.weights.demands import set_demands
 
 
 class Filling:
-    """A model without values that transformers is about to load from a compressed directory; `finish` puts in what it could not."""
+    """A model without values that transformers is about to load from a compressed directory; `finish` puts in what it
+    could not.
+    """
 
     def __init__(self, model: Any, files: list[str] | None, *, verify: bool = True) -> None:
         self.model, self.stored = model, Compressed(_directory(model, files), verify=verify)
@@ -62,7 +66,9 @@ class Filling:
     @undisturbed()
     @torch.no_grad()
     def finish(self) -> None:
-        """Decode every stored weight that the model has a place for. Raises: CheckpointError where one does not fit its place."""
+        """Decode every stored weight that the model has a place for. Raises: CheckpointError where one does not fit its
+        place.
+        """
         del self.model.tie_weights
         for name, slot in slots_of(self.model, self.stored, self.places).items():
             path, parameter = slot.users[0]
@@ -76,7 +82,8 @@ class Filling:
 def _places(model: nn.Module, stored: Compressed) -> dict[str, str]:
     """Where in a model each stored weight belongs: the stored name -> the parameter's name in the model.
 
-    A model of another class than the one that was stored (the base model, another head) has other prefixes, and does not have every weight.
+    A model of another class than the one that was stored (the base model, another head) has other prefixes, and does
+    not have every weight.
     Raises: CheckpointError where a model of the stored class does not have one.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -93,7 +100,9 @@ def _places(model: nn.Module, stored: Compressed) -> dict[str, str]:
 
 
 def _in_model(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Stored names as the model has them, its base model's prefix added or taken away as transformers does for plain tensors."""
+    """Stored names as the model has them, its base model's prefix added or taken away as transformers does for plain
+    tensors.
+    """
     wanted = model.state_dict()
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     prefix = model.base_model_prefix

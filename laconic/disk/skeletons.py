@@ -20,7 +20,9 @@ _CONFIG = 1 << 24  # bytes of a config.json; labels of 20,000 classes take one o
 
 
 class _MetaParameters(TorchFunctionMode):
-    """Uninitialised tensors are made on the meta device, everything else (rotary tables, masks) for real: a skeleton without weights."""
+    """Uninitialised tensors are made on the meta device, everything else (rotary tables, masks) for real: a skeleton
+    without weights.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -30,7 +32,9 @@ class _MetaParameters(TorchFunctionMode):
 
 
 def read_config(path: Path, trust_remote_code: bool = False) -> Any:
-    """The model's configuration. Raises: CheckpointError when there is none, or when it wants code that came with the checkpoint."""
+    """The model's configuration. Raises: CheckpointError when there is none, or when it wants code that came with the
+    checkpoint.
+    """
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path}: expected a model directory with config.json")
@@ -44,7 +48,8 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
         )
     if (told := raw.get("transformers_weights")) not in (None, "model.safetensors"):
         raise CheckpointError(
-            f"{file}: says that the weights are in {told!r} (transformers_weights); model.safetensors or its index are read: rename the file to that "
+            f"{file}: says that the weights are in {told!r} (transformers_weights); model.safetensors or its index are "
+            "read: rename the file to that "
             "and take the field out"
         )
     with Foreign(CheckpointError, file):
@@ -55,7 +60,9 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
 
 
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """The model class the config names, built without allocating its weights. Raises: CheckpointError for an unknown class."""
+    """The model class the config names, built without allocating its weights. Raises: CheckpointError for an unknown
+    class.
+    """
     config = copy.deepcopy(config)  # building notes things in it, its float type among them
     names = getattr(config, "architectures", None) or []
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
@@ -75,10 +82,12 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> nn.Module:
 
 
 def settle_architecture(config: Any, tensors: Collection[str]) -> str | None:
-    """Let a config that names no class name the one whose parameters the stored tensors are; returns the name, None if nothing was to do.
+    """Let a config that names no class name the one whose parameters the stored tensors are; returns the name, None if
+    nothing was to do.
 
-    Of the classes that transformers has for the config's type: the one that lacks fewest parameters, leaves fewest tensors over, and needs
-    fewest renamed; among equals a language model, then others with a head. Raises: CheckpointError where there is none.
+    Of the classes that transformers has for the config's type: the one that lacks fewest parameters, leaves fewest
+    tensors over, and needs fewest renamed; among equals a language model, then others with a head. Raises:
+    CheckpointError where there is none.
     """
     if getattr(config, "architectures", None) or getattr(config, "auto_map", None):
         return None
@@ -98,13 +107,16 @@ def settle_architecture(config: Any, tensors: Collection[str]) -> str | None:
     config.architectures = [best[1]] if best is not None else None
     if best is None:
         raise CheckpointError(
-            f"the config names no architecture, and transformers has no model of type {config.model_type!r}; name one in it"
+            f"the config names no architecture, and transformers has no model of type {config.model_type!r}; name one "
+            "in it"
         )
     return best[1]
 
 
 def _classes_of(model_type: str, masked: bool) -> list[str]:
-    """The model classes that transformers has for a type, those with the likeliest heads first; of two alike the masked one if `masked`."""
+    """The model classes that transformers has for a type, those with the likeliest heads first; of two alike the masked
+    one if `masked`.
+    """
     from transformers.models.auto import modeling_auto
 
     tables = {
@@ -126,7 +138,9 @@ Routes = dict[str, tuple[WeightConverter | None, list[tuple[str, str]]]]
 
 
 def routes(model: nn.Module, tensors: Iterable[str]) -> Routes:
-    """For every parameter of a model its converter, if it has one, and the (pattern, stored name) it is made of, as transformers names them."""
+    """For every parameter of a model its converter, if it has one, and the (pattern, stored name) it is made of, as
+    transformers names them.
+    """
     wanted = dict(model.state_dict(keep_vars=True))
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

@@ -1,4 +1,6 @@
-"""Compressed models on disk: safetensors shards and one JSON that says how each weight decodes; checked before anything is read."""
+"""Compressed models on disk: safetensors shards and one JSON that says how each weight decodes; checked before anything
+is read.
+"""
 
 from collections.abc import Iterable
 from functools import cached_property
@@ -38,7 +40,9 @@ class Compressed:
         self._account()
 
     def _account(self) -> None:
-        """Raises CheckpointError unless every weight has exactly the tensors that its spec asks for, and the index is true."""
+        """Raises CheckpointError unless every weight has exactly the tensors that its spec asks for, and the index is
+        true.
+        """
         self.parts = units(self.files.tensors, self.weights)
         for name, spec in self.weights.items():
             expected, found = {f"{name}.{key}" for key in stored_names(spec)}, set(self.parts[name])
@@ -54,7 +58,8 @@ class Compressed:
             raise CheckpointError(f"{self.path / INDEX}: damaged: it does not name the files that hold the tensors")
 
     def verify(self) -> int:
-        """Compare every stored tensor and the config with what was written; returns the bytes read (0 where there are no checksums).
+        """Compare every stored tensor and the config with what was written; returns the bytes read (0 where there are
+        no checksums).
 
         Raises: CheckpointError naming the first that differs. Cost: about a second per GB.
         """
@@ -82,11 +87,15 @@ class Compressed:
             raise CheckpointError(f"{self.path}: {name}: {error}") from error
 
     def demands(self, name: str) -> Demands | None:
-        """What a parameter's layer does with inputs and outputs, or None; what is not a stored weight asks for nothing."""
+        """What a parameter's layer does with inputs and outputs, or None; what is not a stored weight asks for
+        nothing.
+        """
         return Demands.of(self.weight(name)) if asks_its_layer(self.weights.get(name, {})) else None
 
     def check_layers(self, name: str, layers: Iterable[nn.Module]) -> None:
-        """Raises CheckpointError where the layers of a parameter cannot do with inputs and outputs what its weight asks for."""
+        """Raises CheckpointError where the layers of a parameter cannot do with inputs and outputs what its weight asks
+        for.
+        """
         spec = self.weights[name]
         inputs, scaled = inputs_of(spec), COLUMN_SCALE in class_of(spec).parts_in(spec)
         for layer in layers:
@@ -105,7 +114,8 @@ class Compressed:
 def read_manifest(path: Path, *, verify: bool = True) -> dict[str, Any]:
     """The manifest of a compressed directory. Raises: CheckpointError when it is missing, damaged, or of a newer kind.
 
-    What it says of tensors and config is compared by `Compressed.verify` only; `verify=False` takes a manifest that was changed by hand.
+    What it says of tensors and config is compared by `Compressed.verify` only; `verify=False` takes a manifest that was
+    changed by hand.
     """
     file = path / MANIFEST
     if not file.is_file():
@@ -125,7 +135,9 @@ def read_manifest(path: Path, *, verify: bool = True) -> dict[str, Any]:
 
 
 def pack_weights(weights: dict[str, Weight]) -> tuple[dict[str, Tensor], dict[str, Spec]]:
-    """Stored tensors (`parameter.name within the weight`) and specs of some weights by parameter name. Raises: SchemeError as `pack` does."""
+    """Stored tensors (`parameter.name within the weight`) and specs of some weights by parameter name. Raises:
+    SchemeError as `pack` does.
+    """
     tensors: dict[str, Tensor] = {}
     specs: dict[str, Spec] = {}
     for name, weight in weights.items():
@@ -148,7 +160,8 @@ def manifest_of(records: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
 
 
 def stored_bytes(path: Path) -> int:
-    """Bytes of the files a model is made of: the safetensors it is read from, their index, and the manifest (not config, tokenizer or report).
+    """Bytes of the files a model is made of: the safetensors it is read from, their index, and the manifest (not
+    config, tokenizer or report).
 
     What lies beside them (another format's weights, an index left behind) is no part of it.
     """
@@ -157,7 +170,8 @@ def stored_bytes(path: Path) -> int:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any], *, config: bool = False) -> None:
-    """Write the manifest of a folder whose tensors (and, with `config`, config.json) are there: the last step of every writer.
+    """Write the manifest of a folder whose tensors (and, with `config`, config.json) are there: the last step of every
+    writer.
 
     It gets the checksums of what lies there. Cost: one read of the tensors, about a second per GB.
     """

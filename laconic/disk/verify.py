@@ -21,7 +21,9 @@ _PART = 1 << 27  # bytes compared at a time
 
 @dataclass(frozen=True)
 class Computed:
-    """What a weight was when it was computed: the CRC-32 of what it decodes to, and how it asks inputs to be rounded."""
+    """What a weight was when it was computed: the CRC-32 of what it decodes to, and how it asks inputs to be
+    rounded.
+    """
 
     checksum: int
     inputs: Inputs | None = None
@@ -33,7 +35,8 @@ class Computed:
 
 
 def checksum(weight: Weight, name: str = "") -> int:
-    """CRC-32 of the decoded matrix and output bias as float32, a few rows at a time, decoded on the CPU, where every reader decodes them.
+    """CRC-32 of the decoded matrix and output bias as float32, a few rows at a time, decoded on the CPU, where every
+    reader decodes them.
 
     Raises: SchemeError when the site is named and a decoded value is not finite, as where 16 bits cannot hold it.
     """
@@ -46,7 +49,8 @@ def checksum(weight: Weight, name: str = "") -> int:
             rows = weight.rows(start, min(start + _ROWS, weight.shape[0])).float().contiguous()
             if name and not is_finite(rows):
                 raise SchemeError(
-                    f"{name}: decodes to values that are not finite: the type its values are stored in does not hold them"
+                    f"{name}: decodes to values that are not finite: the type its values are stored in does not hold "
+                    "them"
                 )
             value = zlib.crc32(rows.numpy().data, value)
         if (bias := weight.output_bias()) is not None:
@@ -60,7 +64,8 @@ def verify(
     plain: Mapping[str, Callable[[], Tensor]],
     heard: Callable[[str], object] = lambda name: None,
 ) -> None:
-    """Read a finished directory back: every weight decodes to what was computed, every plain tensor is what it should be, bit for bit.
+    """Read a finished directory back: every weight decodes to what was computed, every plain tensor is what it should
+    be, bit for bit.
 
     `plain`: for a stored name, who gives the tensor.
     `heard` is called with the name of every weight that was compared.

@@ -11,7 +11,9 @@ from laconic.model.sites import Slot
 from laconic.weights.demands import why_not
 
 Prefix = Literal["compressed", "original"]
-"""What a site's inputs have passed through when they are looked at: everything that is compressed before it, or the model as it was."""
+"""What a site's inputs have passed through when they are looked at: everything that is compressed before it, or the
+model as it was.
+"""
 
 
 def check_prefix(statistics: str, true_sequential: bool = False) -> None:
@@ -20,19 +22,24 @@ def check_prefix(statistics: str, true_sequential: bool = False) -> None:
         raise SchemeError(f"statistics: expected 'compressed' or 'original', got {statistics!r}")
     if statistics == "original" and true_sequential:
         raise SchemeError(
-            "true_sequential takes the inputs of a site anew when the sites before it in its block are compressed; with "
+            "true_sequential takes the inputs of a site anew when the sites before it in its block are compressed; "
+            "with "
             "statistics='original' they are those of the original: give one of the two"
         )
 
 
 def refuse_structures(plan: Plan) -> None:
-    """Raises SchemeError if a method has to know which rows are one channel of the network, where nobody can tell it."""
+    """Raises SchemeError if a method has to know which rows are one channel of the network, where nobody can tell
+    it.
+    """
     for slot in plan.structures[:1]:
         raise SchemeError(f"{slot.name}: {plan.methods[slot]!r} has to know which rows are one channel; {MODULES_ONLY}")
 
 
 def refuse_rounding(model: nn.Module, plan: Plan) -> None:
-    """Raises SchemeError, naming the way out, if a method rounds the inputs of layers that cannot do so (convolutions, look-ups)."""
+    """Raises SchemeError, naming the way out, if a method rounds the inputs of layers that cannot do so
+    (convolutions, look-ups).
+    """
     refused: dict[Slot, str] = {}
     for slot, inputs in plan.rounding.items():
         for layer in slot.layers(model):
@@ -46,5 +53,6 @@ def refuse_rounding(model: nn.Module, plan: Plan) -> None:
     rules = ", ".join(f"({name!r}, Keep())" for name in names)
     keep = " ".join(f"--keep {name!r}" for name in names)
     raise SchemeError(
-        f"{slot.name}{more}: {reason}; leave them out with {keep}, or in a plan: [{rules}, ('*', {plan.methods[slot]!r})]"
+        f"{slot.name}{more}: {reason}; leave them out with {keep}, or in a plan: [{rules}, ('*', "
+        f"{plan.methods[slot]!r})]"
     )

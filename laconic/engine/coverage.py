@@ -1,4 +1,6 @@
-"""What a run covers: the share of a model's parameters that is compressed, kept by choice, or of a kind that no method treats."""
+"""What a run covers: the share of a model's parameters that is compressed, kept by choice, or of a kind that no method
+treats.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +14,11 @@ _NAMED = 4  # parameters that no method treats are named one by one up to here, 
 
 
 def coverage(model: nn.Module, plan: Plan, reasons: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Entries by what becomes of them: "compressed"; "kept" by reason; "vectors" (norms, biases); "untreated", one by one, the largest first.
+    """Entries by what becomes of them: "compressed"; "kept" by reason; "vectors" (norms, biases); "untreated", one by
+    one, the largest first.
 
-    `reasons`: what a run showed of parameters that are no sites (`Uses.why_not`). They add up to "parameters", every tie once.
+    `reasons`: what a run showed of parameters that are no sites (`Uses.why_not`). They add up to "parameters", every
+    tie once.
     """
     kept: dict[str, int] = {}
     for slot, reason in plan.kept.items():
@@ -34,7 +38,9 @@ def coverage(model: nn.Module, plan: Plan, reasons: Mapping[str, str] | None = N
 
 
 def coverage_line(found: Mapping[str, Any]) -> str:
-    """The same in a sentence: "99.1 % of 7,345,664 parameters compressed; kept: router 0.5 %; not compressible: norms and biases 0.4 %"."""
+    """The same in a sentence: "99.1 % of 7,345,664 parameters compressed; kept: router 0.5 %; not compressible: norms
+    and biases 0.4 %".
+    """
     total = max(found["parameters"], 1)
 
     def share(entries: int) -> str:

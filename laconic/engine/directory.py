@@ -1,4 +1,6 @@
-"""A model directory, compressed into another: where its weights live meanwhile, what is written of it, and how it is read back."""
+"""A model directory, compressed into another: where its weights live meanwhile, what is written of it, and how it is
+read back.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -44,10 +46,11 @@ _TOKENS = 4096  # that run through a block at a time
 
 
 class InDirectory:
-    """The output directory of a run as the place where weights live: the original is read a part at a time, and each part that is finished is
-    written, so that an interrupted run goes on with the next one.
+    """The output directory of a run as the place where weights live: the original is read a part at a time, and each
+    part that is finished is written, so that an interrupted run goes on with the next one.
 
-    With `statistics="compressed"` a part that was finished stands decoded in the original's place for everything that is run after it.
+    With `statistics="compressed"` a part that was finished stands decoded in the original's place for everything that
+    is run after it.
     """
 
     def __init__(
@@ -144,9 +147,16 @@ class InDirectory:
 
 
 def stored_model(
-    checkpoint: Checkpoint, plan: Plan, scheme: Scheme, source: str, windows: Material | None, run: Run, beside: Companions,
-    options: Options, progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
+    checkpoint: Checkpoint,
+    plan: Plan,
+    scheme: Scheme,
+    source: str,
+    windows: Material | None,
+    run: Run,
+    beside: Companions,
+    options: Options,
+    progress: Progress,
+) -> dict[str, Any]:
     """Compress, store and verify; returns what the report says of the model, but for its quality."""
     device = pick_device(options.device)
     home = InDirectory(checkpoint, run, windows, options, device, progress)
@@ -161,10 +171,16 @@ def stored_model(
     records.sort(key=lambda record: order[record.name])
     parameters = sum(p.numel() for p in checkpoint.skeleton.parameters())
     manifest = manifest_of(
-        list(run.parts().values()), scheme=describe(scheme), keep=patterns(options.keep), seed=options.seed, versions=versions(),
-        source={"name": source, "parameters": parameters}, data=windows.describe() if windows is not None else None,
-        plan=plan.fitted().to_json(), **views_of(checkpoint.skeleton, list(plan.methods)),
-    )  # fmt: skip
+        list(run.parts().values()),
+        scheme=describe(scheme),
+        keep=patterns(options.keep),
+        seed=options.seed,
+        versions=versions(),
+        source={"name": source, "parameters": parameters},
+        data=windows.describe() if windows is not None else None,
+        plan=plan.fitted().to_json(),
+        **views_of(checkpoint.skeleton, list(plan.methods)),
+    )
     config = checkpoint.config.to_dict() | {
         "quantization_config": {"quant_method": "laconic", "schema": manifest["schema"]}
     }
@@ -172,16 +188,28 @@ def stored_model(
     _verify(run, checkpoint, records, kept, progress)
     told = [*filter(None, [run.notes().get("chain")]), *run.notes().get("allocation", [])]
     return {
-        "scheme": describe(scheme), "keep": patterns(options.keep), "seed": options.seed, "statistics": options.statistics,
-        "data": manifest["data"], "sites": plain(records), "metrics": {},
-        "notes": told + unmeasured_notes(records, parameters, progress), "unused": checkpoint.unused,
-        "original_bytes": original_file_bytes(checkpoint), "parameters": parameters, "kept": _kept(checkpoint, kept),
-        "coverage": coverage(checkpoint.skeleton, plan), "versions": versions(), "machine": machine(),
-    }  # fmt: skip
+        "scheme": describe(scheme),
+        "keep": patterns(options.keep),
+        "seed": options.seed,
+        "statistics": options.statistics,
+        "data": manifest["data"],
+        "sites": plain(records),
+        "metrics": {},
+        "notes": told + unmeasured_notes(records, parameters, progress),
+        "unused": checkpoint.unused,
+        "original_bytes": original_file_bytes(checkpoint),
+        "parameters": parameters,
+        "kept": _kept(checkpoint, kept),
+        "coverage": coverage(checkpoint.skeleton, plan),
+        "versions": versions(),
+        "machine": machine(),
+    }
 
 
 def _verify(run: Run, checkpoint: Checkpoint, records: list[SiteRecord], kept: list[str], progress: Progress) -> None:
-    """Read the finished directory back. Raises: CheckpointError where it is not complete, VerificationError as `verify`."""
+    """Read the finished directory back. Raises: CheckpointError where it is not complete, VerificationError as
+    `verify`.
+    """
     stored = CompressedCheckpoint(run.out, trust_remote_code=checkpoint.trust_remote_code)
     stored.check()
     progress.start("verifying what was written", len(records))
@@ -195,7 +223,9 @@ def _kept_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def commit_rest(run: Run, checkpoint: Checkpoint, plan: Plan) -> list[str]:
-    """Write every tensor that is kept as it is: norms, biases, sites the plan keeps, and stored tensors no parameter uses. Returns their names."""
+    """Write every tensor that is kept as it is: norms, biases, sites the plan keeps, and stored tensors no parameter
+    uses. Returns their names.
+    """
     compressed = {name for slot in plan.methods for name in slot.parameters}
     seen: set[int] = set()
     names = []

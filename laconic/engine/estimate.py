@@ -1,4 +1,6 @@
-"""What every stage of a run will take, in bytes of memory and in seconds, from the model's sizes and three speeds of this machine."""
+"""What every stage of a run will take, in bytes of memory and in seconds, from the model's sizes and three speeds of
+this machine.
+"""
 
 import time
 from dataclasses import dataclass
@@ -21,10 +23,11 @@ _SAMPLES = 84  # tokens of the report's samples of text, prompt included
 
 @dataclass(frozen=True)
 class Load:
-    """What is run through the model. `samples` windows of `length` tokens calibrate; `surveyed` of them go through it backwards too, before.
+    """What is run through the model. `samples` windows of `length` tokens calibrate; `surveyed` of them go through it
+    backwards too, before.
 
-    `written`: windows that the model writes itself; `test_tokens` are evaluated, `generates`: samples of text are made for the report.
-    `width` is the hidden size, `vocabulary` the logits per token (0 for a model without).
+    `written`: windows that the model writes itself; `test_tokens` are evaluated, `generates`: samples of text are made
+    for the report. `width` is the hidden size, `vocabulary` the logits per token (0 for a model without).
     """
 
     samples: int = 0
@@ -39,7 +42,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Speeds:
-    """This machine's, measured now: `flops` of a float32 product per second, `bytes` copied per second, `exponentials` per second."""
+    """This machine's, measured now: `flops` of a float32 product per second, `bytes` copied per second, `exponentials`
+    per second.
+    """
 
     flops: float
     bytes: float
@@ -69,10 +74,11 @@ def _fastest(work: object) -> float:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a model by where they lie: all, outside the chain, of the largest block, and of matrices that every token meets.
+    """Parameters of a model by where they lie: all, outside the chain, of the largest block, and of matrices that every
+    token meets.
 
-    `mapped`: bytes, as the files have them, of what is brought in at once (outside the chain and the largest block); `mapped_whole` those of
-    all. While a tensor is made float32 its pages count as this process's.
+    `mapped`: bytes, as the files have them, of what is brought in at once (outside the chain and the largest block);
+    `mapped_whole` those of all. While a tensor is made float32 its pages count as this process's.
     """
 
     total: int
@@ -118,17 +124,24 @@ def block_of(name: str, chain: str | None) -> str:
 
 
 def costs(source: Checkpoint, plan: Plan, load: Load, chain: str | None, speeds: Speeds) -> dict[str, Cost]:
-    """The cost of every stage, in their order: own text, survey, compression, verification, evaluation, samples of text."""
+    """The cost of every stage, in their order: own text, survey, compression, verification, evaluation, samples of
+    text.
+    """
     sizes = sizes_of(source, chain, load)
     return {
-        "own text": _own_text(sizes, load, speeds), "survey": _survey(sizes, plan, load, speeds),
-        "compression": _compression(source, sizes, plan, load, chain, speeds), "verification": _verification(plan, speeds),
-        "evaluation": _evaluation(sizes, load, speeds), "samples": _samples(sizes, load, speeds),
-    }  # fmt: skip
+        "own text": _own_text(sizes, load, speeds),
+        "survey": _survey(sizes, plan, load, speeds),
+        "compression": _compression(source, sizes, plan, load, chain, speeds),
+        "verification": _verification(plan, speeds),
+        "evaluation": _evaluation(sizes, load, speeds),
+        "samples": _samples(sizes, load, speeds),
+    }
 
 
 def _own_text(sizes: Sizes, load: Load, speeds: Speeds) -> Cost:
-    """The model as it is stored (at most float32), keys and values of the windows written together, and a few rows of logits."""
+    """The model as it is stored (at most float32), keys and values of the windows written together, and a few rows of
+    logits.
+    """
     if not load.written:
         return Cost()
     rounds = -(-load.written // _WRITTEN)
@@ -144,8 +157,10 @@ def _own_text(sizes: Sizes, load: Load, speeds: Speeds) -> Cost:
 
 
 def _survey(sizes: Sizes, plan: Plan, load: Load, speeds: Speeds) -> Cost:
-    """Forwards, then backwards with each block's forward again: three products with the weights and one with the gradients; and the logits,
-    of one window at a time: they, their gradient, and a part of them that labels are drawn from (all of it where they are few)."""
+    """Forwards, then backwards with each block's forward again: three products with the weights and one with the
+    gradients; and the logits, of one window at a time: they, their gradient, and a part of them that labels are drawn
+    from (all of it where they are few).
+    """
     if not load.surveyed:
         return Cost()
     tokens = load.surveyed * load.length
@@ -154,9 +169,8 @@ def _survey(sizes: Sizes, plan: Plan, load: Load, speeds: Speeds) -> Cost:
     hidden = 3 * tokens * load.width
     memory = _FLOAT * (sizes.outside + copies + hidden + 12 * load.length * load.width)
     squares = sum(slot.columns**2 * slot.groups for slot in _distinct(plan))
-    if (
-        not sizes.block
-    ):  # a model that is run whole: all statistics at once, the graph of a window, and the gradients of its tables
+    # a model that is run whole: all statistics at once, the graph of a window, and the gradients of its tables
+    if not sizes.block:
         memory += _FLOAT * (
             squares + 2 * load.length * sum(slot.rows + slot.columns for slot in plan.slots) + 2 * sizes.largest
         )
@@ -184,7 +198,9 @@ def _distinct(plan: Plan) -> list[Slot]:
 def _compression(
     source: Checkpoint, sizes: Sizes, plan: Plan, load: Load, chain: str | None, speeds: Speeds
 ) -> Cost:  # fmt: skip
-    """The hidden states, and the largest part with its statistics and its solver's workspace; two forward passes and a sweep per site."""
+    """The hidden states, and the largest part with its statistics and its solver's workspace; two forward passes and a
+    sweep per site.
+    """
     parts: dict[str, list[Slot]] = dict(units(source.skeleton, list(plan.slots))) if chain is None else {}
     for slot in plan.slots if chain is not None else ():
         parts.setdefault(block_of(slot.users[0][0], chain) or slot.name, []).append(slot)
@@ -196,9 +212,8 @@ def _compression(
         weights = sum(
             (_FLOAT if calibrated else source.nbytes(slot.parameter) / slot.entries) * slot.entries for slot in slots
         )
-        columns = {
-            slot.columns: slot.groups for slot in slots if wanted[slot] & Stats.HESSIAN
-        }  # slots fed alike share their Hessian
+        # slots fed alike share their Hessian
+        columns = {slot.columns: slot.groups for slot in slots if wanted[slot] & Stats.HESSIAN}
         hessians = sum(_FLOAT * n * n * groups for n, groups in columns.items())
         solver = max((_workspace(slot, wanted[slot]) for slot in slots if slot in plan.methods), default=0)
         packed = sum(plan.methods[slot].expected_bits(slot.shape) / 8 for slot in slots if slot in plan.methods)
@@ -218,7 +233,9 @@ def _compression(
 
 
 def _workspace(slot: Slot, wanted: Stats) -> int:
-    """Bytes a method takes for one site beside its weight: codes, and for column solvers the factor and three copies of the weight."""
+    """Bytes a method takes for one site beside its weight: codes, and for column solvers the factor and three copies of
+    the weight.
+    """
     if wanted & Stats.HESSIAN:
         return _FLOAT * (slot.groups * slot.columns**2 + 4 * slot.entries)
     return 2 * slot.entries + (128 << 20)
@@ -231,7 +248,9 @@ def _verification(plan: Plan, speeds: Speeds) -> Cost:
 
 
 def _evaluation(sizes: Sizes, load: Load, speeds: Speeds) -> Cost:
-    """Both models: what lies outside the chain in float32, a block and its decoding, hidden states, and one batch of logits each."""
+    """Both models: what lies outside the chain in float32, a block and its decoding, hidden states, and one batch of
+    logits each.
+    """
     if not load.test_tokens:
         return Cost()
     tokens = max(load.length, min(_TOGETHER, LOGITS // max(load.vocabulary, 1)))
@@ -246,7 +265,9 @@ def _evaluation(sizes: Sizes, load: Load, speeds: Speeds) -> Cost:
 
 
 def _samples(sizes: Sizes, load: Load, speeds: Speeds) -> Cost:
-    """The model as a whole, once in float32, with its largest tensor a second time while that is decoded; a token at a time, twice."""
+    """The model as a whole, once in float32, with its largest tensor a second time while that is decoded; a token at a
+    time, twice.
+    """
     if not load.generates:
         return Cost()
     step = (

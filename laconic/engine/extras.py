@@ -11,7 +11,9 @@ from laconic.model.sites import Site, Stats
 
 
 class Extras:
-    """Gradient statistics of single sites, kept between the survey and the compression, in memory or in a run's folder."""
+    """Gradient statistics of single sites, kept between the survey and the compression, in memory or in a run's
+    folder.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder

@@ -16,34 +16,48 @@ from laconic.weights import Weight
 
 
 class Home(Protocol[Told]):
-    """Where a model's weights live while they are compressed: in a directory, in a module, or as values that are given."""
+    """Where a model's weights live while they are compressed: in a directory, in a module, or as values that are
+    given.
+    """
 
     seed: int
     """The run's: whatever is drawn, is drawn from it and a site's name."""
 
     def surveyed(self, plan: Plan) -> Iterator[Stage]:
-        """The sites that an allocation has to see or whose gradients a method reads, with what is known of them in the original model."""
+        """The sites that an allocation has to see or whose gradients a method reads, with what is known of them in the
+        original model.
+        """
 
     def stages(self, plan: Plan) -> Iterator[Stage]:
-        """All sites of the plan, some at a time, in the order in which they are compressed, with the statistics their methods read."""
+        """All sites of the plan, some at a time, in the order in which they are compressed, with the statistics their
+        methods read.
+        """
 
     def matrix(self, slot: Slot) -> Tensor:
-        """The values of a site [out, in], not compressed yet; those of a stage that was just asked for are in memory."""
+        """The values of a site [out, in], not compressed yet; those of a stage that was just asked for are in
+        memory.
+        """
 
     def observed(self, slot: Slot, site: Site, wants: Stats) -> None:
         """The survey saw a site: what `wants` names of its gradients is kept for `known`."""
 
     def known(self, site: Site) -> Site:
-        """The site with what is known of it beside its stage's statistics: the survey's gradients, the network's channels."""
+        """The site with what is known of it beside its stage's statistics: the survey's gradients, the network's
+        channels.
+        """
 
     def settled(self, plan: Plan, allocate: Callable[[], tuple[Plan, list[str]]]) -> Plan:
         """The plan and what has to be said of it, as `allocate` finds them; or as an interrupted run did."""
 
     def record(self, slot: Slot, method: Method, site: Site, weight: Weight, seconds: float) -> Told:
-        """What is told of a site and its weight, found in so many seconds. Raises: SchemeError where its layers cannot do what that asks for."""
+        """What is told of a site and its weight, found in so many seconds. Raises: SchemeError where its layers cannot
+        do what that asks for.
+        """
 
     def put(self, slot: Slot, weight: Weight, record: Told) -> None:
-        """A weight is found: it stands in the site's place for everything that is run from now on, if that is to see it."""
+        """A weight is found: it stands in the site's place for everything that is run from now on, if that is to see
+        it.
+        """
 
     def commit(self, part: str, weights: dict[Slot, Weight], records: list[Told]) -> None:
         """A part is finished, and nothing more will be asked of it: a block, or what lies before or after them."""
@@ -54,8 +68,8 @@ def compress(home: Home[Told], plan: Plan) -> Plan:
 
     Raises: SchemeError with the name of a site, DataError where its statistics are not finite.
 
-    Memory: a part of the model and its statistics, as far as the home holds no more. Cost: that of the plan's methods, and of the runs of the
-    model that its stages take.
+    Memory: a part of the model and its statistics, as far as the home holds no more. Cost: that of the plan's methods,
+    and of the runs of the model that its stages take.
     """
     plan = home.settled(plan, partial(allocate, home, plan))
     weights: dict[Slot, Weight] = {}

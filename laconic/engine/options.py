@@ -12,12 +12,13 @@ from laconic.engine.resolve import Fit
 class Options:
     """How a model directory is compressed; what to do to it is the scheme's.
 
-    `data`: "self" (text sampled from the model), a file or directory of what the model reads, "hub:name", or an iterable of batches that it
-    can be called with; `test`: data for the report's figures, by default the last tenth of `data`, which calibration never sees. `samples`
-    windows of `length` tokens (or examples) calibrate; `test_tokens` are evaluated.
-    `statistics`: what the inputs that methods look at have passed through, "compressed" (whatever is compressed before a site, so that errors
-    are made up for) or "original" (the model as it was); gradients, and what is spread over the model, are the original's either way.
-    `keep`: patterns of sites that stay as they are; `group`: "fit" or "strict", where a group does not divide a matrix (`engine.resolve`).
+    `data`: "self" (text sampled from the model), a file or directory of what the model reads, "hub:name", or an
+    iterable of batches that it can be called with; `test`: data for the report's figures, by default the last tenth of
+    `data`, which calibration never sees. `samples` windows of `length` tokens (or examples) calibrate; `test_tokens`
+    are evaluated. `statistics`: what the inputs that methods look at have passed through, "compressed" (whatever is
+    compressed before a site, so that errors are made up for) or "original" (the model as it was); gradients, and what
+    is spread over the model, are the original's either way. `keep`: patterns of sites that stay as they are; `group`:
+    "fit" or "strict", where a group does not divide a matrix (`engine.resolve`).
     """
 
     data: Any = "self"

@@ -17,12 +17,13 @@ from laconic.weights.inputs import Inputs
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to a model: `methods` of the sites that are compressed; of the others, in `kept`, why they stay ("" where a scheme just says so).
+    """What happens to a model: `methods` of the sites that are compressed; of the others, in `kept`, why they stay (""
+    where a scheme just says so).
 
-    `slots` are all of them in the model's order, which both dictionaries have too. What follows from a method is asked of it and stored nowhere
-    else: its statistics, whether it rounds its inputs, whether it cuts channels. A tie is one slot with several users.
-    Blocks that are left out, and blocks that take another's weights, get a field each beside `kept` once something makes such a plan
-    and something carries it out.
+    `slots` are all of them in the model's order, which both dictionaries have too. What follows from a method is asked
+    of it and stored nowhere else: its statistics, whether it rounds its inputs, whether it cuts channels. A tie is one
+    slot with several users. Blocks that are left out, and blocks that take another's weights, get a field each beside
+    `kept` once something makes such a plan and something carries it out.
     """
 
     slots: tuple[Slot, ...]
@@ -53,7 +54,9 @@ class Plan:
         return self.having({slot: fitted(method, slot.shape) for slot, method in self.methods.items()})
 
     def allocations(self) -> dict[Method, Allocation]:
-        """The allocations, new ones, that methods ask for; sites under equal methods share one, from which unmeasured sites stay out."""
+        """The allocations, new ones, that methods ask for; sites under equal methods share one, from which unmeasured
+        sites stay out.
+        """
         found: dict[Method, Allocation] = {}
         for method in self.methods.values():
             if method not in found and (allocation := method.allocation()) is not None:
@@ -73,7 +76,9 @@ class Plan:
 
     @property
     def surveyed(self) -> dict[Slot, Stats]:
-        """What has to be known of the original model before anything is compressed: for allocations all they read, for methods their gradients."""
+        """What has to be known of the original model before anything is compressed: for allocations all they read, for
+        methods their gradients.
+        """
         spread = self.allocations()
         return {
             slot: (_wants(spread.get(method)) & MEASURED) | (method.wants & GRADIENTS)
@@ -104,8 +109,8 @@ class Plan:
     def to_json(self) -> dict[str, str]:
         """The expressions by site, as `from_json` and people read them.
 
-        Like sites share the entry of their name with `*` for its numbers, which says what most of them get; one that gets something else, or
-        that is the only one of its kind, has an entry under its own name.
+        Like sites share the entry of their name with `*` for its numbers, which says what most of them get; one that
+        gets something else, or that is the only one of its kind, has an entry under its own name.
         """
         texts = self.texts()
         alike: dict[str, Counter[str]] = {}
@@ -120,7 +125,9 @@ class Plan:
 
     @classmethod
     def from_json(cls, told: Mapping[str, str], slots: tuple[Slot, ...]) -> Self:
-        """The plan that `to_json` wrote of these slots. Raises: CheckpointError for a site of which it says nothing, SchemeError for no scheme."""
+        """The plan that `to_json` wrote of these slots. Raises: CheckpointError for a site of which it says nothing,
+        SchemeError for no scheme.
+        """
         known: dict[str, Any] = {text: parse(text) for text in set(told.values())}
         choices: dict[Slot, Choice] = {}
         for slot in slots:
@@ -132,7 +139,9 @@ class Plan:
 
 
 def plan_of(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """What a directory's manifest says was done, as `Plan.to_json` wrote it; empty where it says nothing (other writers, earlier versions)."""
+    """What a directory's manifest says was done, as `Plan.to_json` wrote it; empty where it says nothing (other
+    writers, earlier versions).
+    """
     told = manifest.get("plan", {})
     if not isinstance(told, dict) or not all(isinstance(text, str) for text in told.values()):
         raise CheckpointError("damaged: the manifest's plan is no table of sites")

@@ -45,10 +45,18 @@ def preflight(source: Checkpoint, plan: Plan, load: Load, chain: str | None) -> 
         bits = original if kept else plan.methods[slot].expected_bits(slot.shape)
         sites.append(
             PlannedSite(
-                name=slot.name, aliases=list(slot.names[1:]), shape=list(slot.shape), method=text, role=slot.role,
-                bits_per_weight=bits / slot.entries, bytes=bits / 8, original_bytes=original / 8, kept=kept, reason=plan.kept.get(slot, ""),
+                name=slot.name,
+                aliases=list(slot.names[1:]),
+                shape=list(slot.shape),
+                method=text,
+                role=slot.role,
+                bits_per_weight=bits / slot.entries,
+                bytes=bits / 8,
+                original_bytes=original / 8,
+                kept=kept,
+                reason=plan.kept.get(slot, ""),
             )
-        )  # fmt: skip
+        )
     total = sum(stored.bytes for stored in source.files.tensors.values())
     rest = total - sum(site.original_bytes for site in sites)
     stages = costs(source, plan, load, chain, measure_speeds())
@@ -63,12 +71,15 @@ def preflight(source: Checkpoint, plan: Plan, load: Load, chain: str | None) -> 
 
 
 def room_for(out: Path, expected: int) -> list[str]:
-    """What to say of the free space for a model of so many bytes. Raises: OutputError when the model alone takes more than there is."""
+    """What to say of the free space for a model of so many bytes. Raises: OutputError when the model alone takes more
+    than there is.
+    """
     there = sum(file.stat().st_size for file in below(out, skip=(LOCK,)) if file.is_file())
     free = shutil.disk_usage(out).free + there
     if free < expected:
         raise OutputError(
-            f"{out}: {human_bytes(free)} are free on that disk, the model takes {human_bytes(expected)}; choose another place"
+            f"{out}: {human_bytes(free)} are free on that disk, the model takes {human_bytes(expected)}; choose "
+            "another place"
         )
     if free < 2 * expected:
         need, have = human_bytes(2 * expected), human_bytes(free)
@@ -100,7 +111,8 @@ def plan_directory(
     named = sorted(bad)
     if bad and not options.skip_nonfinite:
         raise CheckpointError(
-            f"{source}: NaN or infinity in {', '.join(named[:5])}; pass --skip-nonfinite to leave such tensors as they are"
+            f"{source}: NaN or infinity in {', '.join(named[:5])}; pass --skip-nonfinite to leave such tensors as they "
+            "are"
         )
     spoilt = [slot for slot in plan.slots if bad.intersection(slot.parameters)]
     plan = plan.keeping(dict.fromkeys(spoilt, "not finite"))
@@ -115,16 +127,21 @@ def load_of(checkpoint: Checkpoint, plan: Plan, options: Options) -> Load:
     calibrated, language = plan.reads_data, is_language_model(checkpoint.skeleton)
     text = checkpoint.config.get_text_config()
     return Load(
-        samples=options.samples if calibrated else 0, length=options.length, width=getattr(text, "hidden_size", 0),
+        samples=options.samples if calibrated else 0,
+        length=options.length,
+        width=getattr(text, "hidden_size", 0),
         written=own_windows(options, calibrated) if language else 0,
         surveyed=min(options.samples, SURVEY_SAMPLES) if any(plan.surveyed.values()) else 0,
         vocabulary=getattr(text, "vocab_size", 0) if language else 0,
-        test_tokens=options.test_tokens if options.evaluate else 0, generates=options.evaluate and language and samples_fit(checkpoint),
-    )  # fmt: skip
+        test_tokens=options.test_tokens if options.evaluate else 0,
+        generates=options.evaluate and language and samples_fit(checkpoint),
+    )
 
 
 def is_run_whole(checkpoint: Checkpoint, given: Given, options: Options) -> bool:
-    """Whether a run on the data shows that the model's list of blocks is no chain, so that all of it will be in memory."""
+    """Whether a run on the data shows that the model's list of blocks is no chain, so that all of it will be in
+    memory.
+    """
     material = given.calibration or given.test
     if find_chain(checkpoint.skeleton) is None or (material is None and given.vocabulary is None):
         return False

@@ -15,7 +15,9 @@ _DERIVED = ("bits_per_weight", "matrix_bits", "worst", "by_class")  # of the val
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a run measured, as plain values (`report["metrics"]`), with the few figures people ask for as properties."""
+    """Everything a run measured, as plain values (`report["metrics"]`), with the few figures people ask for as
+    properties.
+    """
 
     values: dict[str, Any]
 
@@ -49,7 +51,9 @@ class Report:
 
     @property
     def matrix_bits(self) -> float:
-        """Stored bits per weight of the compressed matrices of the body, scales, tables and indices included; without any, of all sites."""
+        """Stored bits per weight of the compressed matrices of the body, scales, tables and indices included; without
+        any, of all sites.
+        """
         records = self.records
         body = [record for record in records if record.role == "body"] or records
         return sum(record.bits for record in body) / max(sum(record.entries for record in body), 1)
@@ -72,9 +76,12 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
         return self.values | {
-            "bits_per_weight": self.bits_per_weight, "matrix_bits": self.matrix_bits, "worst": [site["name"] for site in self.worst],
-            "by_class": by_class(self), "coverage_line": self.coverage,
-        }  # fmt: skip
+            "bits_per_weight": self.bits_per_weight,
+            "matrix_bits": self.matrix_bits,
+            "worst": [site["name"] for site in self.worst],
+            "by_class": by_class(self),
+            "coverage_line": self.coverage,
+        }
 
 
 def by_class(report: Report) -> list[dict[str, Any]]:
@@ -106,7 +113,9 @@ def by_class(report: Report) -> list[dict[str, Any]]:
 
 
 def read_report(out: Path) -> dict[str, Any] | None:
-    """What `write_report` was given, as `report` (its values) and `samples`; None where there is none, or a damaged one."""
+    """What `write_report` was given, as `report` (its values) and `samples`; None where there is none, or a damaged
+    one.
+    """
     try:
         told = json.loads((out / REPORT_JSON).read_text(encoding="utf-8"))
         samples = told.pop("samples")

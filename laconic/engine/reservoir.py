@@ -8,10 +8,12 @@ _ROWS = 256  # at least, however wide they are
 
 
 class Reservoir:
-    """Rows x [in], as many as hold 2^18 entries (256 at least), drawn without replacement from all that were added, each as likely.
+    """Rows x [in], as many as hold 2^18 entries (256 at least), drawn without replacement from all that were added,
+    each as likely.
 
-    Every row gets a random number as it comes, from a private generator with a fixed seed, and those with the smallest stay (Efraimidis and
-    Spirakis 2006, with equal weights): the sample depends on the rows and their order alone, not on the parts they come in.
+    Every row gets a random number as it comes, from a private generator with a fixed seed, and those with the smallest
+    stay (Efraimidis and Spirakis 2006, with equal weights): the sample depends on the rows and their order alone, not
+    on the parts they come in.
     """
 
     def __init__(self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:

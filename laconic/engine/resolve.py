@@ -1,4 +1,6 @@
-"""From a scheme to a plan: what every site of a model gets, and, where the scheme is one method, what a whole file needs beside it."""
+"""From a scheme to a plan: what every site of a model gets, and, where the scheme is one method, what a whole file
+needs beside it.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,18 +22,23 @@ from laconic.scheme.text import Choice, Predicate, Rule, Scheme
 
 T = TypeVar("T")
 Fit = Literal["fit", "strict"]
-"""What becomes of a group (or another tile) that does not divide a matrix: the largest of its divisors that does, or a refusal."""
+"""What becomes of a group (or another tile) that does not divide a matrix: the largest of its divisors that does, or a
+refusal.
+"""
 
 SMALL = 2048
-"""Matrices of fewer entries stay: an error there costs as much as in a large one, and all of them together hardly count."""
+"""Matrices of fewer entries stay: an error there costs as much as in a large one, and all of them together hardly
+count.
+"""
 _SMALL_SHARE = (
     0.1  # of the body's entries; where small matrices hold more than that, they are what there is to compress
 )
 _LEAST_BITS = 6
 """Bits of an embedding or head of which nothing is said: a step per row, entropy-coded.
 
-books-llama-7m in 3.79 MB (KL on dracula / WikiText-2, nats per token): .0022 / .0042 with a 6-bit embedding and matrices at 4.09 bits, .0226 /
-.0516 with the embedding in bfloat16 and matrices at 2.25 bits (`benchmarks/whole_file.py`).
+books-llama-7m in 3.79 MB (KL on dracula / WikiText-2, nats per token): .0022 / .0042 with a 6-bit embedding and
+matrices at 4.09 bits, .0226 / .0516 with the embedding in bfloat16 and matrices at 2.25 bits
+(`benchmarks/whole_file.py`).
 """
 _MOST_BITS = (
     8  # of a grid; a method that spends a bit more than this is not one of grids, and leaves embeddings and heads alone
@@ -39,21 +46,28 @@ _MOST_BITS = (
 
 
 def resolve(
-    scheme: Scheme, slots: Sequence[Slot], *, whole_file: bool = False, keep: str | Sequence[str] = (), group: Fit = "fit",
+    scheme: Scheme,
+    slots: Sequence[Slot],
+    *,
+    whole_file: bool = False,
+    keep: str | Sequence[str] = (),
+    group: Fit = "fit",
     notes: list[str] | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """What happens to every slot under a scheme; `notes` collects what the user must hear.
 
-    A plan or function says it for every site. One method is for the body: the matrices that are no embedding, output head or router. With
-    `whole_file`, as compression has it, it is what a file needs: embeddings and heads are rounded at b bits, but 6 at least and 8 at most, b
-    the bits per weight the method spends on the body, a step per row and entropy-coded; from b = 9 on they stay (8-bit grids with their scales
-    lie below). Routers and matrices under 2048 entries stay, unless these hold more than a tenth of the body. Without it, as training and
-    searches have it, all outside the body stays.
+    A plan or function says it for every site. One method is for the body: the matrices that are no embedding, output
+    head or router. With `whole_file`, as compression has it, it is what a file needs: embeddings and heads are rounded
+    at b bits, but 6 at least and 8 at most, b the bits per weight the method spends on the body, a step per row and
+    entropy-coded; from b = 9 on they stay (8-bit grids with their scales lie below). Routers and matrices under 2048
+    entries stay, unless these hold more than a tenth of the body. Without it, as training and searches have it, all
+    outside the body stays.
 
-    `keep`: patterns of sites that stay whatever the scheme says; one without a wildcard is also compared with every part of a dotted name and
-    with the role ("router", "embedding", "head"). Tiles that do not divide a matrix are exchanged by `methods.fitting` where the method is
-    applied; `group="strict"` refuses them.
-    Raises: SchemeError when a rule or pattern matches nothing, a site matches no rule, a method cannot treat a site's shape, or nothing is left.
+    `keep`: patterns of sites that stay whatever the scheme says; one without a wildcard is also compared with every
+    part of a dotted name and with the role ("router", "embedding", "head"). Tiles that do not divide a matrix are
+    exchanged by `methods.fitting` where the method is applied; `group="strict"` refuses them.
+    Raises: SchemeError when a rule or pattern matches nothing, a site matches no rule, a method cannot treat a site's
+    shape, or nothing is left.
     """
     if not slots:
         raise SchemeError("the model has no linear, convolution or embedding layer to compress")
@@ -111,7 +125,9 @@ def _of_a_file(scheme: Method, slots: Sequence[Slot]) -> dict[Slot, Choice]:
 
 
 def _bits_per_weight(scheme: Method, slots: Sequence[Slot]) -> float:
-    """What a method spends on sites, on average; those it cannot treat do not count (`_check_shapes` refuses them by name)."""
+    """What a method spends on sites, on average; those it cannot treat do not count (`_check_shapes` refuses them by
+    name).
+    """
     sizes = [
         (fitted(scheme, slot.shape).expected_bits(slot.shape), slot.entries)
         for slot in slots
@@ -162,7 +178,9 @@ def _site_words(slots: Sequence[Slot]) -> list[str]:
 
 
 def _check_shapes(methods: dict[Slot, Method], group: Fit, notes: list[str]) -> None:
-    """Every method against its site's shape; one note for like sites whose tiles are exchanged. Raises: SchemeError with the site's name."""
+    """Every method against its site's shape; one note for like sites whose tiles are exchanged. Raises: SchemeError
+    with the site's name.
+    """
     exchanged: Counter[tuple[str, str]] = Counter()
     for slot, method in methods.items():
         check_types(slot.name, method)
@@ -181,16 +199,23 @@ def _check_shapes(methods: dict[Slot, Method], group: Fit, notes: list[str]) -> 
 
 
 def _way_out(slot: Slot, method: Method) -> str:
-    """The plan that gives a site a method of its own: the same with other tiles, where that is all it takes, else `Keep()`."""
+    """The plan that gives a site a method of its own: the same with other tiles, where that is all it takes, else
+    `Keep()`.
+    """
     own: Choice = Keep()
     if _treatable(method, slot):
         own = fitted(method, slot.shape)
     pattern = "*." + slot.name.rsplit(".", 1)[-1] if "." in slot.name else slot.name
-    return f"give it a rule of its own in a plan, [({pattern!r}, {own!r}), ('*', {method!r})], or leave it out with keep={pattern!r}"
+    return (
+        f"give it a rule of its own in a plan, [({pattern!r}, {own!r}), ('*', {method!r})], or leave it out with "
+        f"keep={pattern!r}"
+    )
 
 
 def _asked(function: Callable[[Slot], T], slot: Slot) -> T:
-    """What a function of the user's says of a slot. Raises: SchemeError naming the slot and the line, whatever the function raises."""
+    """What a function of the user's says of a slot. Raises: SchemeError naming the slot and the line, whatever the
+    function raises.
+    """
     with Foreign(SchemeError, slot.name):
         return function(slot)
 
@@ -216,7 +241,8 @@ def _first_matches(rules: list[Rule], slots: Sequence[Slot]) -> dict[Slot, Choic
         hits = [i for i, (test, _) in enumerate(rules) if _matches(test, slot)]
         if not hits:
             raise SchemeError(
-                f"{slot.name}: no rule of the plan matches it; end the plan with ('*', Keep()) to leave the rest as it is"
+                f"{slot.name}: no rule of the plan matches it; end the plan with ('*', Keep()) to leave the rest as it "
+                "is"
             )
         chosen[slot] = rules[hits[0]][1]
         used.update(hits)

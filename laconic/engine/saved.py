@@ -39,17 +39,24 @@ _log = logging.getLogger("laconic")
 
 @undisturbed()
 def save(
-    model: nn.Module, path: str | Path, *, shapes: Shapes | None = None, types: Mapping[str, torch.dtype] | None = None, **fields: Any
-) -> int:  # fmt: skip
+    model: nn.Module,
+    path: str | Path,
+    *,
+    shapes: Shapes | None = None,
+    types: Mapping[str, torch.dtype] | None = None,
+    **fields: Any,
+) -> int:
     """Write a module with installed Weights to a directory (safetensors and one JSON); returns the bytes of its files.
 
-    Every entry of the state dict that is not an installed Weight's is stored as it is, parametrizations of other makes among them, or in the
-    type that `types` names, which has to hold its values exactly; every tie is stored once. Buffers that are not persistent are the
-    constructor's and are not stored: the manifest says what they were. `shapes`: for a thinned module, how it differs from the original
-    architecture (`surgery.shapes(thinned, original)`). `fields` go into the manifest. A model saved here before is replaced.
-    Raises: SchemeError, before anything is written, for a layer that rounds its inputs or adds a bias but has no installed Weight any more (a plain
-    tensor cannot say so), for a tensor that is not exact in its type, and for state that a safetensors file cannot hold, by name; VerificationError
-    if what was written, read back, is not what the module holds, each weight in the types that its kind is stored in.
+    Every entry of the state dict that is not an installed Weight's is stored as it is, parametrizations of other makes
+    among them, or in the type that `types` names, which has to hold its values exactly; every tie is stored once.
+    Buffers that are not persistent are the constructor's and are not stored: the manifest says what they were.
+    `shapes`: for a thinned module, how it differs from the original architecture (`surgery.shapes(thinned, original)`).
+    `fields` go into the manifest. A model saved here before is replaced.
+    Raises: SchemeError, before anything is written, for a layer that rounds its inputs or adds a bias but has no
+    installed Weight any more (a plain tensor cannot say so), for a tensor that is not exact in its type, and for state
+    that a safetensors file cannot hold, by name; VerificationError if what was written, read back, is not what the
+    module holds, each weight in the types that its kind is stored in.
     """
     for name, layer in model.named_modules():
         if isinstance(demands := demands_of(layer), Demands):
@@ -96,11 +103,11 @@ def _in_type(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def load_into(model: nn.Module, path: str | Path, *, verify: bool = True) -> nn.Module:
     """Install a saved directory's Weights and tensors into a freshly built module of the same architecture.
 
-    A thinned module's directory says its shapes: the module, built as the original was, is brought to them first. What is stored is compared
-    with its checksums first, about a second per GB, unless `verify` is False.
-    Raises: CheckpointError when the directory is damaged, a stored tensor has no place in the module, a place in the module has no tensor,
-    two stored tensors differ where the module has one, or the module has no values of its own to set (meta device, lazy layers); no weight is
-    changed then.
+    A thinned module's directory says its shapes: the module, built as the original was, is brought to them first. What
+    is stored is compared with its checksums first, about a second per GB, unless `verify` is False.
+    Raises: CheckpointError when the directory is damaged, a stored tensor has no place in the module, a place in the
+    module has no tensor, two stored tensors differ where the module has one, or the module has no values of its own to
+    set (meta device, lazy layers); no weight is changed then.
     """
     stored = Compressed(Path(path), verify=verify)
     if verify:
@@ -118,7 +125,8 @@ def load_into(model: nn.Module, path: str | Path, *, verify: bool = True) -> nn.
     for name in sorted(here.keys() & told.keys()) if isinstance(told, dict) else ():
         if told[name] != here[name] and str(told[name]).split(":")[0] == here[name].split(":")[0]:
             _log.warning(
-                "%s: the buffer %s is not persistent, so it was not stored, and here it is another one than in the saved module",
+                "%s: the buffer %s is not persistent, so it was not stored, and here it is another one than in the "
+                "saved module",
                 path,
                 name,
             )
@@ -127,7 +135,9 @@ def load_into(model: nn.Module, path: str | Path, *, verify: bool = True) -> nn.
 
 
 def _places(model: nn.Module, stored: Compressed, plain: set[str], reader: Reader) -> dict[str, Any]:
-    """Every entry of the module's state dict, once it is certain that each has exactly one stored value. Raises: CheckpointError."""
+    """Every entry of the module's state dict, once it is certain that each has exactly one stored value. Raises:
+    CheckpointError.
+    """
     places = state_of(model).plain
     if extra := sorted(plain - set(places)):
         raise CheckpointError(f"{stored.path}: stores {extra[0]}, which the module does not have")
@@ -155,7 +165,9 @@ def _places(model: nn.Module, stored: Compressed, plain: set[str], reader: Reade
 
 
 def _set_plain(model: nn.Module, places: dict[str, Any], plain: set[str], reader: Reader, path: Path) -> None:
-    """Give every plain entry of the state its stored value; entries that the module makes when asked (hooks, extra state) go its own way."""
+    """Give every plain entry of the state its stored value; entries that the module makes when asked
+    (hooks, extra state) go its own way.
+    """
     own = {id(tensor) for _, tensor in tensors_of(model)}
     made = [name for name in plain if id(places[name]) not in own]
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Hidden states between parts of a walk, in memory or on the disk, so that a run that was interrupted goes on where it was."""
+"""Hidden states between parts of a walk, in memory or on the disk, so that a run that was interrupted goes on where it
+was.
+"""
 
 from pathlib import Path
 

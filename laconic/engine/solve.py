@@ -1,4 +1,6 @@
-"""From sites to weights: sites solved one by one or together, the record of each, and the weight in the parameter's place."""
+"""From sites to weights: sites solved one by one or together, the record of each, and the weight in the parameter's
+place.
+"""
 
 import re
 import time
@@ -26,7 +28,9 @@ Told = TypeVar("Told")
 
 
 def fed_alike(methods: Mapping[Slot, Method], inputs: Mapping[Slot, int | None]) -> list[list[Slot]]:
-    """The sites of `inputs` in their order, those together that a joint method treats as one: fed one tensor, under equal methods."""
+    """The sites of `inputs` in their order, those together that a joint method treats as one: fed one tensor, under
+    equal methods.
+    """
     found: dict[object, list[Slot]] = {}
     for slot, number in inputs.items():
         together = methods[slot].joint and number is not None
@@ -77,9 +81,8 @@ def solve_stage(
             home.record(slot, methods[slot], site, weight, seconds * slot.entries / entries)
             for slot, site, weight in zip(slots, sites, weights, strict=True)
         ]
-        del (
-            sites
-        )  # a tensor of the block that is left behind keeps its Hessian, or the pages of its whole file, in memory
+        # a tensor of the block that is left behind keeps its Hessian, or the pages of its whole file, in memory
+        del sites
         for slot, record in zip(slots, records, strict=True):
             yield slot, weights.pop(0), record
 
@@ -89,12 +92,24 @@ def record_of(slot: Slot, method: Method, site: Site, weight: Weight, seconds: f
     bits = weight.bits()
     packed = site.tokens if site.groups > 1 and slot.view.lead > 1 else None
     return SiteRecord(
-        name=slot.name, aliases=list(slot.names[1:]), parameter=slot.parameter, shape=list(slot.shape), role=slot.role,
-        method=repr(method), kind=weight.words(), bits=bits, bits_per_weight=bits / slot.entries, error=output_error(site, weight),
-        weight_error=output_error(site.having(hessian=None, squares=None), weight), checksum=checksum(weight, slot.name),
-        notes=site.notes, expert_tokens=packed.tolist() if packed is not None else None, unmeasured=site.unmeasured or None,
-        seconds=seconds, **(weight.inputs.to_spec() if weight.inputs is not None else {}),
-    )  # fmt: skip
+        name=slot.name,
+        aliases=list(slot.names[1:]),
+        parameter=slot.parameter,
+        shape=list(slot.shape),
+        role=slot.role,
+        method=repr(method),
+        kind=weight.words(),
+        bits=bits,
+        bits_per_weight=bits / slot.entries,
+        error=output_error(site, weight),
+        weight_error=output_error(site.having(hessian=None, squares=None), weight),
+        checksum=checksum(weight, slot.name),
+        notes=site.notes,
+        expert_tokens=packed.tolist() if packed is not None else None,
+        unmeasured=site.unmeasured or None,
+        seconds=seconds,
+        **(weight.inputs.to_spec() if weight.inputs is not None else {}),
+    )
 
 
 def check_layers(model: nn.Module, slot: Slot, weight: Weight) -> None:
@@ -111,7 +126,9 @@ def matrix_of(model: nn.Module, slot: Slot) -> Tensor:
 
 
 def put_back(model: nn.Module, slot: Slot, weight: Weight) -> None:
-    """Let the rest of the model see the decoded weight in the parameter's place, and its layers round their inputs if it asks for it."""
+    """Let the rest of the model see the decoded weight in the parameter's place, and its layers round their inputs if
+    it asks for it.
+    """
     for layer in slot.layers(model):
         set_demands(layer, Demands.of(weight))
     path, name = slot.users[0]

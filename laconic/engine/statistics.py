@@ -22,11 +22,12 @@ _STRIPS = 4  # more of them save little more (1/2 at most) and make the products
 
 
 class Gram:
-    """Sums X^T X (or only its diagonal) over tokens, per group: X [groups, tokens, in]; `magnitude` sums |x|, `centre` sums x, `peak`
-    holds the largest |x|, `low` and `high` the smallest and the largest x (0 included), `sample` some rows of all groups.
+    """Sums X^T X (or only its diagonal) over tokens, per group: X [groups, tokens, in]; `magnitude` sums |x|, `centre`
+    sums x, `peak` holds the largest |x|, `low` and `high` the smallest and the largest x (0 included), `sample` some
+    rows of all groups.
 
-    Of the symmetric sum only blocks on and above the diagonal are computed, five eighths of the work, until `mean` mirrors them.
-    `number` is the input's: slots that are fed one tensor share it.
+    Of the symmetric sum only blocks on and above the diagonal are computed, five eighths of the work, until `mean`
+    mirrors them. `number` is the input's: slots that are fed one tensor share it.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class Gram:
         self._divided = False
 
     def covers(self, wanted: Stats) -> bool:
-        """Whether everything wanted of an input is summed here; its mean squares always are, look-ups (which are a table's) never."""
+        """Whether everything wanted of an input is summed here; its mean squares always are, look-ups
+        (which are a table's) never.
+        """
         return not wanted & INPUTS & ~(self.wanted | Stats.SQUARES | Stats.USES)
 
     def add(self, x: Tensor, group: int | None = None) -> None:
@@ -119,9 +122,11 @@ Fused = Callable[[Slot, Tensor], Tensor]
 
 
 class Tap(TorchFunctionMode):
-    """Sees every product with a watched parameter, on either side of it: found by the parameter's storage, so no layer is known by name.
+    """Sees every product with a watched parameter, on either side of it: found by the parameter's storage, so no layer
+    is known by name.
 
-    Of a fused call (a recurrent layer, multi-head attention) only the parameters are seen, not what they are multiplied with.
+    Of a fused call (a recurrent layer, multi-head attention) only the parameters are seen, not what they are multiplied
+    with.
     """
 
     def __init__(self, watched: dict[Slot, nn.Parameter], seen: Seen, fused: Fused) -> None:
@@ -159,9 +164,16 @@ class Tap(TorchFunctionMode):
 
 
 _FUSED = {
-    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
+    torch.lstm,
+    torch.gru,
+    torch.rnn_tanh,
+    torch.rnn_relu,
+    torch.lstm_cell,
+    torch.gru_cell,
+    torch.rnn_tanh_cell,
+    torch.rnn_relu_cell,
     F.multi_head_attention_forward,
-}  # fmt: skip
+}
 
 
 def _identity(x: Tensor) -> tuple[Any, ...]:
@@ -172,7 +184,8 @@ def _identity(x: Tensor) -> tuple[Any, ...]:
 class Statistics:
     """Accumulates what was asked for of some slots while the model runs inside `watch`.
 
-    Slots that are fed the same tensor (queries, keys and values; gate and up) share one Gram matrix, if it has what each of them wants.
+    Slots that are fed the same tensor (queries, keys and values; gate and up) share one Gram matrix, if it has what
+    each of them wants.
     """
 
     def __init__(self, watched: dict[Slot, nn.Parameter], needs: dict[Slot, Stats]) -> None:
@@ -227,7 +240,9 @@ class Statistics:
         return x if len(x) in (1, slot.groups) else x.reshape(1, -1, x.shape[-1])
 
     def _inside(self, slot: Slot, w: Tensor) -> Tensor:
-        """A leaf in the place of a parameter in a fused call, so that its gradient is seen whether or not it is trained."""
+        """A leaf in the place of a parameter in a fused call, so that its gradient is seen whether or not it is
+        trained.
+        """
         self.fused.add(slot)
         if not (self.needs[slot] & Stats.FISHER and torch.is_grad_enabled()):
             return w
@@ -253,9 +268,8 @@ class Statistics:
             return  # summed already, for the slot this one shares its input with
         shared = [other for other, gram in self.grams.items() if gram is self.grams.get(slot) and other is not slot]
         if shared and self.order.index(shared[0]) < self.order.index(slot):
-            self.grams[slot] = self.grams[slot].split(
-                next(self._numbers)
-            )  # it was fed what another slot was fed, and now is not
+            # it was fed what another slot was fed, and now is not
+            self.grams[slot] = self.grams[slot].split(next(self._numbers))
         gram = self._gram(slot, x.device)
         gram.add(x, group)
         self._last = (x, now, [*summed, gram]) if group is None else None
@@ -266,11 +280,15 @@ class Statistics:
         return self.grams[slot]
 
     def input_of(self, slot: Slot) -> int | None:
-        """A number that slots have in common which are fed one tensor and share its sums; None where nothing was summed."""
+        """A number that slots have in common which are fed one tensor and share its sums; None where nothing was
+        summed.
+        """
         return self.grams[slot].number if slot in self.grams else None
 
     def _sum_gradients(self, slot: Slot, x: Tensor | None, place: Place, g: Tensor) -> None:
-        """Add the gradients g [matrices, tokens, rows] of one product, one sequence's if the model runs on one sequence at a time."""
+        """Add the gradients g [matrices, tokens, rows] of one product, one sequence's if the model runs on one sequence
+        at a time.
+        """
         per_row = g.square().sum(1).flatten()
         rows = slice(place.row, place.row + len(per_row))
         total = self.output.setdefault(slot, torch.zeros(slot.shape[0], device=g.device))
@@ -279,9 +297,11 @@ class Statistics:
             self._fisher(slot)[rows] += (g.mT.to(x.dtype) @ x).flatten(0, 1).square()
 
     def _sum_of_rows(self, slot: Slot, ids: Tensor, g: Tensor) -> None:
-        """Add the gradients g [look-ups, in] to the rows of a table they are of: its entries are outputs, so a row counts by their mean square.
+        """Add the gradients g [look-ups, in] to the rows of a table they are of: its entries are outputs, so a row
+        counts by their mean square.
 
-        Rows that are summed or averaged before they are put out (EmbeddingBag) are left out: nothing tells whose a gradient is.
+        Rows that are summed or averaged before they are put out (EmbeddingBag) are left out: nothing tells whose a
+        gradient is.
         """
         if len(ids) == len(g):
             total = self.output.setdefault(slot, torch.zeros(slot.shape[0], device=g.device))
@@ -293,14 +313,18 @@ class Statistics:
             kept.pop(slot, None)
 
     def describe(self, slot: Slot, W: Tensor, seed: int) -> Site:
-        """The site a method is given: its values and everything that was summed for it. Nothing can be added afterwards.
+        """The site a method is given: its values and everything that was summed for it. Nothing can be added
+        afterwards.
 
         What was not seen stays None (see `unmeasured.completed`).
         """
         site = Site(slot.name, W, slot.groups, dims=slot.view.shape, role=slot.role, seed=seed)
         if slot in self.fused:
             site = site.having(
-                unseen="it is multiplied inside a fused call (a recurrent layer, multi-head attention), where inputs cannot be seen"
+                unseen=(
+                    "it is multiplied inside a fused call (a recurrent layer, multi-head attention), where inputs "
+                    "cannot be seen"
+                )
             )
         gram = self.grams.get(slot)
         if slot in self.turned and gram is None:
@@ -309,7 +333,8 @@ class Statistics:
             )
         elif slot in self.turned and self.needs[slot] & INPUTS:
             site.notes.append(
-                f"{slot.name}: its transpose is multiplied with something too; only the inputs of the matrix itself are looked at"
+                f"{slot.name}: its transpose is multiplied with something too; only the inputs of the matrix itself "
+                "are looked at"
             )
         if gram is not None:
             mean, magnitude, peak = gram.mean(), gram.magnitude, gram.peak  # `mean` divides the sums in place

@@ -1,4 +1,6 @@
-"""What a run says of the parameters that its calibration data did not reach, and of the batches that were not finite."""
+"""What a run says of the parameters that its calibration data did not reach, and of the batches that were not
+finite.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +35,8 @@ def unmeasured_share(records: Sequence[SiteRecord], parameters: int) -> float:
 
 
 def unmeasured_notes(records: Sequence[SiteRecord], parameters: int, progress: Progress) -> list[str]:
-    """One line on all sites that were compressed without statistics, or none, said at once where they are more than a hundredth of the model.
+    """One line on all sites that were compressed without statistics, or none, said at once where they are more than a
+    hundredth of the model.
 
     The sites' own notes give the reasons.
     """
@@ -42,7 +45,10 @@ def unmeasured_notes(records: Sequence[SiteRecord], parameters: int, progress: P
         return []
     named = ", ".join(found[:_NAMED]) + (f" and {len(found) - _NAMED} more" if len(found) > _NAMED else "")
     share = unmeasured_share(records, parameters)
-    line = f"{share:.1%} of the parameters were rounded without statistics, since the calibration data did not reach them: {named}"
+    line = (
+        f"{share:.1%} of the parameters were rounded without statistics, since the calibration data did not reach "
+        f"them: {named}"
+    )
     if share > WARN:
         progress.say(line)
     return [line]

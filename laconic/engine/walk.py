@@ -1,4 +1,6 @@
-"""The walk over a model: forwards, part by part, each part's statistics from inputs that passed what was compressed before, or the original."""
+"""The walk over a model: forwards, part by part, each part's statistics from inputs that passed what was compressed
+before, or the original.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ class Known(Protocol):
         """The site with these values [out, in] and all that is known of it."""
 
     def input_of(self, slot: Slot) -> int | None:
-        """The number of the tensor that a site is fed, the same for sites that are fed the same one; None where nobody looked."""
+        """The number of the tensor that a site is fed, the same for sites that are fed the same one; None where nobody
+        looked.
+        """
 
     def forget(self, slot: Slot) -> None:
         """The site was described; its statistics may go."""
@@ -34,8 +38,8 @@ class Known(Protocol):
 class Stage:
     """Some sites whose statistics are ready; compress them in place before asking for the next stage.
 
-    `part` names what is in memory. `complete` says that nothing more will be asked of the part: it can be written, for whatever comes
-    next can be computed without it. A block's last stage has no slots, only this message.
+    `part` names what is in memory. `complete` says that nothing more will be asked of the part: it can be written, for
+    whatever comes next can be computed without it. A block's last stage has no slots, only this message.
     """
 
     part: str
@@ -66,10 +70,11 @@ def walk(
 ) -> Iterator[Stage]:
     """Stages in the order of the model's computation: what lies before the chain, block after block, what lies after.
 
-    Every stage's statistics come from inputs that passed through everything compressed before it, as far as whoever is asking has put it in its
-    place; where nothing is put, they are those of the original. `true_sequential` makes a stage of each
-    set of sites within a block that share an input. Parts named in `done` are compressed already: nothing is yielded for them, and their
-    successors' inputs come from the shelf, or are computed again. Without any need of statistics the model is not run at all.
+    Every stage's statistics come from inputs that passed through everything compressed before it, as far as whoever is
+    asking has put it in its place; where nothing is put, they are those of the original. `true_sequential` makes a
+    stage of each set of sites within a block that share an input. Parts named in `done` are compressed already: nothing
+    is yielded for them, and their successors' inputs come from the shelf, or are computed again. Without any need of
+    statistics the model is not run at all.
     """
     shelf = shelf or Shelf()
     outside = [slot for slot in slots if not inside(slot, model.path)]
@@ -109,7 +114,9 @@ def walk(
 
 
 def _before(model: BlockModel, batches: Sequence[Batch], slots: list[Slot]) -> list[Slot]:
-    """Those of the slots whose products lie before the chain: patch embeddings, a vision tower. What a tie uses behind it too is not."""
+    """Those of the slots whose products lie before the chain: patch embeddings, a vision tower. What a tie uses behind
+    it too is not.
+    """
     single = [slot for slot in slots if len(slot.users) == 1]
     if not single or not batches:
         return []
@@ -121,10 +128,17 @@ def _before(model: BlockModel, batches: Sequence[Batch], slots: list[Slot]) -> l
 
 
 def _around(
-    model: BlockModel, slots: list[Slot], needs: Needs, run: Callable[[Batch, Tensor], Any], batches: Sequence[Batch], hidden: list[Tensor],
+    model: BlockModel,
+    slots: list[Slot],
+    needs: Needs,
+    run: Callable[[Batch, Tensor], Any],
+    batches: Sequence[Batch],
+    hidden: list[Tensor],
     done: Sequence[str],
-) -> Iterator[Stage]:  # fmt: skip
-    """Stages of sites outside the chain that need statistics: one run of what lies outside per unit, as in `walk_whole`."""
+) -> Iterator[Stage]:
+    """Stages of sites outside the chain that need statistics: one run of what lies outside per unit, as in
+    `walk_whole`.
+    """
     todo = [(part, group) for part, group in units(model.model, slots) if part not in done]
     if not todo:
         return
@@ -138,7 +152,9 @@ def _around(
 
 
 def _reach(model: BlockModel, slots: Sequence[Slot], needs: Needs, before: Sequence[Slot]) -> int:
-    """The last block (or, for what comes after the chain, their number) whose sites need statistics: nothing has to run beyond its input."""
+    """The last block (or, for what comes after the chain, their number) whose sites need statistics: nothing has to run
+    beyond its input.
+    """
     wanting = [slot for slot in slots if needs[slot] & INPUTS and slot not in before]
     last = [i for i in range(len(model)) if any(inside(slot, model.block_path(i)) for slot in wanting)]
     after = any(
@@ -148,7 +164,8 @@ def _reach(model: BlockModel, slots: Sequence[Slot], needs: Needs, before: Seque
 
 
 def _alone(model: BlockModel, batches: Sequence[Batch], slots: list[Slot], needs: Needs) -> Iterator[Stage]:
-    """Sites outside the chain whose inputs need not be summed, each alone in memory: embeddings and heads are the largest tensors there are.
+    """Sites outside the chain whose inputs need not be summed, each alone in memory: embeddings and heads are the
+    largest tensors there are.
 
     Where look-ups are to be counted, what lies before the chain is run for them.
     """
@@ -163,7 +180,8 @@ def _alone(model: BlockModel, batches: Sequence[Batch], slots: list[Slot], needs
 
 
 def _until(model: BlockModel, i: int, at: int, hidden: list[Tensor], calls: list[Calls], shelf: Shelf) -> list[Tensor]:
-    """The hidden states before block `i`: those before block `at`, or later ones on the shelf, run through the blocks between as they are now.
+    """The hidden states before block `i`: those before block `at`, or later ones on the shelf, run through the blocks
+    between as they are now.
 
     A finished block is the compressed one, so an input that was lost is computed again to the same values.
     """
@@ -233,7 +251,8 @@ def walk_whole(
     together: bool = False,
     done: Sequence[str] = (),
 ) -> Iterator[Stage]:
-    """`walk` for a model that is no chain of blocks: the whole model runs once per unit, a unit being an element of its containers.
+    """`walk` for a model that is no chain of blocks: the whole model runs once per unit, a unit being an element of its
+    containers.
 
     `together`: one stage of all sites and one run, for statistics that do not depend on what is compressed before.
     """
@@ -275,7 +294,9 @@ def units(model: nn.Module, slots: Sequence[Slot]) -> list[tuple[str, list[Slot]
 
 
 def parts_of(model: nn.Module, slots: Sequence[Slot], chain: str | None) -> list[tuple[str, list[Slot]]]:
-    """Slots by the stage in which statistics of the original are seen: a block of the chain, a unit outside of it; all where there is no chain."""
+    """Slots by the stage in which statistics of the original are seen: a block of the chain, a unit outside of it; all
+    where there is no chain.
+    """
     if chain is None:
         return [("model", list(slots))]
     blocks = [f"{chain}.{name}" for name, _ in model.get_submodule(chain).named_children()]

@@ -33,16 +33,28 @@ from laconic.weights import installed
 
 
 def recover_directory(
-    model: nn.Module, scheme: Scheme, how: Recovery, task: Task, out: Path, *, source: str | None, resume: bool, overwrite: bool, seed: int,
-    command: str, progress: Progress, trust_remote_code: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Recover into `out`, and return what `recovery.json` holds: scores of the original, of direct compression and of the stored file.
+    model: nn.Module,
+    scheme: Scheme,
+    how: Recovery,
+    task: Task,
+    out: Path,
+    *,
+    source: str | None,
+    resume: bool,
+    overwrite: bool,
+    seed: int,
+    command: str,
+    progress: Progress,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Recover into `out`, and return what `recovery.json` holds: scores of the original, of direct compression and of
+    the stored file.
 
-    `source`: the directory or hub id of a language model, whose tokenizer and config are copied. Structures stay in place as zeros;
-    `laconic search` removes them. What is to be replaced is removed when everything else has been checked. With `resume` on a complete recovery
-    of the same kind: what its `recovery.json` holds.
-    Raises: OutputError for a folder that holds something else, VerificationError when the file does not decode to what was trained, and what
-    `recover` raises.
+    `source`: the directory or hub id of a language model, whose tokenizer and config are copied. Structures stay in
+    place as zeros; `laconic search` removes them. What is to be replaced is removed when everything else has been
+    checked. With `resume` on a complete recovery of the same kind: what its `recovery.json` holds.
+    Raises: OutputError for a folder that holds something else, VerificationError when the file does not decode to what
+    was trained, and what `recover` raises.
     """
     with locked(out):
         check_folder(out, resume, overwrite)
@@ -57,9 +69,13 @@ def recover_directory(
 def _about(model: nn.Module, scheme: Scheme, how: Recovery, task: Task, seed: int) -> dict[str, Any]:
     """What has to be equal for a complete recovery to be the one that is asked for."""
     return {
-        "model": checksum_of(model.state_dict()), "scheme": describe(scheme), "recovery": repr(how), "minibatches": length_of(task.train),
-        "seed": seed, "laconic": versions()["laconic"],
-    }  # fmt: skip
+        "model": checksum_of(model.state_dict()),
+        "scheme": describe(scheme),
+        "recovery": repr(how),
+        "minibatches": length_of(task.train),
+        "seed": seed,
+        "laconic": versions()["laconic"],
+    }
 
 
 def _earlier(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
@@ -78,15 +94,27 @@ def _earlier(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     if changed:
         what = "; ".join(f"{key}: {before.get(key)!r} then, {about[key]!r} now" for key in changed)
         raise OutputError(
-            f"{out}: holds the complete result of another recovery ({what}); use the same options, or pass --overwrite to replace it"
+            f"{out}: holds the complete result of another recovery ({what}); use the same options, or pass --overwrite "
+            "to replace it"
         )
     return found
 
 
 def _recovered(
-    model: nn.Module, scheme: Scheme, how: Recovery, task: Task, out: Path, about: dict[str, Any], source: str | None, resume: bool, overwrite: bool,
-    seed: int, command: str, progress: Progress, trust_remote_code: bool,
-) -> dict[str, Any]:  # fmt: skip
+    model: nn.Module,
+    scheme: Scheme,
+    how: Recovery,
+    task: Task,
+    out: Path,
+    about: dict[str, Any],
+    source: str | None,
+    resume: bool,
+    overwrite: bool,
+    seed: int,
+    command: str,
+    progress: Progress,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
     """`recover_directory` into a folder that is ours."""
     original_bytes, types, model = plain_bytes(model), half_types(model), copy.deepcopy(model).float()
     check_recovery(how).check(model, compressed_slots(model, scheme))
@@ -94,9 +122,8 @@ def _recovered(
     reference = task.judge(model, task.validation)
     copied = companions_of(source, trust_remote_code).files if source is not None else []
     with disk_errors(out):
-        if overwrite and not (
-            resume and (out / STATE).is_file()
-        ):  # of this very run, most likely; another's is refused
+        # of this very run, most likely; another's is refused
+        if overwrite and not (resume and (out / STATE).is_file()):
             _clear(out)
         unseen = replace(task, test=None)
         compressed, found = recover_task(
@@ -123,9 +150,18 @@ def _recovered(
             "test_score": task.judge(stored, task.test).score,
         }
     result = {
-        **found.as_dict(), "recovery": repr(how), "reference_score": reference.score, "direct_score": found.direct,
-        "original_bytes": original_bytes, "seed": seed, "command": command, "versions": versions(), "machine": machine(), "run": about, **test,
-    }  # fmt: skip
+        **found.as_dict(),
+        "recovery": repr(how),
+        "reference_score": reference.score,
+        "direct_score": found.direct,
+        "original_bytes": original_bytes,
+        "seed": seed,
+        "command": command,
+        "versions": versions(),
+        "machine": machine(),
+        "run": about,
+        **test,
+    }
     result = finite(result)
     with disk_errors(out):
         if source is not None:
@@ -138,7 +174,8 @@ def _recovered(
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Make sure the folder is empty (but for a text the model wrote), holds an unfinished run (`resume`), or what may be replaced (`overwrite`).
+    """Make sure the folder is empty (but for a text the model wrote), holds an unfinished run (`resume`), or what may
+    be replaced (`overwrite`).
 
     Raises: OutputError.
     """
@@ -166,7 +203,9 @@ def _temporary(out: Path) -> list[Path]:
 
 
 def _leftovers(out: Path) -> list[Path]:
-    """The files an earlier recovery wrote, the manifest, which names them, last. Raises: OutputError where anything else is in the folder."""
+    """The files an earlier recovery wrote, the manifest, which names them, last. Raises: OutputError where anything
+    else is in the folder.
+    """
     copied, temporary = copied_names(out / MANIFEST), set(_temporary(out))
 
     def ours(path: str) -> bool:
@@ -176,6 +215,5 @@ def _leftovers(out: Path) -> list[Path]:
 
 
 def _clear(out: Path) -> None:
-    remove(
-        out, [file for file in _leftovers(out) if not is_own_text(file)]
-    )  # which this run may have written a moment ago
+    # which this run may have written a moment ago
+    remove(out, [file for file in _leftovers(out) if not is_own_text(file)])

@@ -1,4 +1,6 @@
-"""The task a language model and some text make: train, validation and test windows of one text, the loss of the next token."""
+"""The task a language model and some text make: train, validation and test windows of one text, the loss of the next
+token.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +32,9 @@ _LONG = 32  # characters per token wanted: from here on windows are looked for i
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Minibatches of windows [batch, length] in a new order at every pass, drawn from torch's generator as a DataLoader's is."""
+    """Minibatches of windows [batch, length] in a new order at every pass, drawn from torch's generator as a
+    DataLoader's is.
+    """
 
     tokens: Tensor
     batch: int
@@ -47,7 +51,8 @@ class Shuffled:
 def complete_directory(
     folder: Path, model: nn.Module, source: str | Path, trust_remote_code: bool = False
 ) -> list[str]:
-    """Add to a saved language model what makes its folder one that `laconic.load` and transformers read: config, companions; returns notes.
+    """Add to a saved language model what makes its folder one that `laconic.load` and transformers read: config,
+    companions; returns notes.
 
     The config says float32, whatever the original's type: that is what the model was trained and measured in.
     """
@@ -79,18 +84,31 @@ def companions_of(source: str | Path, trust_remote_code: bool = False) -> Compan
 
 
 def text_task(
-    source: str | Path, data: str | Path, test: str | Path | None = None, *, train_tokens: int = 1_000_000, check_tokens: int = 32_768,
-    length: int = 128, batch: int = 16, seed: int = 0, trust_remote_code: bool = False, dtype: str = "float32",
-    device: str | torch.device = "cpu", progress: Progress | None = None, out: Path | None = None,
+    source: str | Path,
+    data: str | Path,
+    test: str | Path | None = None,
+    *,
+    train_tokens: int = 1_000_000,
+    check_tokens: int = 32_768,
+    length: int = 128,
+    batch: int = 16,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+    out: Path | None = None,
     ready: Callable[[nn.Module], None] | None = None,
-) -> tuple[nn.Module, Task]:  # fmt: skip
-    """A model directory or hub id as a module on `device`, and the task of predicting a text. `dtype`: of the module; "auto" is the file's own.
+) -> tuple[nn.Module, Task]:
+    """A model directory or hub id as a module on `device`, and the task of predicting a text. `dtype`: of the module;
+    "auto" is the file's own.
 
-    Of `data`, the last tenth is for the test (unless `test` names a text of its own), the tenth before it for validation, the rest for
-    training: at most `train_tokens` of it in windows of `length` drawn at random; validation and test use `check_tokens` each. The score is minus
-    the mean loss, in nats per token: minus the log-perplexity. With `data="self"` the model writes all three (the test only if `test` names no
-    text): no data is needed, and a score says how likely the model finds its own text. That text is kept in the folder `out` (`own_text`).
-    Writing it takes long: `ready` is called with the model before, to find what would be refused afterwards.
+    Of `data`, the last tenth is for the test (unless `test` names a text of its own), the tenth before it for
+    validation, the rest for training: at most `train_tokens` of it in windows of `length` drawn at random; validation
+    and test use `check_tokens` each. The score is minus the mean loss, in nats per token: minus the log-perplexity.
+    With `data="self"` the model writes all three (the test only if `test` names no text): no data is needed, and a
+    score says how likely the model finds its own text. That text is kept in the folder `out` (`own_text`). Writing it
+    takes long: `ready` is called with the model before, to find what would be refused afterwards.
     Raises: DataError when the text is too short, CheckpointError.
     """
     folder = fetch(str(source))
@@ -135,9 +153,17 @@ def text_task(
 
 
 def _own_task(
-    model: nn.Module, tokenizer: Any, test: str | Path | None, train_tokens: int, check_tokens: int, length: int, batch: int, seed: int,
-    progress: Progress, out: Path | None,
-) -> Task:  # fmt: skip
+    model: nn.Module,
+    tokenizer: Any,
+    test: str | Path | None,
+    train_tokens: int,
+    check_tokens: int,
+    length: int,
+    batch: int,
+    seed: int,
+    progress: Progress,
+    out: Path | None,
+) -> Task:
     """The task of predicting text the model wrote itself."""
     if train_tokens < batch * length:
         raise DataError(
