@@ -1,7 +1,6 @@
 """`laconic search` and `laconic recover`: task files and language models, what they write and print, resuming, exit codes."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ RECOVER = ["--scheme", "Magnitude(0.5) >> Cast('float16')", "--recovery", SHORT]
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take as long as searches of this size; `test_run.py` has a search with its pictures."""
-    monkeypatch.setattr(sys.modules["laconic.show.search_page"], "render_search", lambda result: "<html></html>")
+    monkeypatch.setattr("laconic.show.search_page.render_search", lambda result: "<html></html>")
 
 
 @pytest.fixture

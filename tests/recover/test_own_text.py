@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +202,7 @@ def test_search_does_not_write_it_twice(tiny: Path, tmp_path: Path, monkeypatch:
 def little_to_check(monkeypatch: Any) -> None:
     """Writing 65,536 tokens for validation and test, and drawing a report, would take most of the time."""
     monkeypatch.setitem(text_task.__kwdefaults__, "check_tokens", 512)
-    monkeypatch.setattr(sys.modules["laconic.show.search_page"], "render_search", lambda result: "<html></html>")
+    monkeypatch.setattr("laconic.show.search_page.render_search", lambda result: "<html></html>")
 
 
 def _interrupted(*_: Any, **__: Any) -> float:

@@ -1,7 +1,5 @@
 """The reference network of the searches, trained once per session."""
 
-import sys
-
 import pytest
 
 from laconic.recover import Task
@@ -21,4 +19,4 @@ def problem() -> Problem:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A report's pictures take as long as a search of this size; one fixture has them, and `test_report.py` is about them."""
-    monkeypatch.setattr(sys.modules["laconic.show.search_page"], "render_search", lambda result: "<html></html>")
+    monkeypatch.setattr("laconic.show.search_page.render_search", lambda result: "<html></html>")
