@@ -147,9 +147,9 @@ def compress(
 ) -> tuple[nn.Module, Report] | Report:
     """Compress a module in memory (`engine.module.compress_module`) or a model directory (`compress_directory`) by a scheme or its text.
 
-    For a module: `data` is a loader, `score` a function of the module; returns the module, its matrices replaced by installed Weights, and a
-    report. For a directory or hub id: `out` names the directory to write, `data` a text, a folder of images or sound, or batches the model can be
-    called with (a DataLoader, a data set, a list); other keywords are those of `Options`; returns the report.
+    For a module: `data` is a loader, `validation` one with answers, on which loss and score are measured; returns the module, its matrices
+    replaced by installed Weights, and a report. For a directory or hub id: `out` names the directory to write, `data` a text, a folder of images
+    or sound, or batches the model can be called with (a DataLoader, a data set, a list); other keywords are those of `Options`; returns the report.
     """
     progress = options.pop("progress", None)
     chosen = parse(scheme) if isinstance(scheme, str) else scheme

@@ -256,14 +256,16 @@ def test_gradients_reach_what_lies_before_the_chain() -> None:
     slots = [slot for slot in slots if not slot.name.startswith("extra")]
     needs = dict.fromkeys(slots, Stats.HESSIAN | Stats.OUTPUT_FISHER | Stats.FISHER)
 
-    def loss(output: Tensor, _: torch.Generator) -> Tensor:
+    def probe(output: Tensor, *_: object) -> Tensor:
         return output.square().sum()
 
     surveyed: dict[Slot, Site] = {}
-    for stage in survey(BlockModel(InMemory(model), "blocks"), batches, slots, needs, seed=0, shelf=Shelf(), loss=loss):
+    for stage in survey(
+        BlockModel(InMemory(model), "blocks"), batches, slots, needs, seed=0, shelf=Shelf(), probe=probe
+    ):
         assert stage.statistics is not None
         surveyed |= {slot: stage.statistics.describe(slot, torch.empty(slot.shape), 0) for slot in stage.slots}
-    whole = survey_whole(model, batches, slots, needs, torch.device("cpu"), seed=0, loss=loss).statistics
+    whole = survey_whole(model, batches, slots, needs, torch.device("cpu"), seed=0, probe=probe).statistics
     assert whole is not None
     assert set(surveyed) == set(slots)
     for slot in slots:

@@ -66,6 +66,11 @@ def outputs(model: nn.Module) -> torch.Tensor:
         return model(images(8, 5)) if isinstance(model, Net) else model(**token_batches()[0]).logits
 
 
+def mean_squares(output: Any, batch: Any) -> torch.Tensor:
+    """A score that needs no labels: the mean square of every example's outputs."""
+    return getattr(output, "logits", output).square().flatten(1).mean(1)
+
+
 SCHEMES = {
     "RTN(4, 'channel')": True, "GPTQ(bits=4, group='channel')": True, "Magnitude(0.4) >> KMeans(bits=4)": False,
     "Magnitude(0.4, scope='model') >> KMeans(bits=4, weights='fisher')": True, "SparseGPT(0.4)": True, "Wanda(0.3)": True, "LowRank(0.5)": False,
@@ -85,11 +90,14 @@ def test_compressed_saved_and_loaded_it_is_the_same_model(
     model = request.getfixturevalue(kind)
     before, fresh = outputs(model), copy.deepcopy(model)
     data: Any = ([images(16)] * 2 if kind == "net" else token_batches()) if SCHEMES[scheme] else None
-    same, report = lc.compress(model, scheme, data, score=lambda m: float(outputs(m).square().mean()))
+    validation: Any = [images(8, 5)] if kind == "net" else token_batches()[:1]
+    same, report = lc.compress(model, scheme, data, validation=validation, score=mean_squares)
     assert same is model
     after = outputs(model)
     assert 0 < float((after - before).square().mean() / before.square().mean()) < (1 if kind == "net" else 2)
-    assert report.metrics == {"score": float(after.square().mean()), "reference_score": float(before.square().mean())}
+    assert report.metrics.keys() == {"score", "reference_score"}
+    assert report.metrics["score"] == pytest.approx(float(after.square().mean()), rel=1e-5)
+    assert report.metrics["reference_score"] == pytest.approx(float(before.square().mean()), rel=1e-5)
 
     weights = installed(model)
     assert {site["parameter"] for site in report.sites} <= set(weights)
@@ -240,12 +248,46 @@ def test_calibration_makes_the_outputs_better(net: Net) -> None:
 def test_the_loss_of_the_user_decides_which_outputs_matter(net: Net) -> None:
     """A loss that looks at one output only gives other Fisher weights, and so another code, than the default."""
     found = []
-    for loss in (None, lambda output, generator: output[:, 0].sum() * 10):
+    for loss in (None, lambda output, batch: output[:, 0].mean() * 10):
         model, _ = lc.compress(
             copy.deepcopy(net), "KMeans(bits=3, weights='fisher')", [images(8, i) for i in range(8)], loss=loss
         )
         found.append(outputs(model))
     assert not torch.equal(*found)
+
+
+def test_loss_and_score_are_of_output_and_batch_here_too(net: Net) -> None:
+    """On validation data, before and after, as `lc.recover` judges; by default whether the class is right, and cross-entropy."""
+    x, y = images(24, 3), torch.arange(24) % 4
+    validation, fresh = [(x[:16], y[:16]), (x[16:], y[16:])], copy.deepcopy(net)
+    _, report = lc.compress(net, "RTN(3, 'channel')", validation=validation)
+    task = lc.Task([], validation)
+    for name, model in (("", net), ("reference_", fresh)):
+        found = task.judge(model, validation)
+        assert report.metrics[f"{name}score"] == pytest.approx(found.score)
+        assert report.metrics[f"{name}loss"] == pytest.approx(found.loss, rel=1e-5)
+    assert report.metrics["loss"] != report.metrics["reference_loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": lambda model: 0.0}, r"score: expected a function score\(output, batch\) of the model.*this one takes \(model\)"),
+        ({"loss": lambda output, generator: output.sum()}, r"loss: expected a function loss\(output, batch\).*random numbers are its own to make"),
+        ({"score": lambda output, batch: output.sum()}, "score: is measured on batches with their answers.*pass validation="),
+        ({"loss": lambda output, batch: output}, "loss: fails on batch 0 of the calibration data: .*a tensor with one number"),
+        ({"loss": lambda output, batch: output[batch]}, "loss: fails on batch 0 of the calibration data"),
+        ({"validation": iter([images(2)]), "score": lambda output, batch: output.sum()}, "validation: expected data that can be gone through again"),
+        ({"validation": [images(2)]}, "pass loss="), ({"score": 3}, "score: expected a function.* got a int"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_functions_of_another_kind_are_refused_before_work(options: dict[str, Any], message: str, net: Net) -> None:
+    before = outputs(net)
+    with pytest.raises(DataError, match=message):
+        lc.compress(net, "KMeans(bits=3, weights='fisher')", [images(8)], **options)
+    assert installed(net) == {}
+    assert torch.equal(outputs(net), before)
 
 
 @pytest.mark.parametrize(

@@ -368,8 +368,8 @@ def test_gradients_of_look_ups_count_for_the_rows_that_were_looked_up(rows: int,
     ids = torch.tensor([[0, 3, 3, 7, 9, 15]])
     slots = find_slots(model)
     needs = dict.fromkeys(slots, Stats.OUTPUT_FISHER)
-    loss = lambda output, _: (output[0] * weights).sum()  # noqa: E731
-    stage = survey_whole(model, [ids], slots, needs, torch.device("cpu"), seed=0, loss=loss)
+    probe = lambda output, *_: (output[0] * weights).sum()  # noqa: E731
+    stage = survey_whole(model, [ids], slots, needs, torch.device("cpu"), seed=0, probe=probe)
     assert stage.statistics is not None
     found = stage.statistics.describe(slots[0], torch.empty(rows, columns), 0).output_fisher
     assert found is not None
@@ -389,7 +389,7 @@ def test_a_whole_model_that_is_no_chain_is_seen_unit_by_unit() -> None:
     assert [(part, len(group)) for part, group in units(model, slots)] == [("0", 1), ("2.0", 1), ("2.1", 1), ("4", 1)]
     stage = survey_whole(
         model.requires_grad_(False), [torch.randn(2, 3, 8, 8)], slots, dict.fromkeys(slots, Stats.OUTPUT_FISHER | Stats.FISHER), torch.device("cpu"),
-        seed=0, loss=sampled_labels,
+        seed=0,
     )  # fmt: skip
     assert stage.statistics is not None
     for slot in slots:

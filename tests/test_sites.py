@@ -110,7 +110,8 @@ def test_a_value_that_its_type_cannot_hold_is_refused() -> None:
 
 def test_a_score_that_is_not_a_number_is_said() -> None:
     net = seeded(lambda: nn.Sequential(nn.Linear(16, 16)))
-    _, report = lc.compress(net, "RTN(4, 'channel')", score=lambda model: float("nan"))
+    data, score = [torch.ones(2, 16)], lambda output, batch: output.sum() * torch.nan
+    _, report = lc.compress(net, "RTN(4, 'channel')", validation=data, score=score)
     assert report.values["notes"] == ["the score before compression is nan", "the score after compression is nan"]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from laconic.engine.losses import Loss, default_loss
+from laconic.engine.losses import Probe, default_probe
 from laconic.engine.shelf import Shelf
 from laconic.engine.statistics import Statistics
 from laconic.engine.survey import survey, survey_whole
@@ -26,14 +26,14 @@ def data_free_stages(residence: Residency, slots: Sequence[Slot]) -> Iterator[St
 
 def survey_stages(
     blocks: BlockModel | None, residence: Residency, batches: Sequence[Batch], slots: Sequence[Slot], needs: Needs, seed: int, shelf: Shelf,
-    loss: Loss = default_loss,
+    probe: Probe = default_probe,
 ) -> Iterator[Stage]:  # fmt: skip
     """The stages of a survey of a chain, or of a whole model that has none."""
     if blocks is not None:
-        yield from survey(blocks, batches, slots, needs, seed=seed, shelf=shelf, loss=loss)
+        yield from survey(blocks, batches, slots, needs, seed=seed, shelf=shelf, probe=probe)
         return
     with residence.hold(""):
-        yield survey_whole(residence.model, batches, slots, needs, residence.device, seed=seed, loss=loss)
+        yield survey_whole(residence.model, batches, slots, needs, residence.device, seed=seed, probe=probe)
 
 
 def walk_stages(
@@ -52,7 +52,7 @@ def walk_stages(
         yield from walk_whole(residence.model, batches, slots, needs, residence.device, together=original, done=done)
 
 
-def gather_whole(model: nn.Module, needs: Needs, data: Iterable[Batch], loss: Loss, seed: int) -> Statistics:
+def gather_whole(model: nn.Module, needs: Needs, data: Iterable[Batch], probe: Probe, seed: int) -> Statistics:
     """All statistics of a module in memory, gradients included, from one run of it as it is; its modes, flags and gradients are put back.
 
     Memory: that of every site's statistics at once.
@@ -69,7 +69,7 @@ def gather_whole(model: nn.Module, needs: Needs, data: Iterable[Batch], loss: Lo
                 batches = [
                     mapped(batch, Tensor.detach) for batch in data
                 ]  # of which a gradient is asked, not of the user's own
-                statistics = survey_whole(model, batches, slots, needs, device, seed=seed, loss=loss).statistics
+                statistics = survey_whole(model, batches, slots, needs, device, seed=seed, probe=probe).statistics
                 assert isinstance(statistics, Statistics)
                 return statistics
             model.requires_grad_(False)

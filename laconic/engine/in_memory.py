@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from laconic.engine.checks import Prefix
 from laconic.engine.extras import Extras
 from laconic.engine.gather import data_free_stages, recorded, survey_stages, walk_stages
-from laconic.engine.losses import Loss
+from laconic.engine.losses import Probe
 from laconic.engine.plan import Plan
 from laconic.engine.shelf import Shelf
 from laconic.engine.solve import check_layers, matrix_of, put_back, record_of
@@ -50,10 +50,10 @@ class InModule:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], *, seed: int, statistics: Prefix, loss: Loss, true_sequential: bool = False,
+        self, model: nn.Module, batches: Sequence[Batch], *, seed: int, statistics: Prefix, probe: Probe, true_sequential: bool = False,
         channels: Mapping[str, Tensor] | None = None, keep: bool = False, progress: Progress | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.batches, self.seed, self.loss, self.progress = model, batches, seed, loss, progress
+        self.model, self.batches, self.seed, self.probe, self.progress = model, batches, seed, probe, progress
         self.original, self.true_sequential = statistics == "original", true_sequential
         self.channels, self.keep = channels or {}, keep
         self.residence = InMemory(model)
@@ -89,9 +89,8 @@ class InModule:
     def surveyed(self, plan: Plan) -> Iterator[Stage]:
         needs = plan.surveyed
         if any(needs.values()):
-            shelf, loss = Shelf(), self.loss
             stages = survey_stages(
-                self.blocks, self.residence, self.batches, list(needs), needs, self.seed, shelf, loss
+                self.blocks, self.residence, self.batches, list(needs), needs, self.seed, Shelf(), self.probe
             )
         else:
             stages = data_free_stages(self.residence, list(needs))

@@ -9,13 +9,14 @@ from torch.nn import functional as F
 
 from laconic.disk.tensors import is_finite
 from laconic.errors import DataError
-from laconic.model.batches import tensors_in
+from laconic.model.batches import Batch, tensors_in, to_device
+from laconic.model.judging import OutputLoss, loss_of
 
 MANY = 1 << 24  # logits of a batch, above which the survey's loss is taken in parts
 PART = 1 << 22  # logits in a part
 
-Loss = Callable[[Any, torch.Generator], Tensor]
-"""A scalar whose gradient probes how the output depends on the weights, from the model's output and a private generator."""
+Probe = Callable[[Any, Batch, torch.Generator], Tensor]
+"""A scalar whose gradient probes how the output depends on the weights, from the model's output, the batch and a private generator."""
 
 
 def sampled_labels(output: Any, generator: torch.Generator) -> Tensor:
@@ -69,12 +70,12 @@ def random_projection(output: Any, generator: torch.Generator) -> Tensor:
     if not seen:
         raise DataError(
             f"the model's output ({type(output).__name__}) holds no tensor that depends on its weights, so no gradient can be taken; "
-            "pass loss=, a function of the output and a torch.Generator"
+            "pass loss=, a function of the model's output and the batch"
         )
     return torch.stack([(y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in seen]).sum()
 
 
-def default_loss(output: Any, generator: torch.Generator) -> Tensor:
+def default_probe(output: Any, _: Batch, generator: torch.Generator) -> Tensor:
     """`sampled_labels` of an output that holds classes ([batch, classes], or `.logits`), else a random projection (of hidden states, say)."""
     logits = getattr(output, "logits", output)
     if (
@@ -87,12 +88,23 @@ def default_loss(output: Any, generator: torch.Generator) -> Tensor:
     return random_projection(output, generator)
 
 
-def probe(loss: Loss, output: Any, generator: torch.Generator, batch: int) -> Tensor:
-    """The loss of one batch's output. Raises: DataError with the batch's number when it is not finite."""
+def probe_of(loss: OutputLoss | None) -> Probe:
+    """The probe that a user's loss is, or, without one, the default."""
+    if loss is None:
+        return default_probe
+
+    def probe(output: Any, batch: Batch, _: torch.Generator) -> Tensor:
+        return loss_of(output, to_device(batch, next(iter(tensors_in(output))).device), loss)
+
+    return probe
+
+
+def probed(probe: Probe, output: Any, batch: Batch, generator: torch.Generator, number: int) -> Tensor:
+    """The probe of one batch's output. Raises: DataError with the batch's number when it is not finite."""
     try:
-        scalar = loss(output, generator)
+        scalar = probe(output, batch, generator)
     except DataError as error:
-        raise DataError(f"calibration batch {batch}: {error}") from error
+        raise DataError(f"calibration batch {number}: {error}") from error
     if not bool(scalar.isfinite()):
-        raise DataError(f"calibration batch {batch}: the loss of the model's output is {float(scalar)}")
+        raise DataError(f"calibration batch {number}: the loss of the model's output is {float(scalar)}")
     return scalar

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from laconic.engine.losses import Loss, probe, sampled_labels
+from laconic.engine.losses import Probe, default_probe, probed
 from laconic.engine.shelf import Shelf
 from laconic.engine.statistics import Statistics
 from laconic.engine.walk import Needs, Stage, forward, inside, parameters_of
@@ -24,7 +24,7 @@ def survey(
     *,
     seed: int,
     shelf: Shelf,
-    loss: Loss = sampled_labels,
+    probe: Probe = default_probe,
 ) -> Iterator[Stage]:
     """Stages from the last block to the first, of the unchanged model, with every statistic that was asked for, gradients included.
 
@@ -46,7 +46,7 @@ def survey(
         with around.watch(), _embeddings_with_gradient(model.model):
             for k, (h, batch) in enumerate(zip(hidden, batches, strict=True)):
                 leaf = h.to(model.device).requires_grad_()
-                probe(loss, model.tail(leaf, _with_gradient(batch)), generator, k).backward()
+                probed(probe, model.tail(leaf, _with_gradient(batch)), batch, generator, k).backward()
                 gradients.append(_gradient(leaf).cpu())
     for i in reversed(range(len(model))):
         part = model.block_path(i)
@@ -102,7 +102,7 @@ def survey_whole(
     device: torch.device,
     *,
     seed: int,
-    loss: Loss,
+    probe: Probe = default_probe,
 ) -> Stage:
     """`survey` for a model that is no chain of blocks: one forward and backward pass over the whole of it."""
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +111,7 @@ def survey_whole(
         for k, batch in enumerate(batches):
             inputs = _with_gradient(to_device(batch, device))
             output = call(model, inputs)
-            probe(loss, output, generator, k).backward()
+            probed(probe, output, batch, generator, k).backward()
             main = getattr(output, "logits", None)
             main = main if isinstance(main, Tensor) else next(y for y in tensors_in(output) if y.requires_grad)
             statistics.tokens += main.shape[:-1].numel()

@@ -19,8 +19,8 @@ from laconic.host.ambient import undisturbed
 from laconic.host.progress import Log, Progress
 from laconic.host.randomness import private_randomness
 from laconic.host.record import plain
-from laconic.measure.judging import OutputLoss, OutputScore
 from laconic.model.batches import Batch
+from laconic.model.judging import OutputLoss, OutputScore
 from laconic.model.sites import find_slots
 from laconic.recover.base import Recovery
 from laconic.recover.batches import length_of, stream
@@ -127,8 +127,8 @@ def recover_task(
     if calibration is None:
         calibration = first_batches(task, seed) if reads_data(model, scheme) else []
     projection = project_onto(
-        model, scheme, example=task.sample(), data=calibration, seed=seed, coupling=coupling, statistics=statistics
-    )
+        model, scheme, example=task.sample(), data=calibration, loss=task.loss, seed=seed, coupling=coupling, statistics=statistics
+    )  # fmt: skip
     types = half_types(original) if types is None else types
     bench = Bench(model, projection, task, how.norm_batches, seed, _teacher(original, how), types)
     place = Path(folder) if folder is not None else None

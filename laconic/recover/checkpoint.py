@@ -18,7 +18,7 @@ from laconic.errors import CheckpointError, OutputError
 from laconic.host.foreign import parse_object
 from laconic.host.progress import logger
 from laconic.host.record import plain
-from laconic.measure.judging import Judgement
+from laconic.model.judging import Judgement
 from laconic.model.sites import Slot
 from laconic.recover.compressed import Bench, Best, Snapshot
 from laconic.recover.curve import Point

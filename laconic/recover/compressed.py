@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from laconic.disk.state import guard
 from laconic.errors import RecoveryError
 from laconic.host.randomness import private_randomness
-from laconic.measure.judging import Judgement
 from laconic.model.batches import to_device
 from laconic.model.calling import call, in_evaluation
+from laconic.model.judging import Judgement
 from laconic.model.sites import Slot
 from laconic.recover.batches import stream
 from laconic.recover.projection import Projection

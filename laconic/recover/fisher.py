@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from laconic.engine.losses import default_loss
+from laconic.engine.losses import default_probe
 from laconic.engine.shelf import Shelf
 from laconic.model.batches import Batch
 from laconic.model.blocks import BlockModel, Calls
@@ -47,7 +47,7 @@ def gradients_behind(
     with model.residency.hold(""), torch.enable_grad():
         for state, batch in zip(hidden, batches, strict=True):
             leaf = _leaf(state, model.device)
-            default_loss(model.tail(leaf, batch), generator).backward()
+            default_probe(model.tail(leaf, batch), batch, generator).backward()
             gradients.append(_gradient(leaf))
     for i in reversed(range(len(model))):
         shelf.put(f"gradient-{i}", gradients)

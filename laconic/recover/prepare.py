@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from laconic.disk.state import guard
-from laconic.engine.losses import Loss
 from laconic.engine.walk import parameters_of
 from laconic.errors import SchemeError
 from laconic.model.batches import Batch
+from laconic.model.judging import OutputLoss
 from laconic.recover.checks import check_choice
 from laconic.recover.projection import project_onto, reads_data
 from laconic.recover.relaxed import Trains, relaxed
@@ -55,7 +55,7 @@ def prepare(
     data: Sequence[Batch] = (),
     *,
     example: Batch | None = None,
-    loss: Loss | None = None,
+    loss: OutputLoss | None = None,
     seed: int = 0,
     trains: Trains = "w",
 ) -> nn.Module:

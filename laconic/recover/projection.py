@@ -14,7 +14,7 @@ from laconic.engine.extras import Extras
 from laconic.engine.gather import Kept, gather_whole
 from laconic.engine.in_memory import InModule, at_rest
 from laconic.engine.loop import compress
-from laconic.engine.losses import Loss, default_loss
+from laconic.engine.losses import Probe, probe_of
 from laconic.engine.plan import Plan
 from laconic.engine.resolve import resolve
 from laconic.engine.walk import Stage, parameters_of, parts_of
@@ -23,6 +23,7 @@ from laconic.host.ambient import undisturbed
 from laconic.methods.base import Method
 from laconic.model.batches import Batch
 from laconic.model.blocks import InMemory, find_chain, open_chain
+from laconic.model.judging import OutputLoss, check_function
 from laconic.model.sites import MEASURED, Site, Slot, Stats, find_slots
 from laconic.model.usage import in_sight
 from laconic.scheme.text import Scheme, describe
@@ -124,10 +125,11 @@ class AsValues:
 
 @undisturbed()
 def project_onto(
-    model: nn.Module, scheme: Scheme, *, example: Batch | None = None, data: Sequence[Batch] = (), loss: Loss | None = None, seed: int = 0,
+    model: nn.Module, scheme: Scheme, *, example: Batch | None = None, data: Sequence[Batch] = (), loss: OutputLoss | None = None, seed: int = 0,
     coupling: Any = None, statistics: Prefix = "original",
 ) -> Projection:  # fmt: skip
-    """The projection of a module's present values: slots, methods, and the statistics the methods ask for, from `data`.
+    """The projection of a module's present values: slots, methods, and the statistics the methods ask for, from `data`; their gradients are
+    those of `loss(output, batch)`, by default of labels drawn from the model's own output.
 
     `statistics`: what the inputs that methods look at have passed through, "original" (the module as it is: one run of it) or "compressed"
     (whatever is compressed before a site, as where a module or a directory is compressed: every part is compressed in its turn for it, and
@@ -136,6 +138,7 @@ def project_onto(
     Raises: SchemeError, DataError (statistics without data), CheckpointError (a parameter that is not finite), SurgeryError.
     """
     check_prefix(statistics)
+    check_function("loss", loss)
     for name, parameter in model.named_parameters():
         if not is_finite(parameter.detach()):
             raise CheckpointError(f"{name}: holds NaN or infinity")
@@ -154,7 +157,7 @@ def project_onto(
     batches = ready(data, model) if any(measured.values()) else []
     told = describe(scheme)
     if statistics == "compressed" and any(measured.values()):
-        home = _gathered_in(model, plan, batches, loss or default_loss, seed, coupling)
+        home = _gathered_in(model, plan, batches, probe_of(loss), seed, coupling)
         return Projection(
             told,
             plan,
@@ -166,7 +169,7 @@ def project_onto(
             seed,
             statistics,
         )
-    known = gather_whole(model, measured, batches, loss or default_loss, seed)
+    known = gather_whole(model, measured, batches, probe_of(loss), seed)
     present = parameters_of(model, list(measured))
     kept = Kept({slot: known.describe(slot, slot.view.matrix(present[slot].detach()), seed) for slot in present})
     gathered = [
@@ -184,11 +187,13 @@ def _chain(model: nn.Module, plan: Plan, batches: list[Batch]) -> str | None:
         return path if open_chain(InMemory(model), path, batches[0])[0] is not None else None
 
 
-def _gathered_in(model: nn.Module, plan: Plan, batches: list[Batch], loss: Loss, seed: int, coupling: Any) -> InModule:
+def _gathered_in(
+    model: nn.Module, plan: Plan, batches: list[Batch], probe: Probe, seed: int, coupling: Any
+) -> InModule:
     """What is known of the sites of a module where each has been seen behind what is compressed before it; the module is as it was."""
     with at_rest(model), in_sight(model):
         home = InModule(
-            model, batches, seed=seed, statistics="compressed", loss=loss, channels=coupling.channels if coupling is not None else {}, keep=True
+            model, batches, seed=seed, statistics="compressed", probe=probe, channels=coupling.channels if coupling is not None else {}, keep=True
         )  # fmt: skip
         with home:
             compress(home, plan)

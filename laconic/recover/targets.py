@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from laconic.engine.losses import default_loss
+from laconic.engine.losses import default_probe
 from laconic.engine.shelf import Shelf
 from laconic.engine.walk import inside, units
 from laconic.errors import RecoveryError
@@ -180,7 +180,7 @@ def whole_parts(
 
     def probe() -> Callable[[int, Any], None]:  # each part sees the same labels drawn, also in a run that is resumed
         generator = torch.Generator().manual_seed(how.seed)
-        return lambda k, output: default_loss(output, generator).backward()
+        return lambda k, output: default_probe(output, batches[k], generator).backward()
 
     wanted = [path for path, _ in units(compressed, slots)]
     if how.per == "layer":

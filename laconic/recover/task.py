@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from laconic.errors import DataError
 from laconic.host.foreign import Foreign, run_file
 from laconic.host.randomness import private_randomness
-from laconic.measure.judging import Judgement, OutputLoss, OutputScore, check_function, judge, loss_of
 from laconic.model.batches import Batch, unlabelled
+from laconic.model.judging import Judgement, OutputLoss, OutputScore, check_function, judge, loss_of
 from laconic.recover.batches import digests
 
 _HASHED = 100_000  # examples per split that are compared with the other splits

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from laconic.engine.walk import Shelf, default_loss
+from laconic.engine.losses import default_probe
+from laconic.engine.shelf import Shelf
 from laconic.model.blocks import BlockModel, InMemory, find_chain
 from laconic.model.sites import find_slots
 from laconic.recover import AdaRound, Blockwise, Direct, Steps, Task, recover_task
@@ -169,7 +170,7 @@ def test_fisher_weights_are_the_squared_gradients_of_the_whole_models_loss() -> 
 
         hooks = [block.register_forward_hook(note) for block in model.model.layers]
         with torch.enable_grad():
-            default_loss(model(**batch), generator).backward()
+            default_probe(model(**batch), batch, generator).backward()
         for i, answer in enumerate(answers):
             assert answer.grad is not None
             wanted[i].append(answer.grad)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import laconic as lc
 from laconic.errors import CheckpointError, DataError, SchemeError
-from laconic.measure.judging import default_loss, default_score
+from laconic.model.judging import default_loss, default_score
 from laconic.recover import LC, Direct, FineTune, Steps, Task, load_task, parse_recovery, recover, recover_task
 from laconic.recover.batches import stream
 from tests.recover.nets import conv, mlp, task, untouched, vectors
