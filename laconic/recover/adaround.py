@@ -19,7 +19,7 @@ from laconic.weights.relax import Carrying, Relaxation
 
 Beginning = Literal["weight", "codes"]
 _ZETA, _GAMMA = 1.1, -0.1  # how far the sigmoid is stretched beyond 0 and 1 (section 3.2)
-_SURE = 0.1  # how far from 1/2 h begins on the side of the code that was found, where W lies on the other
+_SURE = 0.01  # how far from 1/2 h begins at least on the side of the code that was found
 _LEFT = 1e-3  # the least distance of h from 0 and 1 in the beginning: at the ends it has no gradient
 
 
@@ -98,7 +98,8 @@ class RoundingLogits(Carrying):
         below = below.clamp(weight.low, weight.high - 1)
         share = (position - below).clamp(0, 1)
         if start == "codes":
-            share = torch.where(codes > below, share.clamp(min=0.5 + _SURE), share.clamp(max=0.5 - _SURE))
+            nearer, up = (share + (codes > below).to(share)) / 2, codes > below
+            share = torch.where(up, nearer.clamp(min=0.5 + _SURE), nearer.clamp(max=0.5 - _SURE))
         self.register_buffer("below", below)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
