@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from laconic.command.cli import app
-from laconic.demo import corpus, run
+from laconic.demo import corpus, demo
 from laconic.disk.load import open_source
 from laconic.errors import CheckpointError, OutputError
 from laconic.host.progress import Log
@@ -18,11 +18,11 @@ from laconic.measure.quality import evaluate_source
 
 
 def test_the_model_is_small_and_complete() -> None:
-    source = open_source(run.MODEL)
+    source = open_source(demo.MODEL)
     assert type(source.skeleton).__name__ == "LlamaForCausalLM"
     assert sum(p.numel() for p in source.skeleton.parameters()) <= 4_000_000
-    assert sum(file.stat().st_size for file in run.MODEL.iterdir()) <= 8_000_000
-    training = json.loads((run.MODEL / "training.json").read_text())
+    assert sum(file.stat().st_size for file in demo.MODEL.iterdir()) <= 8_000_000
+    training = json.loads((demo.MODEL / "training.json").read_text())
     assert training["held_out_modules"] == list(corpus.HELD_OUT)
     assert training["curve"][-1]["step"] == int(training["arguments"]["steps"]), (
         "what is shipped is the end of its recipe"
@@ -32,7 +32,7 @@ def test_the_model_is_small_and_complete() -> None:
 def test_it_learned_what_was_held_out(tmp_path: Path) -> None:
     text = tmp_path / "held-out.txt"
     text.write_text("\n".join(corpus.held_out_text()), encoding="utf-8")
-    found = evaluate_source(run.MODEL, data=str(text), tokens=4096)
+    found = evaluate_source(demo.MODEL, data=str(text), tokens=4096)
     assert found["nats_per_token"] < 3.0, "a uniform guess has 7.6 nats, single tokens' frequencies about 6"
 
 
@@ -71,9 +71,9 @@ class Cells(HTMLParser):
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two bits only, on few tokens."""
-    chosen = [row for row in run.schemes() if row[0] == 2]
-    monkeypatch.setattr(run, "schemes", lambda: iter(chosen))
-    monkeypatch.setattr(run, "_TEST_TOKENS", 2048)
+    chosen = [row for row in demo.schemes() if row[0] == 2]
+    monkeypatch.setattr(demo, "schemes", lambda: iter(chosen))
+    monkeypatch.setattr(demo, "_TEST_TOKENS", 2048)
 
 
 def test_the_demo_compares_three_schemes(quick: None, tmp_path: Path) -> None:
@@ -109,14 +109,14 @@ def test_a_folder_of_somebodys_stays(quick: None, tmp_path: Path) -> None:
     (tmp_path / "2-bits-rtn").mkdir()
     (tmp_path / "2-bits-rtn" / "thesis.txt").write_text("mine")
     with pytest.raises(OutputError, match="thesis"):
-        run.run_demo(tmp_path, 16, Log())
+        demo.run_demo(tmp_path, 16, Log())
     assert (tmp_path / "2-bits-rtn" / "thesis.txt").read_text() == "mine"
 
 
 def test_an_installation_without_the_model_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "MODEL", tmp_path / "absent")
+    monkeypatch.setattr(demo, "MODEL", tmp_path / "absent")
     with pytest.raises(CheckpointError, match="embedded model is missing"):
-        run.run_demo(tmp_path / "out", 16, Log())
+        demo.run_demo(tmp_path / "out", 16, Log())
 
 
 def test_peak_memory_is_predicted(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_peak_memory_is_predicted(tmp_path: Path) -> None:
         "-m",
         "laconic",
         "compress",
-        str(run.MODEL),
+        str(demo.MODEL),
         "--scheme",
         "GPTQ(rate=3.0, over='matrix')",
         "--data",

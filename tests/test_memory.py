@@ -280,7 +280,10 @@ def test_loss_and_score_are_of_output_and_batch_here_too(net: Net) -> None:
         ({"validation": iter([images(2)]), "score": lambda output, batch: output.sum()}, "validation: expected data that can be gone through again"),
         ({"validation": [images(2)]}, "pass loss="), ({"score": 3}, "score: expected a function.* got a int"),
     ],
-    ids=str,
+    ids=[
+        "a score of the model", "a loss of a generator", "a score without data", "a loss of many numbers", "a loss that fails",
+        "data for once", "a loss nobody can guess", "no function",
+    ],
 )  # fmt: skip
 def test_functions_of_another_kind_are_refused_before_work(options: dict[str, Any], message: str, net: Net) -> None:
     before = outputs(net)
