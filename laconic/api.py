@@ -1,7 +1,7 @@
 """The public names, brought together: `laconic.NAME` loads this module when the first of them is used."""
 
 from laconic.clustering import dkm_decode
-from laconic.disk import hf as _hf  # noqa: F401 - registers compressed directories with transformers, whatever became of `registration`
+from laconic.disk import hf as _hf  # noqa: F401 - registers with transformers, whatever became of `registration`
 from laconic.disk.load import load
 from laconic.engine.report import Report
 from laconic.engine.saved import load_into, save

@@ -50,9 +50,10 @@ def compress_directory(
 ) -> Report:
     """Compress a model directory (or hub id) into `out`, a block at a time, and report on what was stored.
 
-    With `resume` on a complete run of the same kind: its report, evaluated again if the report is asked for something else.
-    Raises: SchemeError, CheckpointError, DataError, OutputError and VerificationError, each before or without losing earlier results;
-    ReportError when the model is complete and what follows (evaluation, samples, report) failed.
+    With `resume` on a complete run of the same kind: its report, evaluated again if the report is asked for something
+    else.
+    Raises: SchemeError, CheckpointError, DataError, OutputError and VerificationError, each before or without losing
+    earlier results; ReportError when the model is complete and what follows (evaluation, samples, report) failed.
     """
     options, progress, out = options or Options(), progress or Log(), Path(out)
     pick_device(options.device), pick_dtype(options.dtype)
@@ -103,11 +104,16 @@ def _into(source: str | Path, scheme: Scheme, out: Path, options: Options, progr
     if known is None:
         values = stored_model(checkpoint, plan, scheme, Path(str(source)).name, windows, run, beside, options, progress)
         values |= {
-            "source": str(source), "out": str(out), "command": options.command,
+            "source": str(source),
+            "out": str(out),
+            "command": options.command,
             "notes": [*checkpoint.notes, *expected.notes, *notes, *values["notes"]],
-            "expected_bytes": expected.bytes, "peak_memory": {"expected": expected.peak_memory, "actual": peak_memory()},
-            "expected_seconds": expected.seconds, "seconds": time.time() - started, "asked": asked,
-        }  # fmt: skip
+            "expected_bytes": expected.bytes,
+            "peak_memory": {"expected": expected.peak_memory, "actual": peak_memory()},
+            "expected_seconds": expected.seconds,
+            "seconds": time.time() - started,
+            "asked": asked,
+        }
         clock.finish()
         known = {"report": values | {"stages": clock.told()}, "samples": None}
         run.verified(known)
@@ -145,11 +151,13 @@ def compress(
     data: Iterable[Batch] | str | Path | None = None,
     **options: Any,
 ) -> tuple[nn.Module, Report] | Report:
-    """Compress a module in memory (`engine.module.compress_module`) or a model directory (`compress_directory`) by a scheme or its text.
+    """Compress a module in memory (`engine.module.compress_module`) or a model directory (`compress_directory`) by a
+    scheme or its text.
 
-    For a module: `data` is a loader, `validation` one with answers, on which loss and score are measured; returns the module, its matrices
-    replaced by installed Weights, and a report. For a directory or hub id: `out` names the directory to write, `data` a text, a folder of images
-    or sound, or batches the model can be called with (a DataLoader, a data set, a list); other keywords are those of `Options`; returns the report.
+    For a module: `data` is a loader, `validation` one with answers, on which loss and score are measured; returns the
+    module, its matrices replaced by installed Weights, and a report. For a directory or hub id: `out` names the
+    directory to write, `data` a text, a folder of images or sound, or batches the model can be called with (a
+    DataLoader, a data set, a list); other keywords are those of `Options`; returns the report.
     """
     progress = options.pop("progress", None)
     chosen = parse(scheme) if isinstance(scheme, str) else scheme

@@ -53,7 +53,10 @@ def compress(
     statistics: Annotated[
         str,
         typer.Option(
-            help="What the inputs that methods look at have passed through: compressed (all that is compressed before) or original."
+            help=(
+                "What the inputs that methods look at have passed through: compressed (all that is compressed before) "
+                "or original."
+            )
         ),
     ] = "compressed",
     skip_nonfinite: Annotated[

@@ -255,7 +255,9 @@ def uncached(batch: Batch, model: nn.Module) -> Batch:
 
 
 def ready(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
-    """Batches as statistics of a model are gathered from them: no caches, no padding, tensors that gradients can pass through."""
+    """Batches as statistics of a model are gathered from them: no caches, no padding, tensors that gradients can pass
+    through.
+    """
     return [part for batch in batches for part in without_padding(uncached(usable(batch), model))]
 
 

@@ -145,7 +145,8 @@ def read_seal(file: Path) -> dict[str, str]:
         with safe_open(file, framework="pt") as reader:
             told = dict(reader.metadata() or {})
             seal = told.pop(_SEAL, None)
-            found = _checksum(((name, reader.get_tensor(name)) for name in reader.keys()), told)  # noqa: SIM118 - not a dict
+            names = reader.keys()
+            found = _checksum(((name, reader.get_tensor(name)) for name in names), told)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file}: damaged: {error}") from error
     if seal != str(found):

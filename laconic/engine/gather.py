@@ -1,4 +1,6 @@
-"""Statistics of a model that is run: in stages, one part after the other, or of all sites in one run, kept for whoever asks again."""
+"""Statistics of a model that is run: in stages, one part after the other, or of all sites in one run, kept for whoever
+asks again.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -25,9 +27,15 @@ def data_free_stages(residence: Residency, slots: Sequence[Slot]) -> Iterator[St
 
 
 def survey_stages(
-    blocks: BlockModel | None, residence: Residency, batches: Sequence[Batch], slots: Sequence[Slot], needs: Needs, seed: int, shelf: Shelf,
+    blocks: BlockModel | None,
+    residence: Residency,
+    batches: Sequence[Batch],
+    slots: Sequence[Slot],
+    needs: Needs,
+    seed: int,
+    shelf: Shelf,
     probe: Probe = default_probe,
-) -> Iterator[Stage]:  # fmt: skip
+) -> Iterator[Stage]:
     """The stages of a survey of a chain, or of a whole model that has none."""
     if blocks is not None:
         yield from survey(blocks, batches, slots, needs, seed=seed, shelf=shelf, probe=probe)
@@ -42,8 +50,8 @@ def walk_stages(
 ) -> Iterator[Stage]:  # fmt: skip
     """The stages of the compression of a chain, or of a whole model that has none.
 
-    `original`: whoever asks puts nothing in the place of what he compressed, so that a chain's later blocks see the original's hidden states
-    anyway; a whole model is then one stage, of one run.
+    `original`: whoever asks puts nothing in the place of what he compressed, so that a chain's later blocks see the
+    original's hidden states anyway; a whole model is then one stage, of one run.
     """
     if blocks is not None:
         yield from walk(blocks, batches, slots, needs, true_sequential=true_sequential, shelf=shelf, done=done)
@@ -53,7 +61,8 @@ def walk_stages(
 
 
 def gather_whole(model: nn.Module, needs: Needs, data: Iterable[Batch], probe: Probe, seed: int) -> Statistics:
-    """All statistics of a module in memory, gradients included, from one run of it as it is; its modes, flags and gradients are put back.
+    """All statistics of a module in memory, gradients included, from one run of it as it is; its modes, flags and
+    gradients are put back.
 
     Memory: that of every site's statistics at once.
     """
@@ -86,7 +95,9 @@ def gather_whole(model: nn.Module, needs: Needs, data: Iterable[Batch], probe: P
 
 
 class Kept:
-    """What is known of some sites, gathered before: it stays when it was asked for, and holds for other values of the sites too."""
+    """What is known of some sites, gathered before: it stays when it was asked for, and holds for other values of the
+    sites too.
+    """
 
     def __init__(self, sites: dict[Slot, Site] | None = None) -> None:
         self.sites = sites if sites is not None else {}

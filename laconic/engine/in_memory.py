@@ -29,7 +29,9 @@ from laconic.weights.demands import demands_of, set_demands
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without gradients; every module's mode and every parameter's flag are put back."""
+    """The model in evaluation mode and without gradients; every module's mode and every parameter's flag are put
+    back.
+    """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     try:
@@ -43,16 +45,25 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 class InModule:
     """A module whose matrices are compressed; `weights` and `records` are what was found so far.
 
-    With `statistics="compressed"` its parameters take the decoded values meanwhile, and its layers round their inputs as the weights ask;
-    `undo`, inside the context, puts everything back, and so does leaving it by an error. The module has to be `at_rest`.
-    `surveyed_stages` and `walked_stages` keep what was known of the sites, for whoever asks again (`keep=True`); `channels`: the rows of every
-    site that are one channel of the network, by the site's name.
+    With `statistics="compressed"` its parameters take the decoded values meanwhile, and its layers round their inputs
+    as the weights ask; `undo`, inside the context, puts everything back, and so does leaving it by an error. The module
+    has to be `at_rest`. `surveyed_stages` and `walked_stages` keep what was known of the sites, for whoever asks again
+    (`keep=True`); `channels`: the rows of every site that are one channel of the network, by the site's name.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], *, seed: int, statistics: Prefix, probe: Probe, true_sequential: bool = False,
-        channels: Mapping[str, Tensor] | None = None, keep: bool = False, progress: Progress | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        *,
+        seed: int,
+        statistics: Prefix,
+        probe: Probe,
+        true_sequential: bool = False,
+        channels: Mapping[str, Tensor] | None = None,
+        keep: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
         self.model, self.batches, self.seed, self.probe, self.progress = model, batches, seed, probe, progress
         self.original, self.true_sequential = statistics == "original", true_sequential
         self.channels, self.keep = channels or {}, keep

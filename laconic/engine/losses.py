@@ -16,14 +16,18 @@ MANY = 1 << 24  # logits of a batch, above which the survey's loss is taken in p
 PART = 1 << 22  # logits in a part
 
 Probe = Callable[[Any, Batch, torch.Generator], Tensor]
-"""A scalar whose gradient probes how the output depends on the weights, from the model's output, the batch and a private generator."""
+"""A scalar whose gradient probes how the output depends on the weights, from the model's output, the batch and a
+private generator.
+"""
 
 
 def sampled_labels(output: Any, generator: torch.Generator) -> Tensor:
-    """Cross-entropy against labels drawn from the model's own distribution: squared gradients average to the Fisher information.
+    """Cross-entropy against labels drawn from the model's own distribution: squared gradients average to the Fisher
+    information.
 
     Logits are [..., classes], or [batch, classes, height, width] of a dense prediction.
-    That is the Hessian of KL(original || compressed) at the original weights. Source: Amari 1998; Kunstner et al. 2019, section 2.
+    That is the Hessian of KL(original || compressed) at the original weights. Source: Amari 1998; Kunstner et al. 2019,
+    section 2.
     """
     logits = getattr(output, "logits", output)
     if logits.dim() > 3:  # dense prediction: classes come second, then places
@@ -40,7 +44,9 @@ def sampled_labels(output: Any, generator: torch.Generator) -> Tensor:
 
 
 class _InParts(torch.autograd.Function):
-    """`sampled_labels` of many logits [tokens, classes], a few tokens at a time: beside them there is only their gradient, softmax - label."""
+    """`sampled_labels` of many logits [tokens, classes], a few tokens at a time: beside them there is only their
+    gradient, softmax - label.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -61,7 +67,8 @@ class _InParts(torch.autograd.Function):
 
 
 def random_projection(output: Any, generator: torch.Generator) -> Tensor:
-    """<output, v> with v of independent standard normals: squared gradients average to the Gauss-Newton matrix of half the squared error.
+    """<output, v> with v of independent standard normals: squared gradients average to the Gauss-Newton matrix of half
+    the squared error.
 
     Of an output of several tensors (hidden states and a pooled one), all that depend on the weights are probed.
     Raises: DataError where no tensor does.
@@ -69,14 +76,17 @@ def random_projection(output: Any, generator: torch.Generator) -> Tensor:
     seen = [y for y in tensors_in(output) if y.requires_grad]
     if not seen:
         raise DataError(
-            f"the model's output ({type(output).__name__}) holds no tensor that depends on its weights, so no gradient can be taken; "
+            f"the model's output ({type(output).__name__}) holds no tensor that depends on its weights, so no gradient "
+            "can be taken; "
             "pass loss=, a function of the model's output and the batch"
         )
     return torch.stack([(y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in seen]).sum()
 
 
 def default_probe(output: Any, _: Batch, generator: torch.Generator) -> Tensor:
-    """`sampled_labels` of an output that holds classes ([batch, classes], or `.logits`), else a random projection (of hidden states, say)."""
+    """`sampled_labels` of an output that holds classes ([batch, classes], or `.logits`), else a random projection
+    (of hidden states, say).
+    """
     logits = getattr(output, "logits", output)
     if (
         isinstance(logits, Tensor)

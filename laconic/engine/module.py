@@ -54,17 +54,19 @@ def compress_module(
 ) -> tuple[nn.Module, Report]:
     """Compress a module in place: its matrices are replaced by installed Weights that decode on every read.
 
-    `data`: batches the model can be called with (a tensor, a dict, or a tuple whose first entry is the input), as many as hold `samples`
-    examples; what an `attention_mask` leaves out is cut off. `keep`: patterns of sites that stay as they are; `group`: "fit" or "strict", where
-    a group does not divide a matrix (`engine.resolve`). `loss(output, batch)`, the mean loss of a batch, is
-    the scalar whose gradients methods see that need them: by default cross-entropy against sampled labels for outputs [batch, classes] or
-    `.logits`, else a random projection. Fisher entries are squared batch by batch. On `validation`, batches that are gone through twice, the
-    loss (as in `lc.recover`) and `score(output, batch)`, a number per example, are measured before and after; with a score and no loss, the
-    score alone.
-    `statistics`: what the inputs that methods look at have passed through, "compressed" (whatever is compressed before a site, so that errors
-    are made up for) or "original" (the module as it was); gradients, and what is spread over the module, are the original's either way.
-    Returns the module and a report. Raises: SchemeError, DataError, CheckpointError (a weight that is not finite); the module is then as
-    it was, for which calibrated methods keep a copy of its matrices until the end. A `score` that raises leaves the module as it measured it.
+    `data`: batches the model can be called with (a tensor, a dict, or a tuple whose first entry is the input), as many
+    as hold `samples` examples; what an `attention_mask` leaves out is cut off. `keep`: patterns of sites that stay as
+    they are; `group`: "fit" or "strict", where a group does not divide a matrix (`engine.resolve`).
+    `loss(output, batch)`, the mean loss of a batch, is the scalar whose gradients methods see that need them: by
+    default cross-entropy against sampled labels for outputs [batch, classes] or `.logits`, else a random projection.
+    Fisher entries are squared batch by batch. On `validation`, batches that are gone through twice, the loss
+    (as in `lc.recover`) and `score(output, batch)`, a number per example, are measured before and after; with a score
+    and no loss, the score alone. `statistics`: what the inputs that methods look at have passed through, "compressed"
+    (whatever is compressed before a site, so that errors are made up for) or "original" (the module as it was);
+    gradients, and what is spread over the module, are the original's either way.
+    Returns the module and a report. Raises: SchemeError, DataError, CheckpointError (a weight that is not finite); the
+    module is then as it was, for which calibrated methods keep a copy of its matrices until the end. A `score` that
+    raises leaves the module as it measured it.
     """
     check_function("loss", loss)
     check_function("score", score)
@@ -98,8 +100,14 @@ def compress_module(
         before = _measured(model, validation, loss, score)
         with naming_batches(batches), in_sight(model), undisturbed(seed):
             home = InModule(
-                model, batches, seed=seed, statistics=statistics, probe=probe_of(loss), true_sequential=true_sequential, progress=progress
-            )  # fmt: skip
+                model,
+                batches,
+                seed=seed,
+                statistics=statistics,
+                probe=probe_of(loss),
+                true_sequential=true_sequential,
+                progress=progress,
+            )
             with home:
                 compress(home, plan)
         for slot, weight in home.weights.items():
@@ -119,19 +127,29 @@ def compress_module(
     kept = original - sum(record.original_bytes or 0 for record in records)
     report = Report(
         {
-            "scheme": describe(scheme), "keep": patterns(keep),
-            "seed": seed, "statistics": statistics, "sites": plain(records), "parameters": count, "original_bytes": original,
-            "expected_bytes": kept + stored, "metrics": after | {f"reference_{name}": value for name, value in before.items()},
-            "seconds": time.time() - started, "peak_memory": {"actual": peak_memory()}, "notes": notes, "coverage": covered,
+            "scheme": describe(scheme),
+            "keep": patterns(keep),
+            "seed": seed,
+            "statistics": statistics,
+            "sites": plain(records),
+            "parameters": count,
+            "original_bytes": original,
+            "expected_bytes": kept + stored,
+            "metrics": after | {f"reference_{name}": value for name, value in before.items()},
+            "seconds": time.time() - started,
+            "peak_memory": {"actual": peak_memory()},
+            "notes": notes,
+            "coverage": covered,
         }
-    )  # fmt: skip
+    )
     return model, report
 
 
 def _uses(
     model: nn.Module, batches: list[Batch], loss: OutputLoss | None
 ) -> tuple[dict[str, Use] | None, dict[str, str]]:
-    """How the first batch shows the parameters to be used whose modules do not say it, and why some are no sites; None without data.
+    """How the first batch shows the parameters to be used whose modules do not say it, and why some are no sites; None
+    without data.
 
     Raises: DataError when the model cannot be called with it, or the loss not be taken of its output.
     """
@@ -149,7 +167,9 @@ def _uses(
 def _measured(
     model: nn.Module, validation: Iterable[Batch] | None, loss: OutputLoss | None, score: OutputScore | None
 ) -> dict[str, float]:
-    """Score and loss of the module on validation data, nothing without any; the score alone where it is asked for and no loss is."""
+    """Score and loss of the module on validation data, nothing without any; the score alone where it is asked for and
+    no loss is.
+    """
     if validation is None:
         return {}
     if score is not None and loss is None:

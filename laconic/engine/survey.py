@@ -1,4 +1,6 @@
-"""The survey: backwards over the unchanged model, with gradients, a block in memory at a time; nothing is compressed."""
+"""The survey: backwards over the unchanged model, with gradients, a block in memory at a time; nothing is
+compressed.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,10 +28,11 @@ def survey(
     shelf: Shelf,
     probe: Probe = default_probe,
 ) -> Iterator[Stage]:
-    """Stages from the last block to the first, of the unchanged model, with every statistic that was asked for, gradients included.
+    """Stages from the last block to the first, of the unchanged model, with every statistic that was asked for,
+    gradients included.
 
-    One forward pass that keeps each block's input on the shelf, then one backward pass a block at a time (which runs its forward again).
-    Batches should hold one sequence each: Fisher squares are taken per batch.
+    One forward pass that keeps each block's input on the shelf, then one backward pass a block at a time (which runs
+    its forward again). Batches should hold one sequence each: Fisher squares are taken per batch.
     """
     generator = torch.Generator().manual_seed(seed)
     calls = model.capture(batches)
@@ -121,7 +124,9 @@ def survey_whole(
 
 @contextmanager
 def _embeddings_with_gradient(model: nn.Module) -> Iterator[None]:
-    """Embeddings require a gradient inside this context, so that a graph exists although the inputs are integers; it is not kept."""
+    """Embeddings require a gradient inside this context, so that a graph exists although the inputs are integers; it is
+    not kept.
+    """
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     frozen = [w for w in tables if isinstance(w, nn.Parameter) and not w.requires_grad]
     for w in frozen:
@@ -135,5 +140,7 @@ def _embeddings_with_gradient(model: nn.Module) -> Iterator[None]:
 
 
 def _with_gradient(batch: Batch) -> Batch:
-    """Float inputs require a gradient, so that a graph exists although no parameter is trained; everything else is as it was."""
+    """Float inputs require a gradient, so that a graph exists although no parameter is trained; everything else is as
+    it was.
+    """
     return mapped(batch, lambda tensor: tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor)

@@ -41,11 +41,13 @@ _STATISTICS = 32  # minibatches of training data that statistics are gathered fr
 
 @dataclass
 class Recovered:
-    """What a recovery found: scores on validation data (and, where there is some, test data), before and after, and its learning curve.
+    """What a recovery found: scores on validation data (and, where there is some, test data), before and after, and its
+    learning curve.
 
-    `direct` is direct compression's validation score. `state` holds the values from which another recovery can start: the uncompressed ones
-    the run left, where those are a start (`Recovery.leaves_w`), else those of the compressed model. `types`: what was 16 bits wide in the
-    original; the tensors of them that are not compressed are exact in it, and `save(model, folder, types=...)` stores them so.
+    `direct` is direct compression's validation score. `state` holds the values from which another recovery can start:
+    the uncompressed ones the run left, where those are a start (`Recovery.leaves_w`), else those of the compressed
+    model. `types`: what was 16 bits wide in the original; the tensors of them that are not compressed are exact in it,
+    and `save(model, folder, types=...)` stores them so.
     """
 
     scheme: str
@@ -70,20 +72,33 @@ class Recovered:
 
 
 def recover(
-    model: nn.Module, scheme: Scheme | str, how: Recovery | str | None = None, *, train: Iterable[Batch] | None = None,
-    validation: Iterable[Batch] | None = None, test: Iterable[Batch] | None = None, loss: OutputLoss | None = None,
-    score: OutputScore | None = None, example: Batch | None = None, folder: str | Path | None = None, resume: bool = False,
-    statistics: Prefix = "original", seed: int = 0, progress: Progress | None = None,
-) -> tuple[nn.Module, Recovered]:  # fmt: skip
+    model: nn.Module,
+    scheme: Scheme | str,
+    how: Recovery | str | None = None,
+    *,
+    train: Iterable[Batch] | None = None,
+    validation: Iterable[Batch] | None = None,
+    test: Iterable[Batch] | None = None,
+    loss: OutputLoss | None = None,
+    score: OutputScore | None = None,
+    example: Batch | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    statistics: Prefix = "original",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, Recovered]:
     """Compress a copy of a module and recover its accuracy by training; the module given is not changed.
 
-    `how`: `LC(...)`, `FineTune(...)`, `Direct()` or any other recovery, as a value or as text; by default what `usual_recovery` says. `train` is
-    trained on, `validation` picks the best model, `test` is only measured at the end. With `folder`, the state is written there after every L-step
-    or check; `resume=True` goes on from it.
-    `statistics`: what the inputs that methods look at have passed through, "original" (the module as it is given) or "compressed" (whatever is
-    compressed before a site, as `compress` has it by default). Either way they are gathered once, before training, and kept.
-    Returns the compressed module (installed weights, evaluation mode) and what happened. Raises: SchemeError, DataError (splits that
-    share samples), RecoveryError (training diverged), SurgeryError (structures of a network that cannot be traced).
+    `how`: `LC(...)`, `FineTune(...)`, `Direct()` or any other recovery, as a value or as text; by default what
+    `usual_recovery` says. `train` is trained on, `validation` picks the best model, `test` is only measured at the end.
+    With `folder`, the state is written there after every L-step or check; `resume=True` goes on from it. `statistics`:
+    what the inputs that methods look at have passed through, "original" (the module as it is given) or "compressed"
+    (whatever is compressed before a site, as `compress` has it by default). Either way they are gathered once, before
+    training, and kept.
+    Returns the compressed module (installed weights, evaluation mode) and what happened. Raises: SchemeError, DataError
+    (splits that share samples), RecoveryError (training diverged), SurgeryError (structures of a network that cannot be
+    traced).
     """
     how = parse_recovery(how) if isinstance(how, str) else how
     how = None if how is None else check_recovery(how)
@@ -98,24 +113,41 @@ def recover(
 
 
 def usual_recovery(scheme: Scheme, model: nn.Module) -> Recovery:
-    """How a module is trained under a scheme if nobody says: by eDKM's fine-tuning where clusters are trained (`DKM`), else by L-C."""
+    """How a module is trained under a scheme if nobody says: by eDKM's fine-tuning where clusters are trained (`DKM`),
+    else by L-C.
+    """
     return dkm().how if any(method.soft for method in methods_of(scheme, find_slots(model))) else LC()
 
 
 @undisturbed()
 def recover_task(
-    model: nn.Module, scheme: Scheme | str, how: Recovery, task: Task, *, start: dict[str, Tensor] | None = None, coupling: Any = None,
-    calibration: Sequence[Batch] | None = None, statistics: Prefix = "original",
-    folder: str | Path | None = None, resume: bool = False, listen: Listener | None = None,
-    seed: int = 0, progress: Progress | None = None, keep: bool = False, strict: bool = True, types: Mapping[str, torch.dtype] | None = None,
+    model: nn.Module,
+    scheme: Scheme | str,
+    how: Recovery,
+    task: Task,
+    *,
+    start: dict[str, Tensor] | None = None,
+    coupling: Any = None,
+    calibration: Sequence[Batch] | None = None,
+    statistics: Prefix = "original",
+    folder: str | Path | None = None,
+    resume: bool = False,
+    listen: Listener | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    keep: bool = False,
+    strict: bool = True,
+    types: Mapping[str, torch.dtype] | None = None,
     tell: bool = True,
-) -> tuple[nn.Module, Recovered]:  # fmt: skip
-    """`recover` for a checked Task. `start` is the state of another recovery; `listen` hears every point of the curve and may stop it.
+) -> tuple[nn.Module, Recovered]:
+    """`recover` for a checked Task. `start` is the state of another recovery; `listen` hears every point of the curve
+    and may stop it.
 
     `calibration`: batches that statistics are gathered from, by default the first minibatches of training data.
     `types` are those of the original's 16-bit tensors, if the module given is a copy in float32.
-    With `keep` the finished state stays in the folder, for a caller who removes it once the model is stored; without `strict` a state that
-    is not this run's is removed, and no error. `tell`: whether the user is told what memory training takes.
+    With `keep` the finished state stays in the folder, for a caller who removes it once the model is stored; without
+    `strict` a state that is not this run's is removed, and no error. `tell`: whether the user is told what memory
+    training takes.
     """
     began, progress = time.time(), progress or Log()
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
@@ -127,8 +159,15 @@ def recover_task(
     if calibration is None:
         calibration = first_batches(task, seed) if reads_data(model, scheme) else []
     projection = project_onto(
-        model, scheme, example=task.sample(), data=calibration, loss=task.loss, seed=seed, coupling=coupling, statistics=statistics
-    )  # fmt: skip
+        model,
+        scheme,
+        example=task.sample(),
+        data=calibration,
+        loss=task.loss,
+        seed=seed,
+        coupling=coupling,
+        statistics=statistics,
+    )
     types = half_types(original) if types is None else types
     bench = Bench(model, projection, task, how.norm_batches, seed, _teacher(original, how), types)
     place = Path(folder) if folder is not None else None
@@ -144,10 +183,21 @@ def recover_task(
     if not keep:
         checkpoints.done()
     return model, Recovered(
-        scheme=projection.scheme, score=snapshot.judgement.score, loss=snapshot.judgement.loss, direct=curve[0].score,
-        minibatches=curve[-1].minibatches, curve=curve, seconds=checkpoints.seconds, stopped=stopped, test_score=test_score,
-        notes=projection.notes, statistics=projection.statistics, state=state, projection=projection, types=types,
-    )  # fmt: skip
+        scheme=projection.scheme,
+        score=snapshot.judgement.score,
+        loss=snapshot.judgement.loss,
+        direct=curve[0].score,
+        minibatches=curve[-1].minibatches,
+        curve=curve,
+        seconds=checkpoints.seconds,
+        stopped=stopped,
+        test_score=test_score,
+        notes=projection.notes,
+        statistics=projection.statistics,
+        state=state,
+        projection=projection,
+        types=types,
+    )
 
 
 @dataclass
@@ -186,7 +236,9 @@ def _teacher(original: nn.Module, how: Recovery) -> nn.Module | None:
 
 
 def _fingerprint(bench: Bench, how: Recovery) -> str:
-    """What tells a run from another: scheme, recovery, seed, what was asked of the data as far as it shows, and where it starts."""
+    """What tells a run from another: scheme, recovery, seed, what was asked of the data as far as it shows, and where
+    it starts.
+    """
     length = length_of(bench.task.train)
     passes = f", {length} minibatches a pass" if length is not None else ""
     known = bench.projection.statistics
@@ -195,7 +247,9 @@ def _fingerprint(bench: Bench, how: Recovery) -> str:
 
 
 def _delivered(bench: Bench, snapshot: Snapshot, how: Recovery, flags: Mapping[str, bool]) -> dict[str, Tensor]:
-    """Make the module the compressed one of a snapshot, with its original's flags; returns the state another recovery can start from."""
+    """Make the module the compressed one of a snapshot, with its original's flags; returns the state another recovery
+    can start from.
+    """
     left = _state(bench.model) if how.leaves_w else None
     bench.show(snapshot)
     state = _state(bench.model) if left is None else left
@@ -225,7 +279,9 @@ def first_batches(task: Task, seed: int) -> list[Batch]:
 
 
 def _working_copy(model: nn.Module) -> tuple[nn.Module, dict[str, bool]]:
-    """A float32 copy of a module of which everything is trained, and whether the original's parameters require a gradient."""
+    """A float32 copy of a module of which everything is trained, and whether the original's parameters require a
+    gradient.
+    """
     model = copy.deepcopy(model).float()
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
@@ -234,7 +290,9 @@ def _working_copy(model: nn.Module) -> tuple[nn.Module, dict[str, bool]]:
 
 
 def _mark(bench: Bench) -> str:
-    """What tells a run from another of the same scheme's text: a hash of the methods site by site and of the values it starts from."""
+    """What tells a run from another of the same scheme's text: a hash of the methods site by site and of the values it
+    starts from.
+    """
     digest = hashlib.sha256(
         repr([(slot.name, bench.projection.chosen[slot]) for slot in bench.projection.slots]).encode()
     )

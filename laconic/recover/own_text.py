@@ -85,7 +85,8 @@ def _read(file: Path | None) -> tuple[list[Tensor], Tensor | None]:
         return [], None
     try:
         with safe_open(file, framework="pt") as reader:
-            tensors, told = {name: reader.get_tensor(name) for name in reader.keys()}, reader.metadata()  # noqa: SIM118 - not a dict
+            names, told = reader.keys(), reader.metadata()
+            tensors = {name: reader.get_tensor(name) for name in names}
     except (SafetensorError, OSError):
         tensors, told = {}, None
     if told is None or told.get("crc") != str(checksum_of(tensors)):

@@ -1,4 +1,6 @@
-"""Training by anybody's loop: `prepare` puts relaxations in the places of a module's matrices, `convert` makes the stored weights of them."""
+"""Training by anybody's loop: `prepare` puts relaxations in the places of a module's matrices, `convert` makes the
+stored weights of them.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
@@ -24,10 +26,11 @@ from laconic.weights.shards import is_sharded, on_whole, whole
 
 
 class Prepared(nn.Module):
-    """The parametrization through which a parameter is trained: what its Relaxation makes of it, in the parameter's own shape.
+    """The parametrization through which a parameter is trained: what its Relaxation makes of it, in the parameter's own
+    shape.
 
-    The relaxation is a submodule, `carried`, of a tie's first user only, so that every name in a state dict is a tensor of its own: loaders
-    for several processes walk each module once.
+    The relaxation is a submodule, `carried`, of a tie's first user only, so that every name in a state dict is a tensor
+    of its own: loaders for several processes walk each module once.
     """
 
     def __init__(self, relaxation: Relaxation, view: View, first: bool) -> None:
@@ -61,16 +64,17 @@ def prepare(
 ) -> nn.Module:
     """Make a module one that trains under a scheme, in place: with any loop, optimizer or trainer, then `convert`.
 
-    Every matrix the scheme compresses becomes a parametrized tensor: its parameter (`parametrizations.weight.original`) stays the uncompressed
-    w, the layer sees what the method's relaxation makes of it: soft clusters for `DKM`, the nearest compressed value with straight-through
-    gradients for other methods, masks and scales being those of direct compression. In evaluation mode the layer sees what would be stored.
-    A tie stays one parameter with one relaxation. `data`: batches for methods that read statistics; `example`: an input, for structures, whose
-    rows are then masked together. Biases and norms beside them are left alone.
-    `trains="side"`: scales, float zero points, tables, low-rank factors and dense parts are trained instead, codes and masks as they are. They are
-    parameters of the module, in float32; w no longer requires a gradient.
-    `parallelize_module` comes before this; what shards or replicates (FSDP2, DDP, `accelerate`) and a compiler come after it, see docs/edkm.md.
-    Returns the module. Raises: as `recover`, and SchemeError for a module that was prepared before or is sharded by FSDP; nothing is changed
-    then.
+    Every matrix the scheme compresses becomes a parametrized tensor: its parameter (`parametrizations.weight.original`)
+    stays the uncompressed w, the layer sees what the method's relaxation makes of it: soft clusters for `DKM`, the
+    nearest compressed value with straight-through gradients for other methods, masks and scales being those of direct
+    compression. In evaluation mode the layer sees what would be stored. A tie stays one parameter with one relaxation.
+    `data`: batches for methods that read statistics; `example`: an input, for structures, whose rows are then masked
+    together. Biases and norms beside them are left alone. `trains="side"`: scales, float zero points, tables, low-rank
+    factors and dense parts are trained instead, codes and masks as they are. They are parameters of the module, in
+    float32; w no longer requires a gradient. `parallelize_module` comes before this; what shards or replicates
+    (FSDP2, DDP, `accelerate`) and a compiler come after it, see docs/edkm.md.
+    Returns the module. Raises: as `recover`, and SchemeError for a module that was prepared before or is sharded by
+    FSDP; nothing is changed then.
     """
     scheme = parse(scheme) if isinstance(scheme, str) else scheme
     check_choice(prepare, "trains", trains, get_args(Trains))
@@ -106,7 +110,8 @@ def relaxations(model: nn.Module) -> list[Relaxation]:
 
 
 def advance(model: nn.Module, progress: float) -> None:
-    """Tell a prepared module, between steps, how much of its training is done, 0 to 1: temperatures that fall (`tau_end`) hear it from nobody else.
+    """Tell a prepared module, between steps, how much of its training is done, 0 to 1: temperatures that fall
+    (`tau_end`) hear it from nobody else.
 
     Raises: SchemeError for a module that nothing was prepared in.
     """
@@ -116,10 +121,12 @@ def advance(model: nn.Module, progress: float) -> None:
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Make a prepared module a compressed one, in place: every relaxation becomes the Weight it stands for, installed, in evaluation mode.
+    """Make a prepared module a compressed one, in place: every relaxation becomes the Weight it stands for, installed,
+    in evaluation mode.
 
     What it computes is what the prepared module computed in evaluation mode; `lc.save` stores it. Returns the module.
-    Raises: SchemeError for a module that nothing was prepared in, or whose parameters lie in several processes; nothing is changed then.
+    Raises: SchemeError for a module that nothing was prepared in, or whose parameters lie in several processes; nothing
+    is changed then.
     """
     found = _found(model, "convert")
     originals = [_original(module, name) for module, name, _ in found]
@@ -154,7 +161,9 @@ def _found(model: nn.Module, caller: str) -> list[tuple[nn.Module, str, Prepared
 
 
 def _check_fresh(model: nn.Module, scheme: Scheme) -> None:
-    """Raises SchemeError for a module that is prepared already, or lies in several processes in a way that cannot be prepared any more."""
+    """Raises SchemeError for a module that is prepared already, or lies in several processes in a way that cannot be
+    prepared any more.
+    """
     if next(_prepared(model), None) is not None:
         raise SchemeError("prepare: the module is prepared already; convert it first, or start from a fresh one")
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -164,7 +173,8 @@ def _check_fresh(model: nn.Module, scheme: Scheme) -> None:
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule | FullyShardedDataParallel):
             raise SchemeError(
-                f"prepare: {name or 'the module'} is sharded by FSDP already, which keeps track of its parameters; prepare it first"
+                f"prepare: {name or 'the module'} is sharded by FSDP already, which keeps track of its parameters; "
+                "prepare it first"
             )
     if reads_data(model, scheme) and any(is_sharded(parameter) for parameter in model.parameters()):
         raise SchemeError(
@@ -182,7 +192,8 @@ def _original(module: nn.Module, name: str) -> Tensor:
     original = module.get_submodule(f"parametrizations.{name}").get_parameter("original")
     if is_sharded(original):
         raise SchemeError(
-            f"convert: {type(module).__name__}.{name} is a {type(original).__name__} that several processes share; gather the full state dict and "
+            f"convert: {type(module).__name__}.{name} is a {type(original).__name__} that several processes share; "
+            "gather the full state dict and "
             "load it into a prepared copy of the model"
         )
     return original

@@ -34,9 +34,10 @@ from laconic.weights import Weight
 class Projection:
     """C of "minimise L(w) subject to w = D(Theta)": Theta = argmin ||w - D(Theta)||^2 over what a scheme allows.
 
-    Whatever a scheme spreads over the network (one threshold, say) is found anew from the values given; so are masks, scales and tables.
-    Statistics (curvature for a criterion, inputs for error feedback) are gathered once, from the values that the module had then, and kept:
-    `surveyed`, what allocations see, and `gathered`, what methods see, in the stages in which the module's sites are compressed.
+    Whatever a scheme spreads over the network (one threshold, say) is found anew from the values given; so are masks,
+    scales and tables. Statistics (curvature for a criterion, inputs for error feedback) are gathered once, from the
+    values that the module had then, and kept: `surveyed`, what allocations see, and `gathered`, what methods see, in
+    the stages in which the module's sites are compressed.
     Source: Carreira-Perpinan 2017, eq. 4; Condensa section 3.3. Cost: that of the scheme's methods.
     """
 
@@ -86,7 +87,9 @@ class Projection:
 
 
 class AsValues:
-    """Values that are given, of sites of which everything is known already, as the place where weights live: nothing is run, nothing put."""
+    """Values that are given, of sites of which everything is known already, as the place where weights live: nothing is
+    run, nothing put.
+    """
 
     def __init__(self, projection: Projection, values: Mapping[Slot, Tensor]) -> None:
         self.projection, self.values, self.seed = projection, values, projection.seed
@@ -125,17 +128,26 @@ class AsValues:
 
 @undisturbed()
 def project_onto(
-    model: nn.Module, scheme: Scheme, *, example: Batch | None = None, data: Sequence[Batch] = (), loss: OutputLoss | None = None, seed: int = 0,
-    coupling: Any = None, statistics: Prefix = "original",
-) -> Projection:  # fmt: skip
-    """The projection of a module's present values: slots, methods, and the statistics the methods ask for, from `data`; their gradients are
-    those of `loss(output, batch)`, by default of labels drawn from the model's own output.
+    model: nn.Module,
+    scheme: Scheme,
+    *,
+    example: Batch | None = None,
+    data: Sequence[Batch] = (),
+    loss: OutputLoss | None = None,
+    seed: int = 0,
+    coupling: Any = None,
+    statistics: Prefix = "original",
+) -> Projection:
+    """The projection of a module's present values: slots, methods, and the statistics the methods ask for, from `data`;
+    their gradients are those of `loss(output, batch)`, by default of labels drawn from the model's own output.
 
-    `statistics`: what the inputs that methods look at have passed through, "original" (the module as it is: one run of it) or "compressed"
-    (whatever is compressed before a site, as where a module or a directory is compressed: every part is compressed in its turn for it, and
-    put back). Structures need `example`, an input to trace the network with; `coupling` is what `surgery.couple` found for it before. Without
-    one, rows of a network that cannot be traced are masked each for itself, which the notes say.
-    Raises: SchemeError, DataError (statistics without data), CheckpointError (a parameter that is not finite), SurgeryError.
+    `statistics`: what the inputs that methods look at have passed through, "original" (the module as it is: one run of
+    it) or "compressed" (whatever is compressed before a site, as where a module or a directory is compressed: every
+    part is compressed in its turn for it, and put back). Structures need `example`, an input to trace the network with;
+    `coupling` is what `surgery.couple` found for it before. Without one, rows of a network that cannot be traced are
+    masked each for itself, which the notes say.
+    Raises: SchemeError, DataError (statistics without data), CheckpointError (a parameter that is not finite),
+    SurgeryError.
     """
     check_prefix(statistics)
     check_function("loss", loss)
@@ -179,7 +191,9 @@ def project_onto(
 
 
 def _chain(model: nn.Module, plan: Plan, batches: list[Batch]) -> str | None:
-    """The chain of blocks within which, one by one, joint methods look for sites that are fed alike; None where it makes no difference."""
+    """The chain of blocks within which, one by one, joint methods look for sites that are fed alike; None where it
+    makes no difference.
+    """
     path = find_chain(model)
     if not batches or not any(method.joint for method in plan.methods.values()):
         return None
@@ -190,11 +204,19 @@ def _chain(model: nn.Module, plan: Plan, batches: list[Batch]) -> str | None:
 def _gathered_in(
     model: nn.Module, plan: Plan, batches: list[Batch], probe: Probe, seed: int, coupling: Any
 ) -> InModule:
-    """What is known of the sites of a module where each has been seen behind what is compressed before it; the module is as it was."""
+    """What is known of the sites of a module where each has been seen behind what is compressed before it; the module
+    is as it was.
+    """
     with at_rest(model), in_sight(model):
         home = InModule(
-            model, batches, seed=seed, statistics="compressed", probe=probe, channels=coupling.channels if coupling is not None else {}, keep=True
-        )  # fmt: skip
+            model,
+            batches,
+            seed=seed,
+            statistics="compressed",
+            probe=probe,
+            channels=coupling.channels if coupling is not None else {},
+            keep=True,
+        )
         with home:
             compress(home, plan)
             home.undo()
