@@ -64,10 +64,10 @@ def recovered(
     model: Any, scheme: str, how: Recovery, task: Task, out: Path, source: Path, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Compress and train a module, store it, and say what was stored and how long it took."""
-    statistics = [unlabelled(batch) for _, batch in zip(range(args.samples), task.train, strict=False)]
+    calibration = [unlabelled(batch) for _, batch in zip(range(args.samples), task.train, strict=False)]
     started = time.time()
     plan = f"[('*embed*', Keep()), ('*', {scheme})]"
-    compressed, found = recover_task(model, plan, how, task, statistics=statistics, seed=args.seed)
+    compressed, found = recover_task(model, plan, how, task, calibration=calibration, seed=args.seed)
     seconds = time.time() - started
     save(compressed, out, types=half_types(model), scheme=found.scheme, recovery=repr(how))
     complete_directory(out, model, source)
