@@ -307,6 +307,24 @@ def test_recipes(method: str, tiny: Path, text: Path, tmp_path: Path, monkeypatc
         assert model.get_input_embeddings().weight.unique().numel() > 4
 
 
+def test_recover_says_which_statistics_it_reads(file: Path, tmp_path: Path) -> None:
+    """Behind what is compressed before, or of the model as it is: other weights, and another run for who repeats one."""
+    given = ["recover", "--task", file, "--scheme", "GPTQ(bits=2, group='channel')", "--recovery", "Direct()", "--json"]
+    stored = {}
+    for statistics in ("original", "compressed"):
+        done = laconic(*given, "--statistics", statistics, "--out", tmp_path / statistics)
+        assert done.exit_code == 0, done.stderr
+        assert only_json(done.stdout)["statistics"] == statistics
+        stored[statistics] = (tmp_path / statistics / "model.safetensors").read_bytes()
+    assert stored["original"] != stored["compressed"]
+    again = laconic(*given, "--resume", "--out", tmp_path / "compressed")
+    assert again.exit_code == 5
+    assert "statistics: 'compressed' then, None now" in again.stderr
+    unknown = laconic(*given, "--statistics", "both", "--out", tmp_path / "unknown")
+    assert unknown.exit_code == 2
+    assert "expected 'compressed' or 'original', got 'both'" in unknown.stderr
+
+
 def test_recover_goes_on_where_it_was_interrupted(file: Path, tmp_path: Path) -> None:
     """Killed in the second L-step by its own score; the weights come out as from a run that was not."""
     out = tmp_path / "out"

@@ -4,7 +4,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -35,6 +35,8 @@ from laconic.errors import SchemeError
 if TYPE_CHECKING:
     from torch import nn
 
+    from laconic.engine.checks import Prefix
+
 
 def recover(
     source: SourceArgument = None,
@@ -63,6 +65,13 @@ def recover(
     train_tokens: TokensOption = 1_000_000,
     length: LengthOption = None,
     batch: BatchOption = None,
+    statistics: Annotated[
+        str,
+        typer.Option(
+            help="What the inputs that methods look at have passed through: original, the model as it is, or "
+            "compressed, all that is compressed before."
+        ),
+    ] = "original",
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -74,6 +83,7 @@ def recover(
 
     def work() -> None:
         from laconic.disk.lock import locked
+        from laconic.engine.checks import check_prefix
         from laconic.recover import usual_recovery
         from laconic.recover.deliver import check_folder, recover_directory
         from laconic.recover.projection import compressed_slots
@@ -86,6 +96,7 @@ def recover(
                 "--plan": plan,
                 "--method": method,
                 "--bits": bits,
+                "--statistics": None if statistics == "original" else statistics,
             }
             _refuse_beside_start(others)
             with Terminal(quiet=as_json, brief=True) as terminal:
@@ -104,6 +115,7 @@ def recover(
             )
             err.print(f"model: {shown(out)}", markup=False)
             return
+        check_prefix(statistics)
         choice = _choice(scheme, plan, recovery, method, bits)
         chosen = choice.scheme
         problem = Problem(
@@ -140,6 +152,7 @@ def recover(
                 command=shlex.join(["laconic", *sys.argv[1:]]),
                 progress=terminal,
                 trust_remote_code=trust_remote_code,
+                statistics=cast("Prefix", statistics),
             )
         if as_json:
             emit(result)

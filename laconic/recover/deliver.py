@@ -15,6 +15,7 @@ from laconic.disk.state import half_types, plain_bytes
 from laconic.disk.store import MANIFEST, Compressed, stored_bytes
 from laconic.disk.tensors import checksum_of
 from laconic.disk.verify import Computed, verify
+from laconic.engine.checks import Prefix, check_prefix
 from laconic.engine.saved import load_into, save
 from laconic.errors import OutputError
 from laconic.host.foreign import read_object
@@ -46,29 +47,48 @@ def recover_directory(
     command: str,
     progress: Progress,
     trust_remote_code: bool = False,
+    statistics: Prefix = "original",
 ) -> dict[str, Any]:
     """Recover into `out`, and return what `recovery.json` holds: scores of the original, of direct compression and of
     the stored file.
 
     `source`: the directory or hub id of a language model, whose tokenizer and config are copied. Structures stay in
     place as zeros; `laconic search` removes them. What is to be replaced is removed when everything else has been
-    checked. With `resume` on a complete recovery of the same kind: what its `recovery.json` holds.
+    checked. With `resume` on a complete recovery of the same kind: what its `recovery.json` holds. `statistics`: as in
+    `recover`.
     Raises: OutputError for a folder that holds something else, VerificationError when the file does not decode to what
     was trained, and what `recover` raises.
     """
+    check_prefix(statistics)
     with locked(out):
         check_folder(out, resume, overwrite)
-        about = _about(model, scheme, how, task, seed)
+        about = _about(model, scheme, how, task, seed, statistics)
         if resume and not overwrite and (found := _earlier(out, about)) is not None:
             return found
         return _recovered(
-            model, scheme, how, task, out, about, source, resume, overwrite, seed, command, progress, trust_remote_code
+            model,
+            scheme,
+            how,
+            task,
+            out,
+            about,
+            source=source,
+            resume=resume,
+            overwrite=overwrite,
+            seed=seed,
+            command=command,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+            statistics=statistics,
         )
 
 
-def _about(model: nn.Module, scheme: Scheme, how: Recovery, task: Task, seed: int) -> dict[str, Any]:
-    """What has to be equal for a complete recovery to be the one that is asked for."""
-    return {
+def _about(
+    model: nn.Module, scheme: Scheme, how: Recovery, task: Task, seed: int, statistics: Prefix
+) -> dict[str, Any]:
+    """What has to be equal for a complete recovery to be the one that is asked for; the default needs no word."""
+    about = {"statistics": statistics} if statistics != "original" else {}
+    return about | {
         "model": checksum_of(model.state_dict()),
         "scheme": describe(scheme),
         "recovery": repr(how),
@@ -90,9 +110,10 @@ def _earlier(out: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     before = found.get("run")
     if not isinstance(before, dict):
         raise OutputError(f"{out / RECOVERY}: does not say how the model was made; pass --overwrite to replace it")
-    changed = sorted(key for key in about if before.get(key) != about[key])
+    keys = {*about, *({"statistics"} & before.keys())}
+    changed = sorted(key for key in keys if before.get(key) != about.get(key))
     if changed:
-        what = "; ".join(f"{key}: {before.get(key)!r} then, {about[key]!r} now" for key in changed)
+        what = "; ".join(f"{key}: {before.get(key)!r} then, {about.get(key)!r} now" for key in changed)
         raise OutputError(
             f"{out}: holds the complete result of another recovery ({what}); use the same options, or pass --overwrite "
             "to replace it"
@@ -107,6 +128,7 @@ def _recovered(
     task: Task,
     out: Path,
     about: dict[str, Any],
+    *,
     source: str | None,
     resume: bool,
     overwrite: bool,
@@ -114,6 +136,7 @@ def _recovered(
     command: str,
     progress: Progress,
     trust_remote_code: bool,
+    statistics: Prefix,
 ) -> dict[str, Any]:
     """`recover_directory` into a folder that is ours."""
     original_bytes, types, model = plain_bytes(model), half_types(model), copy.deepcopy(model).float()
@@ -127,7 +150,17 @@ def _recovered(
             _clear(out)
         unseen = replace(task, test=None)
         compressed, found = recover_task(
-            model, scheme, how, unseen, folder=out, resume=resume, seed=seed, progress=progress, keep=True, types=types
+            model,
+            scheme,
+            how,
+            unseen,
+            folder=out,
+            resume=resume,
+            statistics=statistics,
+            seed=seed,
+            progress=progress,
+            keep=True,
+            types=types,
         )
         save(
             compressed,
