@@ -84,7 +84,7 @@ def measure(args: argparse.Namespace) -> None:
             "what": f"GPTQ(rate={args.rate}), {args.samples} windows of calibration", "windows begin with": str(list(m["start"])),
             "dracula ppl": m["perplexity"], "KL": m["kl"], "file bytes": report.stored_bytes, "original bytes": report["original_bytes"],
             "minutes": report["seconds"] / 60, "minutes told": report["expected_seconds"] / 60, "GB": peak["actual"] / 1e9,
-            "GB told": peak["expected"] / 1e9, "KL interval": m["kl_interval"], "top1": m["top1"],
+            "GB told": peak["expected"] / 1e9, "KL low": m["kl_interval"][0], "KL high": m["kl_interval"][1], "top1": m["top1"],
         }
     )  # fmt: skip
     show("Gemma 3 270M on dracula", rows, COLUMNS)
