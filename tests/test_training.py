@@ -441,7 +441,7 @@ REFUSED: dict[str, tuple[int, str, list[Any]]] = {
     "nothing to work on": (2, "give a language model and --data, or --task FILE.py", ["search", "--scheme", "Magnitude(Free(0, 1))"]),
     "a task and a text": (2, "a task file names its own data", ["recover", "--task", "{file}", "--data", "{text}", "--scheme", "RTN(4)"]),
     "no text": (2, "needs --data, a text to learn from", ["recover", "{tiny}", "--scheme", "RTN(4, 32)"]),
-    "an unknown recovery": (2, "unknown 'LD'; did you mean 'LC'?", ["recover", "--task", "{file}", "--scheme", "RTN(4)", "--recovery", "LD()"]),
+    "an unknown recovery": (2, "unknown 'LD' in 'LD()' (column 1); did you mean 'LC'?", ["recover", "--task", "{file}", "--scheme", "RTN(4)", "--recovery", "LD()"]),
     "an unknown recipe": (2, "known: dkm, llm-qat", ["recover", "{tiny}", "--data", "{text}", "--method", "awq"]),
     "a recipe and a scheme": (2, "brings its own scheme", ["recover", "{tiny}", "--data", "{text}", "--method", "dkm", "--scheme", "RTN(4, 32)"]),
     "bits of nothing": (2, "--bits belongs to --method", ["recover", "{tiny}", "--data", "{text}", "--bits", "3", "--scheme", "RTN(4, 32)"]),

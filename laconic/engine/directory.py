@@ -78,6 +78,7 @@ class InDirectory:
         return found
 
     def surveyed(self, plan: Plan) -> Iterator[Stage]:
+        self.extras.clear()
         spread, needs = plan.allocations(), plan.surveyed
         concerned = [slot for slot, method in plan.methods.items() if method in spread or needs[slot]]
         self.progress.start("surveying the original model", sum(slot.entries for slot in concerned))

@@ -23,6 +23,12 @@ class Extras:
         assert self.folder is not None
         return self.folder / f"extra-{hashlib.sha256(name.encode()).hexdigest()[:12]}.safetensors"
 
+    def clear(self) -> None:
+        """Forget what an earlier survey kept: one that is made again is not to be mixed with it."""
+        self._kept.clear()
+        for file in self.folder.glob("extra-*.safetensors") if self.folder is not None else ():
+            file.unlink()
+
     def put(self, site: Site, wanted: Stats) -> None:
         values = {}
         if wanted & Stats.FISHER and site.fisher is not None:

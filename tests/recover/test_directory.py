@@ -19,7 +19,7 @@ from laconic.recover import AdaRound, Blockwise, Direct, Steps
 from laconic.recover.directory import reconstruct_directory
 
 ADAM = Steps("adam", lr=1e-2, lr_end=1e-3)
-HOWS = {"adaround": AdaRound(30, 8, start="codes", checks=1), "side": Blockwise(20, 8, ADAM, fisher=True)}
+HOWS = {"adaround": AdaRound(60, 8, checks=1), "side": Blockwise(20, 8, ADAM, fisher=True)}
 
 
 @pytest.fixture(scope="module")

@@ -307,8 +307,8 @@ def test_a_schedule_and_a_loss_of_ones_own() -> None:
     """The labels say nothing, so that only the original can be followed."""
     given = task()
     wrong = [(x, torch.zeros_like(y)) for x, y in given.train]
-    learn = Steps(lr=0.05, schedule=Halves(warmup=0.25), loss=Far())
-    _, found = recover_task(mlp(), "RTN(2, 'channel')", FineTune(30, learn, checks=3), Task(wrong, given.validation))
+    learn = Steps(lr=0.02, schedule=Halves(warmup=0.25), loss=Far())
+    _, found = recover_task(mlp(), "RTN(2, 'channel')", FineTune(60, learn, checks=3), Task(wrong, given.validation))
     losses = [point["loss"] for point in found.curve[1:]]
     assert losses[2] < losses[0]
     assert [Halves().factor(t, 4) for t in range(4)] == [1, 1, 0.5, 0.5]
