@@ -93,7 +93,8 @@ def test_compressed_they_run_on_their_stored_weights(kind: str, scheme: str, tmp
                 )
         expected = plain(batches[0])
         after = net(batches[0])
-    assert torch.equal(after, expected)
+    # not to the last bit: a product's kernel may depend on where in memory its operand lies
+    assert torch.allclose(after, expected, atol=1e-5)
     assert 0 < float((after - before).norm() / before.norm()) < 1
     assert torch.allclose(net(batches[0]), expected, atol=1e-5), "with gradients"
     for module in net.modules():
@@ -102,9 +103,9 @@ def test_compressed_they_run_on_their_stored_weights(kind: str, scheme: str, tmp
     net.eval()
     lc.save(net, tmp_path)
     with torch.no_grad():
-        assert torch.equal(lc.load_into(fresh, tmp_path).eval()(batches[0]), expected)
+        assert torch.allclose(lc.load_into(fresh, tmp_path).eval()(batches[0]), expected, atol=1e-5)
         bake(net)
-        assert torch.equal(net(batches[0]), expected)
+        assert torch.allclose(net(batches[0]), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
