@@ -9,7 +9,7 @@ import typer
 
 from laconic.command.console import Terminal, markup
 from laconic.command.group import guard
-from laconic.command.options import DeviceOption, JsonOption, TrustOption
+from laconic.command.options import DeviceOption, DTypeOption, JsonOption, StatisticsOption, TrustOption
 from laconic.command.output import emit, err, note
 from laconic.command.shown import shown
 from laconic.errors import SchemeError
@@ -50,15 +50,7 @@ def compress(
     true_sequential: Annotated[
         bool, typer.Option("--true-sequential", help="Within a block, later layers see earlier ones compressed.")
     ] = False,
-    statistics: Annotated[
-        str,
-        typer.Option(
-            help=(
-                "What the inputs that methods look at have passed through: compressed (all that is compressed before) "
-                "or original."
-            )
-        ),
-    ] = "compressed",
+    statistics: StatisticsOption = "compressed",
     skip_nonfinite: Annotated[
         bool, typer.Option("--skip-nonfinite", help="Leave tensors with NaN or infinity as they are.")
     ] = False,
@@ -71,7 +63,7 @@ def compress(
     ] = "fit",
     no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="Do not measure quality at the end.")] = False,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="Computing precision: float32 or bfloat16.")] = "float32",
+    dtype: DTypeOption = "float32",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from laconic.command.group import guard
-from laconic.command.options import DeviceOption, JsonOption, TrustOption
+from laconic.command.options import DeviceOption, DTypeOption, JsonOption, TrustOption
 from laconic.command.output import emit, print_rows
 from laconic.errors import SchemeError
 
@@ -23,7 +23,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Examples per task.")] = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="Computing precision: float32 or bfloat16.")] = "float32",
+    dtype: DTypeOption = "float32",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:

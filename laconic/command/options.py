@@ -9,3 +9,11 @@ JsonOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+DTypeOption = Annotated[str, typer.Option(help="Computing precision: float32 or bfloat16.")]
+StatisticsOption = Annotated[
+    str,
+    typer.Option(
+        help="What the inputs that methods look at have passed through: compressed (all that is compressed before) or "
+        "original."
+    ),
+]

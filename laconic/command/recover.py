@@ -10,7 +10,7 @@ import typer
 
 from laconic.command.console import Terminal
 from laconic.command.group import guard
-from laconic.command.options import DeviceOption, JsonOption, TrustOption
+from laconic.command.options import DeviceOption, JsonOption, StatisticsOption, TrustOption
 from laconic.command.output import emit, err, print_rows
 from laconic.command.problem import (
     BATCH,
@@ -65,13 +65,7 @@ def recover(
     train_tokens: TokensOption = 1_000_000,
     length: LengthOption = None,
     batch: BatchOption = None,
-    statistics: Annotated[
-        str,
-        typer.Option(
-            help="What the inputs that methods look at have passed through: original, the model as it is, or "
-            "compressed, all that is compressed before."
-        ),
-    ] = "original",
+    statistics: StatisticsOption = "original",
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,

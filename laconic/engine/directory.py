@@ -73,7 +73,7 @@ class InDirectory:
             return Plan.from_json(noted, plan.slots)
         found, notes = allocate()
         if found is not plan:
-            kept = sorted(file.name for file in self.run.work.glob("extra-*"))
+            kept = [file.name for file in self.extras.files()]
             self.run.note(plan=found.to_json(), allocation=notes, extras=kept)
         return found
 

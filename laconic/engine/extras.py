@@ -26,8 +26,12 @@ class Extras:
     def clear(self) -> None:
         """Forget what an earlier survey kept: one that is made again is not to be mixed with it."""
         self._kept.clear()
-        for file in self.folder.glob("extra-*.safetensors") if self.folder is not None else ():
+        for file in self.files():
             file.unlink()
+
+    def files(self) -> list[Path]:
+        """The files of what is kept in a run's folder, by name."""
+        return sorted(self.folder.glob("extra-*.safetensors")) if self.folder is not None else []
 
     def put(self, site: Site, wanted: Stats) -> None:
         values = {}

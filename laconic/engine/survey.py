@@ -3,7 +3,6 @@ compressed.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from laconic.engine.walk import Needs, Stage, forward, inside, parameters_of
 from laconic.model.batches import Batch, mapped, tensors_in, to_device
 from laconic.model.blocks import BlockModel
 from laconic.model.calling import call
+from laconic.model.gradients import asking_gradients, gradient_of, leaf_of
 from laconic.model.sites import GRADIENTS, NONE, Slot
 
 
@@ -46,11 +46,11 @@ def survey(
     gradients = []
     with model.residency.hold(""):
         around = _counting(model, outside, needs, tokens, len(batches))
-        with around.watch(), _embeddings_with_gradient(model.model):
+        with around.watch(), asking_gradients(_tables(model.model)):
             for k, (h, batch) in enumerate(zip(hidden, batches, strict=True)):
-                leaf = h.to(model.device).requires_grad_()
+                leaf = leaf_of(h, model.device)
                 probed(probe, model.tail(leaf, _with_gradient(batch)), batch, generator, k).backward()
-                gradients.append(_gradient(leaf).cpu())
+                gradients.append(gradient_of(leaf))
     for i in reversed(range(len(model))):
         part = model.block_path(i)
         inputs = shelf.get(f"survey-{i}")
@@ -60,9 +60,9 @@ def survey(
             statistics = _counting(model, within, needs, tokens, len(batches))
             with statistics.watch():
                 for k, (h, c) in enumerate(zip(inputs, calls, strict=True)):
-                    leaf = h.to(model.device).requires_grad_()
+                    leaf = leaf_of(h, model.device)
                     model.run(i, leaf, c).backward(gradients[k].to(model.device))
-                    gradients[k] = _gradient(leaf).cpu()
+                    gradients[k] = gradient_of(leaf)
             yield Stage(part, within, statistics)
     if outside:
         with model.residency.hold(""):
@@ -76,7 +76,7 @@ def _gradients_before(model: BlockModel, batches: Sequence[Batch], gradients: li
     if not any(wanted.values()):
         return
     statistics = Statistics(around.watched, wanted)
-    with statistics.watch(), _embeddings_with_gradient(model.model):
+    with statistics.watch(), asking_gradients(_tables(model.model)):
         for batch, gradient in zip(batches, gradients, strict=True):
             hidden = model.front(_with_gradient(batch))
             if hidden.requires_grad:
@@ -92,11 +92,6 @@ def _counting(model: BlockModel, slots: list[Slot], needs: Needs, tokens: int, s
     return statistics
 
 
-def _gradient(leaf: Tensor) -> Tensor:
-    assert leaf.grad is not None
-    return leaf.grad
-
-
 def survey_whole(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -110,7 +105,7 @@ def survey_whole(
     """`survey` for a model that is no chain of blocks: one forward and backward pass over the whole of it."""
     generator = torch.Generator().manual_seed(seed)
     statistics = Statistics(parameters_of(model, slots), dict(needs))
-    with statistics.watch(), _embeddings_with_gradient(model):
+    with statistics.watch(), asking_gradients(_tables(model)):
         for k, batch in enumerate(batches):
             inputs = _with_gradient(to_device(batch, device))
             output = call(model, inputs)
@@ -122,21 +117,10 @@ def survey_whole(
     return Stage("model", list(slots), statistics)
 
 
-@contextmanager
-def _embeddings_with_gradient(model: nn.Module) -> Iterator[None]:
-    """Embeddings require a gradient inside this context, so that a graph exists although the inputs are integers; it is
-    not kept.
-    """
+def _tables(model: nn.Module) -> list[nn.Parameter]:
+    """The embeddings: where they ask for a gradient a graph exists, although the inputs are integers."""
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    frozen = [w for w in tables if isinstance(w, nn.Parameter) and not w.requires_grad]
-    for w in frozen:
-        w.requires_grad_()
-    try:
-        yield
-    finally:
-        for w in frozen:
-            w.requires_grad_(False)
-            w.grad = None
+    return [table for table in tables if isinstance(table, nn.Parameter)]
 
 
 def _with_gradient(batch: Batch) -> Batch:

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from laconic.errors import CheckpointError
 from laconic.model.batches import Batch, tensors_in, to_device
 from laconic.model.calling import call
+from laconic.model.gradients import asking_gradients
 from laconic.model.roles import head_modules
 
 
@@ -317,7 +318,12 @@ class BlockModel:
             given.append(hidden.detach().clone().requires_grad_())
             return self._formed(given[-1])
 
-        with self.residency.hold(""), torch.enable_grad(), self._asking_gradients(), self._stands(notes, answer):
+        with (
+            self.residency.hold(""),
+            torch.enable_grad(),
+            asking_gradients(self._outside()),
+            self._stands(notes, answer),
+        ):
             output = call(self.model, to_device(batch, self.device))
             self._follow(notes, given, len(self.blocks))
             if any(tensor.requires_grad for note in notes for tensor in tensors_in((note.args, note.kwargs))):
@@ -331,20 +337,10 @@ class BlockModel:
         if any(gradient is not None for gradient in reached[:-1]):
             raise self._refused("the output reads hidden states before the last")
 
-    @contextmanager
-    def _asking_gradients(self) -> Iterator[None]:
-        """Every float parameter outside the chain asks for a gradient inside this context."""
+    def _outside(self) -> list[nn.Parameter]:
+        """The parameters outside the chain that are now in the model."""
         inside = {id(p) for p in self.blocks.parameters()}
-        asked = [
-            p for p in self.model.parameters() if id(p) not in inside and p.is_floating_point() and not p.requires_grad
-        ]
-        for parameter in asked:
-            parameter.requires_grad_()
-        try:
-            yield
-        finally:
-            for parameter in asked:
-                parameter.requires_grad_(False)
+        return [p for p in self.model.parameters() if id(p) not in inside]
 
     def _formed(self, hidden: Tensor) -> Any:
         return hidden if self._rest is None else (hidden, *self._rest)

@@ -2,22 +2,17 @@
 first.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from laconic.engine.losses import default_probe
 from laconic.engine.shelf import Shelf
+from laconic.engine.walk import forward
 from laconic.model.batches import Batch
 from laconic.model.blocks import BlockModel, Calls
-
-
-@torch.no_grad()
-def answers_of(model: BlockModel, i: int, states: list[Tensor], calls: list[Calls]) -> list[Tensor]:
-    """Block i's answers to hidden states [examples, ..., width], a minibatch each, on the CPU."""
-    return [model.run(i, state, c).cpu() for state, c in zip(states, calls, strict=True)]
+from laconic.model.gradients import gradient_of, leaf_of
 
 
 def weighed(gradients: list[Tensor] | None) -> list[Tensor] | None:
@@ -42,13 +37,13 @@ def gradients_behind(
     for i in range(len(model)):
         shelf.put(f"before-{i}", hidden)
         with model.residency.hold(model.block_path(i)):
-            hidden = answers_of(model, i, hidden, calls)
+            hidden = forward(model, i, hidden, calls)
     gradients = []
     with model.residency.hold(""), torch.enable_grad():
         for state, batch in zip(hidden, batches, strict=True):
-            leaf = _leaf(state, model.device)
+            leaf = leaf_of(state, model.device)
             default_probe(model.tail(leaf, batch), batch, generator).backward()
-            gradients.append(_gradient(leaf))
+            gradients.append(gradient_of(leaf))
     for i in reversed(range(len(model))):
         shelf.put(f"gradient-{i}", gradients)
         inputs = shelf.get(f"before-{i}")
@@ -56,10 +51,10 @@ def gradients_behind(
         if not i:
             break
         with model.residency.hold(model.block_path(i)), torch.enable_grad():
-            leaves = [_leaf(state, model.device) for state in inputs]
+            leaves = [leaf_of(state, model.device) for state in inputs]
             for k, leaf in enumerate(leaves):
                 model.run(i, leaf, calls[k]).backward(gradients[k].to(model.device))
-            gradients = [_gradient(leaf) for leaf in leaves]
+            gradients = [gradient_of(leaf) for leaf in leaves]
 
     def behind(i: int) -> list[Tensor]:
         found = shelf.get(f"gradient-{i}")
@@ -67,26 +62,3 @@ def gradients_behind(
         return found
 
     return behind
-
-
-def _leaf(state: Tensor, device: torch.device) -> Tensor:
-    return state.detach().to(device).requires_grad_()
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    assert leaf.grad is not None
-    return leaf.grad.cpu()
-
-
-@contextmanager
-def asking_gradients(module: nn.Module) -> Iterator[None]:
-    """The module's float parameters ask for a gradient inside this context, so that its answer has one."""
-    asked = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
-    for parameter in asked:
-        parameter.requires_grad_()
-    try:
-        yield
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(False)
-            parameter.grad = None

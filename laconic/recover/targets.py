@@ -12,13 +12,14 @@ from torch.func import functional_call
 
 from laconic.engine.losses import default_probe
 from laconic.engine.shelf import Shelf
-from laconic.engine.walk import inside, units
+from laconic.engine.walk import forward, inside, units
 from laconic.errors import RecoveryError
 from laconic.model.batches import Batch, mapped, tensors_in, to_device
 from laconic.model.blocks import BlockModel, Calls, find_chain
 from laconic.model.calling import call
+from laconic.model.gradients import asking_gradients
 from laconic.model.sites import Slot
-from laconic.recover.fisher import answers_of, asking_gradients, gradients_behind, weighed
+from laconic.recover.fisher import gradients_behind, weighed
 
 Target = Literal["original", "compressed"]
 Per = Literal["block", "layer"]
@@ -88,7 +89,7 @@ def chain_parts(
     for i in range(len(original)):
         path = original.block_path(i)
         with original.residency.hold(path), compressed.residency.hold(path):
-            answers = answers_of(original, i, true, theirs)
+            answers = forward(original, i, true, theirs)
             behind = gradients(i) if gradients is not None else None
             if how.per == "layer":
                 names = _names(original, i, true, theirs, slots)
@@ -99,7 +100,7 @@ def chain_parts(
                 parts = iter([] if done else [_block(original, compressed, i, states, ours, answers, behind, how)])
             yield from parts
             done = max(0, done - count)
-            true, states = answers, answers_of(compressed, i, states, ours)
+            true, states = answers, forward(compressed, i, states, ours)
 
 
 def _block(
@@ -117,7 +118,7 @@ def _block(
     def run(k: int, instead: Mapping[str, Tensor]) -> Tensor:
         return compressed.run(i, states[k], calls[k], instead)
 
-    targets = answers if how.target == "original" else answers_of(original, i, states, calls)
+    targets = answers if how.target == "original" else forward(original, i, states, calls)
     return Part(original.block_path(i), compressed.blocks[i], targets, weighed(gradients), run)
 
 
@@ -250,7 +251,7 @@ def _seen(
                 with torch.no_grad():
                     run(k)
             else:
-                with torch.enable_grad(), asking_gradients(module):
+                with torch.enable_grad(), asking_gradients(module.parameters()):
                     backward(k, run(k))
     finally:
         for handle in handles:

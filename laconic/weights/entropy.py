@@ -85,11 +85,14 @@ class _Symbols:
         """Rows start : stop as int32 symbols [rows, columns]."""
         return np.clip(self.codes[start:stop].astype(np.int32), self.low, self.high) - np.int32(self.low)
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """All rows in turn, about a million symbols at a time."""
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Where runs of rows start and stop that hold about a million symbols each."""
         step = max(1, TILE * 16 // self.codes.shape[1])
-        for start in range(0, len(self.codes), step):
-            yield self.rows(start, start + step)
+        return ((start, start + step) for start in range(0, len(self.codes), step))
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All rows in turn, a span at a time."""
+        return (self.rows(*span) for span in self.spans())
 
     def count(self, classes: np.ndarray, k: int) -> np.ndarray:
         """How often each symbol comes, by the class of its column: [k, symbols]."""
@@ -106,10 +109,9 @@ class _Symbols:
 
     def outside(self) -> np.ndarray:
         """The codes at or beyond the two ends, row by row: what a table that was capped cannot say."""
-        step = max(1, TILE * 16 // self.codes.shape[1])
         found = []
-        for start in range(0, len(self.codes), step):
-            block = self.codes[start : start + step].astype(np.int32)
+        for start, stop in self.spans():
+            block = self.codes[start:stop].astype(np.int32)
             found.append(block[(block <= self.low) | (block >= self.high)])
         return np.concatenate(found)
 

@@ -159,14 +159,15 @@ class Tuned(Carrying):
         for name, state in float_states(self.weight).items():
             self.register_parameter(_own(name), nn.Parameter(state.detach().clone()))
 
-    def _states(self) -> dict[str, Tensor]:
+    def _states(self) -> dict[str, nn.Parameter]:
         return {name: self.get_parameter(_own(name)) for name in self._names}
 
     def trained(self, w: nn.Parameter) -> dict[str, nn.Parameter]:
-        return {name: self.get_parameter(_own(name)) for name in self._names}
+        return self._states()
 
     def forward(self, w: Tensor) -> Tensor:
-        decoded: Tensor = functional_call(self.weight.to(w.device), self._states(), ())
+        states: dict[str, Tensor] = {**self._states()}
+        decoded: Tensor = functional_call(self.weight.to(w.device), states, ())
         return decoded.to(w.dtype)
 
     def stored(self, w: Tensor) -> Weight:
